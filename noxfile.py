@@ -1,0 +1,123 @@
+"""What is checked of the project, a session each; ``nox --list`` tells them.
+
+Sessions install under ``constraints.txt``, the versions everything was tested with. The pin that
+matters most is torch's: left open, it resolves to the newest CUDA build, several GB of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.sessions = ["lint", "typing", "tests", "minimums", "build", "demo"]
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+INSTALLED = "from mlmadapt import __file__ as file; assert 'site-packages' in file, file"
+TEST = nox.project.dependency_groups(PYPROJECT, "test")
+
+
+def install(session: nox.Session, *packages: str, constraint: str = "constraints.txt") -> None:
+    """Install in tested versions, and cut the session off from the hub and from older caches."""
+    session.env["HF_HOME"] = str(Path(session.virtualenv.location, "huggingface").resolve())
+    session.env["HF_HUB_OFFLINE"] = "1"
+    session.env["PIP_BUILD_CONSTRAINT"] = "constraints.txt"
+    # Seconds a test. Not in pyproject.toml: there, pytest would fail without pytest-timeout.
+    session.env["PYTEST_TIMEOUT"] = "300"
+    session.install("--constraint", constraint, *packages)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting of everything."""
+    install(session, *nox.project.dependency_groups(PYPROJECT, "lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """Check the types of the library, and of its use in ``tests/typing/api.py``."""
+    install(session, ".", *nox.project.dependency_groups(PYPROJECT, "typing"))
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests and doctests, and report coverage; arguments go to pytest."""
+    install(session, "-e.", *TEST)
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    session.run("coverage", "combine", "--quiet")
+    session.run("coverage", "report")
+
+
+@nox.session
+def minimums(session: nox.Session) -> None:
+    """Run the tests with the lowest versions that pyproject.toml allows.
+
+    All but torch's: 2.13.0 is the CPU build at hand, and an older one would come with CUDA.
+    """
+    dependencies = PYPROJECT["project"]["dependencies"]
+    lowest = [d.replace(">=", "==") for d in dependencies if not d.startswith("torch")]
+    install(session, "-e.", *lowest, *TEST, constraint="tests/minimums.txt")
+    session.run("python", "-m", "pip", "check")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build sdist and wheel, and run the sdist's tests against the wheel, its source removed."""
+    shutil.rmtree("dist", ignore_errors=True)
+    with tempfile.TemporaryDirectory() as folder:
+        # Beside the environment, not in it: the wheel has to bring all it needs.
+        install(session, "build", "--target", folder)
+        tools = {"PYTHONPATH": folder, "PIP_CONSTRAINT": "constraints.txt"}
+        session.run("python", "-m", "build", env=tools)
+    (wheel,) = Path("dist").glob("*.whl")
+    (sdist,) = Path("dist").glob("*.tar.gz")
+
+    files = {p.relative_to("src") for p in Path("src").rglob("*") if p.is_file()}
+    source = {p.as_posix() for p in files if p.parent.name != "__pycache__"}
+    packed = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    if source != packed:
+        session.error(f"The wheel and src/ differ: {sorted(source ^ packed)}.")
+
+    install(session, str(wheel))
+    session.run("python", "-m", "pip", "check")
+    session.run("python", "-W", "error", "-c", "import mlmadapt")
+    install(session, *TEST)
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+        (tree,) = Path(folder).iterdir()
+        shutil.rmtree(tree / "src")
+        with session.chdir(tree):
+            session.run("python", "-c", INSTALLED)
+            session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Run the example on its small offline corpus."""
+    install(session, ".")
+    session.run("python", "examples/imdb_distilbert.py", "--demo", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure; arguments go to every script."""
+    install(session, ".", *nox.project.dependency_groups(PYPROJECT, "bench"))
+    for script in sorted(Path("tests/benchmarks").glob("*.py")):
+        session.run("python", str(script), *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation; a broken reference is an error."""
+    install(session, ".", *nox.project.dependency_groups(PYPROJECT, "docs"))
+    session.run("sphinx-build", "-n", "-W", "--keep-going", "docs", "docs/_build", *session.posargs)

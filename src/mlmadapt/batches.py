@@ -1,0 +1,168 @@
+"""Which rows are trained when: a plan that can be entered at any step without reading a row.
+
+The order of an epoch is a function of (seed, epoch). An optimizer step takes the next rows of it, as
+many as all processes hold in all their forward passes, and shares them out; the same rows make
+the same step on 1 process or on 8. Every row comes exactly once an epoch: the last step is
+shorter, and a process left without a row for a forward pass that others make gets a filler whose
+labels are all -100.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from mlmadapt.freezing import DataCollator, purify
+from mlmadapt.masking import WholeWordMaskingCollator
+from mlmadapt.seeding import derive_key, seeded
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Row = dict[str, Any]
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """The batches of one process.
+
+    Attributes:
+        rows: Rows of the training set.
+        batch_size: Rows a process and forward pass.
+        accumulation: Forward passes an optimizer step.
+        seed: Decides the order of each epoch.
+        rank: This process.
+        world: All processes.
+    """
+
+    rows: int
+    batch_size: int
+    accumulation: int = 1
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step over all processes."""
+        return self.batch_size * self.accumulation * self.world
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch, the last, shorter one included."""
+        return math.ceil(self.rows / self.rows_per_step)
+
+    def order(self, epoch: int) -> list[int]:
+        """Return the rows in the order in which `epoch` takes them, over all processes."""
+        generator = torch.Generator().manual_seed(derive_key(self.seed, "order", epoch))
+        order: list[int] = torch.randperm(self.rows, generator=generator).tolist()
+        return order
+
+    def steps(self, epoch: int, *, start: int = 0) -> Iterator[list[list[tuple[int, bool]]]]:
+        """Yield the forward passes of each optimizer step: pairs of a row and whether it counts.
+
+        Examples:
+            >>> plan = BatchPlan(rows=5, batch_size=2, world=2, rank=1)
+            >>> [[len(batch) for batch in step] for step in plan.steps(0)]
+            [[2], [1]]
+            >>> list(plan.steps(0))[1][0][0][1]
+            False
+        """
+        order = self.order(epoch)
+        for step in range(start, self.steps_per_epoch):
+            rows = order[step * self.rows_per_step : (step + 1) * self.rows_per_step]
+            passes = math.ceil(len(rows) / (self.batch_size * self.world))
+            # Dealt like cards, so that a short step is short everywhere.
+            mine = rows[self.rank :: self.world]
+            yield [
+                [(row, True) for row in mine[place::passes]] or [(rows[0], False)]
+                for place in range(passes)
+            ]
+
+
+def training_batches(
+    dataset: "Dataset | Sequence[Row]",
+    plan: BatchPlan,
+    data_collator: DataCollator,
+    *,
+    epoch: int,
+    start: int = 0,
+    num_workers: int = 0,
+) -> Iterator[list[Batch]]:
+    """Yield for each optimizer step of an epoch the collated batches of this process.
+
+    Masks come from (seed, epoch, row), with the collator's own seed where it has one.
+    """
+    steps = list(plan.steps(epoch, start=start))
+    loader = DataLoader(
+        _IndexedRows(dataset),
+        batch_sampler=[batch for step in steps for batch in step],
+        collate_fn=epoch_collator(data_collator, seed=plan.seed, epoch=epoch),
+        num_workers=num_workers,
+        # Of its own, or each iterator would move torch's global one.
+        generator=torch.Generator(),
+    )
+    batches = iter(loader)
+    for step in steps:
+        yield [next(batches) for _ in step]
+
+
+def epoch_collator(
+    data_collator: DataCollator, *, seed: int, epoch: int
+) -> Callable[[list[tuple[int, bool, Row]]], Batch]:
+    """Return a collate function for (index, counts, row) whose masks are those of an epoch."""
+    if isinstance(data_collator, WholeWordMaskingCollator):
+        own_seed = seed if data_collator.seed is None else data_collator.seed
+        key = derive_key(own_seed, "mask", epoch)
+        return partial(_collate_ours, collator=data_collator, key=key)
+    return partial(_collate_foreign, collator=purify(data_collator), seed=seed, epoch=epoch)
+
+
+class _IndexedRows(torch.utils.data.Dataset[Any]):
+    def __init__(self, dataset: "Dataset | Sequence[Row]") -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, picks: list[tuple[int, bool]]) -> list[tuple[int, bool, Row]]:
+        indices = [index for index, _ in picks]
+        if hasattr(self.dataset, "__getitems__"):
+            rows = self.dataset.__getitems__(indices)
+        else:
+            rows = [self.dataset[index] for index in indices]
+        return [(index, counts, row) for (index, counts), row in zip(picks, rows, strict=True)]
+
+
+def _collate_ours(
+    items: list[tuple[int, bool, Row]], *, collator: WholeWordMaskingCollator, key: int
+) -> Batch:
+    arrays = collator.collate([row for _, _, row in items], key=key)
+    return _fill(items, {name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+def _collate_foreign(
+    items: list[tuple[int, bool, Row]], *, collator: DataCollator, seed: int, epoch: int
+) -> Batch:
+    indices = [index for index, _, _ in items]
+    with seeded(derive_key(seed, "mask", epoch, *indices)):
+        # Copies, since some collators (the recipe's) change what they are given.
+        rows = [{name: copy(values) for name, values in row.items()} for _, _, row in items]
+        batch: Mapping[str, Any] = collator(rows)
+    if "labels" not in batch:
+        message = (
+            f"data_collator returned {list(batch)}; it must return 'labels' with -100 where nothing "
+            "is to be predicted"
+        )
+        raise ValueError(message)
+    tensors = {name: torch.as_tensor(batch[name]) for name in batch if name != "word_ids"}
+    return _fill(items, tensors)
+
+
+def _fill(items: list[tuple[int, bool, Row]], batch: Batch) -> Batch:
+    if not items[0][1]:
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+    return batch

@@ -1,0 +1,106 @@
+"""The settings of a training run, checked once, where they are made."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How `accelerate_train` trains.
+
+    Names are those of transformers' `TrainingArguments`; the defaults are the recipe's (batch 64 a
+    process, lr 5e-5, linear schedule, 3 epochs, evaluation and saving once an epoch) and
+    `TrainingArguments`' where the recipe sets none. Fit for `HfArgumentParser`.
+
+    Args:
+        output_dir: Folder of the final model.
+        overwrite: Train into an `output_dir` that holds files already.
+        num_train_epochs: Passes over the training rows; a part of one is allowed.
+        max_steps: Optimizer steps; above 0 it takes the place of `num_train_epochs`.
+        per_device_train_batch_size: Rows a process and forward pass.
+        per_device_eval_batch_size: Rows a process and forward pass; no effect on the metrics.
+        gradient_accumulation_steps: Forward passes an optimizer step. Tokens weigh the same
+            however the rows of a step are cut up.
+        learning_rate: Peak learning rate.
+        weight_decay: Of weight matrices; not of biases and norms.
+        max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
+        lr_scheduler_type: A name that `transformers.get_scheduler` takes.
+        warmup_steps: Optimizer steps of warm-up; below 1, their share of all steps.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; None leaves it to ``accelerate launch``.
+        seed: Decides order, masks (unless the collator has a seed of its own) and dropout.
+        eval_strategy: Evaluate each ``"epoch"``, every `eval_steps` ``"steps"``, or at the ends only
+            (``"no"``).
+        eval_steps: Optimizer steps between evaluations, with ``eval_strategy="steps"``.
+        logging_steps: Optimizer steps between entries of the history and the trackers.
+        report_to: Trackers by their names in Accelerate: ``"tensorboard"``, ``"trackio"``, ``"wandb"``,
+            several with commas, or ``"none"``.
+        dataloader_num_workers: Processes that collate ahead; 0 collates in the training process.
+        disable_tqdm: Show no progress bar.
+
+    Raises:
+        ValueError: If a value is out of range.
+
+    Examples:
+        >>> TrainingConfig(output_dir="adapted", learning_rate=1e-4).lr_scheduler_type
+        'linear'
+    """
+
+    output_dir: str = "trainer_output"
+    overwrite: bool = False
+    num_train_epochs: float = 3.0
+    max_steps: int = -1
+    per_device_train_batch_size: int = 64
+    per_device_eval_batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: str = "linear"
+    warmup_steps: float = 0
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    seed: int = 42
+    eval_strategy: Literal["no", "epoch", "steps"] = "epoch"
+    eval_steps: int = 500
+    logging_steps: int = 500
+    report_to: str = "none"
+    dataloader_num_workers: int = 0
+    disable_tqdm: bool = False
+
+    def __post_init__(self) -> None:
+        at_least_one = (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "eval_steps",
+            "logging_steps",
+        )
+        for name in at_least_one:
+            self._require(name, getattr(self, name) >= 1, "1 or more")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+            value = getattr(self, name)
+            self._require(name, 0 <= value < math.inf, "a finite number, 0 or more")
+        self._require("dataloader_num_workers", self.dataloader_num_workers >= 0, "0 or more")
+        self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
+        self._require(
+            "max_steps", self.max_steps == -1 or self.max_steps > 0, "above 0, or -1 for whole epochs"
+        )
+        self._require(
+            "eval_strategy",
+            self.eval_strategy in ("no", "epoch", "steps"),
+            "'no', 'epoch' or 'steps'",
+        )
+        self._require(
+            "mixed_precision",
+            self.mixed_precision in (None, "no", "bf16", "fp16"),
+            "None, 'no', 'bf16' or 'fp16'",
+        )
+        from transformers import SchedulerType  # noqa: PLC0415  # a second to load
+
+        schedules = [each.value for each in SchedulerType]
+        self._require("lr_scheduler_type", self.lr_scheduler_type in schedules, f"one of {schedules}")
+
+    def _require(self, name: str, holds: bool, requirement: str) -> None:  # noqa: FBT001
+        if not holds:
+            message = f"{name} is {getattr(self, name)!r}; it must be {requirement}"
+            raise ValueError(message)

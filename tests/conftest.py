@@ -1,0 +1,66 @@
+"""What all tests share: no network, no caches but their own, repeatable Hypothesis, tiny models."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from mlmadapt.testing import TOKENIZER_KINDS, tiny_model, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+# Read by the Hugging Face libraries when they are imported, which nothing above does.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# `datasets` recognises a mapped function by its name, not its code: rows in a cache that outlives
+# the session may come from code that is gone. Through the environment it holds in subprocesses too.
+_DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="mlmadapt-datasets-")
+os.environ["HF_DATASETS_CACHE"] = _DATASETS_CACHE.name
+
+settings.register_profile(
+    "mlmadapt",
+    derandomize=True,
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("thorough", settings.get_profile("mlmadapt"), max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "mlmadapt"))
+
+
+def pytest_unconfigure() -> None:
+    """Leave nothing behind."""
+    _DATASETS_CACHE.cleanup()
+
+
+@pytest.fixture(params=TOKENIZER_KINDS)
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    """Run the test once with a new tokenizer of every kind."""
+    return tiny_tokenizer(request.param)
+
+
+@pytest.fixture
+def wordpiece() -> PreTrainedTokenizerFast:
+    """A new BERT-like tokenizer."""
+    return tiny_tokenizer("wordpiece")
+
+
+@pytest.fixture
+def bert(wordpiece: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A new tiny BERT for the `wordpiece` tokenizer."""
+    return tiny_model(wordpiece)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real corpora, models and tokenizers; without it the test is skipped."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    path = Path(os.environ.get("MLMADAPT_TEST_DATA", beside))
+    if not path.is_dir():
+        pytest.skip(f"no test data in {path}; set MLMADAPT_TEST_DATA to the folder that holds it")
+    return path

@@ -15,7 +15,9 @@ class TrainingConfig:
 
     Args:
         output_dir: Folder of the final model.
-        overwrite: Train into an `output_dir` that holds files already.
+        overwrite: Train into an `output_dir` that holds another run; its checkpoints are removed.
+        resume_from_checkpoint: True for the newest whole checkpoint in `output_dir` (from the start,
+            where there is none), or the folder of one.
         num_train_epochs: Passes over the training rows; a part of one is allowed.
         max_steps: Optimizer steps; above 0 it takes the place of `num_train_epochs`.
         per_device_train_batch_size: Rows a process and forward pass.
@@ -32,6 +34,15 @@ class TrainingConfig:
         eval_strategy: Evaluate each ``"epoch"``, every `eval_steps` ``"steps"``, or at the ends only
             (``"no"``).
         eval_steps: Optimizer steps between evaluations, with ``eval_strategy="steps"``.
+        save_strategy: Write a checkpoint each ``"epoch"``, every `save_steps` ``"steps"``, or only when
+            interrupted (``"no"``).
+        save_steps: Optimizer steps between checkpoints, with ``save_strategy="steps"``.
+        save_total_limit: Checkpoints to keep, the best one not counted; None keeps all.
+        load_best_model_at_end: Save the model of the best evaluation, by the loss of the first set,
+            in place of the last; wants evaluations and checkpoints at the same steps.
+        early_stopping_patience: Stop after this many evaluations without a better one.
+        gradient_checkpointing: Compute activations again in the backward pass: less memory, about
+            a third more time.
         logging_steps: Optimizer steps between entries of the history and the trackers.
         report_to: Trackers by their names in Accelerate: ``"tensorboard"``, ``"trackio"``, ``"wandb"``,
             several with commas, or ``"none"``.
@@ -48,6 +59,7 @@ class TrainingConfig:
 
     output_dir: str = "trainer_output"
     overwrite: bool = False
+    resume_from_checkpoint: str | bool | None = None
     num_train_epochs: float = 3.0
     max_steps: int = -1
     per_device_train_batch_size: int = 64
@@ -62,6 +74,12 @@ class TrainingConfig:
     seed: int = 42
     eval_strategy: Literal["no", "epoch", "steps"] = "epoch"
     eval_steps: int = 500
+    save_strategy: Literal["no", "epoch", "steps"] = "epoch"
+    save_steps: int = 500
+    save_total_limit: int | None = None
+    load_best_model_at_end: bool = False
+    early_stopping_patience: int | None = None
+    gradient_checkpointing: bool = False
     logging_steps: int = 500
     report_to: str = "none"
     dataloader_num_workers: int = 0
@@ -73,10 +91,14 @@ class TrainingConfig:
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
             "eval_steps",
+            "save_steps",
             "logging_steps",
         )
         for name in at_least_one:
             self._require(name, getattr(self, name) >= 1, "1 or more")
+        for name in ("save_total_limit", "early_stopping_patience"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "None, or 1 or more")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
             value = getattr(self, name)
             self._require(name, 0 <= value < math.inf, "a finite number, 0 or more")
@@ -85,20 +107,30 @@ class TrainingConfig:
         self._require(
             "max_steps", self.max_steps == -1 or self.max_steps > 0, "above 0, or -1 for whole epochs"
         )
-        self._require(
-            "eval_strategy",
-            self.eval_strategy in ("no", "epoch", "steps"),
-            "'no', 'epoch' or 'steps'",
-        )
+        for name in ("eval_strategy", "save_strategy"):
+            known = getattr(self, name) in ("no", "epoch", "steps")
+            self._require(name, known, "'no', 'epoch' or 'steps'")
         self._require(
             "mixed_precision",
             self.mixed_precision in (None, "no", "bf16", "fp16"),
             "None, 'no', 'bf16' or 'fp16'",
         )
+        if self.load_best_model_at_end:
+            self._check_best()
         from transformers import SchedulerType  # noqa: PLC0415  # a second to load
 
         schedules = [each.value for each in SchedulerType]
         self._require("lr_scheduler_type", self.lr_scheduler_type in schedules, f"one of {schedules}")
+
+    def _check_best(self) -> None:
+        together = self.eval_strategy == self.save_strategy != "no"
+        if not together or (self.eval_strategy == "steps" and self.save_steps != self.eval_steps):
+            message = (
+                f"load_best_model_at_end needs a checkpoint at each evaluation, but eval_strategy is "
+                f"{self.eval_strategy!r} (eval_steps {self.eval_steps}) and save_strategy "
+                f"{self.save_strategy!r} (save_steps {self.save_steps}); make them equal"
+            )
+            raise ValueError(message)
 
     def _require(self, name: str, holds: bool, requirement: str) -> None:  # noqa: FBT001
         if not holds:

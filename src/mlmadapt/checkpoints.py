@@ -1,0 +1,213 @@
+"""Checkpoints that are whole or not there at all.
+
+A checkpoint is written under another name, listed in a manifest with the size and hash of each file,
+flushed to the disk and only then renamed; older ones are removed after that. A run killed at any
+moment leaves the previous checkpoint as it was. Nothing is pickled: tensors are safetensors, the rest is
+JSON, so that a checkpoint from elsewhere can at worst be refused.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "checkpoint-"
+_MANIFEST = "manifest.json"
+
+
+def write_checkpoint(
+    output_dir: Path,
+    step: int,
+    *,
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    texts: Mapping[str, Any],
+) -> Path:
+    """Write ``checkpoint-<step>`` with a safetensors file and a JSON file for each entry.
+
+    Raises:
+        OSError: If it cannot be written; nothing of it is left then, and older ones are whole.
+    """
+    target = output_dir / f"{_PREFIX}{step}"
+    building = output_dir / f".{target.name}.tmp"
+    try:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
+        for name, entries in tensors.items():
+            metadata = {"format": "pt"}  # what from_pretrained looks for
+            save_file(dict(entries), building / f"{name}.safetensors", metadata=metadata)
+        for name, text in texts.items():
+            (building / f"{name}.json").write_text(json.dumps(text, indent=1))
+        files = {path.name: _describe(path) for path in sorted(building.iterdir())}
+        (building / _MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
+        for path in [*building.iterdir(), building]:
+            _flush(path)
+        if target.exists():  # of this step and this run, or it would not have got here
+            shutil.rmtree(target)
+        building.rename(target)
+        _flush(output_dir)
+    except Exception as error:
+        shutil.rmtree(building, ignore_errors=True)
+        kept = [path.name for path in find_checkpoints(output_dir)]
+        message = (
+            f"{target.name} could not be written to {str(output_dir)!r} ({error}); "
+            + (f"{kept[0]} is intact" if kept else "there is no earlier checkpoint")
+        )
+        raise OSError(getattr(error, "errno", None), message) from error
+    return target
+
+
+def find_checkpoints(output_dir: Path) -> list[Path]:
+    """Return the checkpoints in a folder, newest first, whole or not."""
+    found = [
+        (int(match[1]), path)
+        for path in output_dir.glob(f"{_PREFIX}*")
+        if (match := re.fullmatch(rf"{_PREFIX}(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest_whole(output_dir: Path) -> Path | None:
+    """Return the newest checkpoint that is as it was written; name each damaged one in a warning.
+
+    Raises:
+        ValueError: If there are checkpoints and all are damaged.
+    """
+    found = find_checkpoints(output_dir)
+    for path in found:
+        damage = next(find_damage(path), None)
+        if damage is None:
+            return path
+        logger.warning("%s is damaged and passed over: %s", path.name, damage)
+    if found:
+        message = (
+            f"all checkpoints in {str(output_dir)!r} are damaged ({', '.join(p.name for p in found)}); "
+            "delete them to start again"
+        )
+        raise ValueError(message)
+    return None
+
+
+def find_damage(checkpoint: Path) -> Iterator[str]:
+    """Yield what is wrong with a checkpoint: each file that is not as the manifest says."""
+    try:
+        files = json.loads((checkpoint / _MANIFEST).read_text())["files"]
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        yield f"{_MANIFEST} cannot be read ({error or type(error).__name__})"
+        return
+    for name in sorted({path.name for path in checkpoint.iterdir()} - {_MANIFEST, *expected}):
+        yield f"{name} is not in the manifest"
+    for name, (size, digest) in expected.items():
+        path = checkpoint / name
+        # A manifest from elsewhere must not lead out of the folder.
+        if Path(name).name != name or path.is_symlink():
+            yield f"{name!r} is not a plain file of the checkpoint"
+        elif not path.is_file():
+            yield f"{name} is missing"
+        elif path.stat().st_size != size:
+            yield f"{name} has {path.stat().st_size} bytes, {size} were written"
+        elif _hash(path) != digest:
+            yield f"{name} is not what was written (its hash differs)"
+
+
+def read_tensors(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
+    """Read the tensors of an entry."""
+    return load_file(checkpoint / f"{name}.safetensors")
+
+
+def read_text(checkpoint: Path, name: str) -> Any:
+    """Read the JSON of an entry."""
+    return json.loads((checkpoint / f"{name}.json").read_text())
+
+
+def prune(output_dir: Path, *, keep: int | None, also: int | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints and the one of step `also`."""
+    if keep is None:
+        return
+    for path in find_checkpoints(output_dir)[keep:]:
+        if path.name != f"{_PREFIX}{also}":
+            # Out of the way first, so that a kill in the middle leaves no half checkpoint.
+            rubbish = path.rename(path.with_name(f".{path.name}.old"))
+            shutil.rmtree(rubbish, ignore_errors=True)
+
+
+def clear(output_dir: Path, *, checkpoints: bool) -> None:
+    """Remove what a killed run left half done and, where asked, the checkpoints of an earlier run."""
+    for path in [*output_dir.glob(f".{_PREFIX}*.tmp"), *output_dir.glob(f".{_PREFIX}*.old")]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in find_checkpoints(output_dir) if checkpoints else []:
+        if (path / _MANIFEST).exists():
+            shutil.rmtree(path)
+
+
+def split_state(state: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    """Take the tensors out of a nested state, for safetensors, and leave what JSON can hold.
+
+    Examples:
+        >>> split_state({"step": 3, "moments": {0: torch.zeros(2)}})
+        ({'moments.0': tensor([0., 0.])}, {'step': 3, 'moments': {'0': None}})
+    """
+    tensors: dict[str, torch.Tensor] = {}
+
+    def walk(value: Any, path: tuple[str, ...]) -> Any:
+        if isinstance(value, torch.Tensor):
+            tensors[".".join(path)] = value.detach().cpu().contiguous()
+            return None
+        if isinstance(value, Mapping):
+            return {str(key): walk(each, (*path, str(key))) for key, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [walk(each, (*path, str(place))) for place, each in enumerate(value)]
+        return value
+
+    return tensors, walk(state, ())
+
+
+def join_state(tensors: Mapping[str, torch.Tensor], rest: Any) -> Any:
+    """Undo `split_state`, but for tuples, which are lists, and keys, which are whole numbers again.
+
+    Examples:
+        >>> join_state(*split_state({"moments": {0: torch.zeros(2)}}))
+        {'moments': {0: tensor([0., 0.])}}
+    """
+
+    def walk(value: Any, path: tuple[str, ...]) -> Any:
+        if (name := ".".join(path)) in tensors:
+            return tensors[name]
+        if isinstance(value, dict):
+            return {
+                int(key) if key.isdigit() else key: walk(each, (*path, key))
+                for key, each in value.items()
+            }
+        if isinstance(value, list):
+            return [walk(each, (*path, str(place))) for place, each in enumerate(value)]
+        return value
+
+    return walk(rest, ())
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": _hash(path)}
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk; a rename before that could outlive its content."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

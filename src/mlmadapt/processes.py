@@ -1,0 +1,115 @@
+"""What several processes need to stay in step.
+
+Collective calls wait for every process, so a process that fails alone leaves the others waiting until a
+time-out of half an hour. What one process checks, all hear of.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from mlmadapt.batches import Batch
+from mlmadapt.prediction import SparsePrediction, masked_logits
+
+logger = logging.getLogger(__name__)
+
+
+def check_launcher(accelerator: Accelerator) -> None:
+    """Notice a launcher that asked for several processes of which each believes to be alone.
+
+    Raises:
+        RuntimeError: If the launcher started several, which would overwrite each other's files.
+    """
+    if accelerator.num_processes > 1:
+        return
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked > 1:
+        message = (
+            f"the launcher started {asked} processes (WORLD_SIZE), but each trains alone; on a "
+            "machine without an accelerator set ACCELERATE_USE_CPU=1"
+        )
+        raise RuntimeError(message)
+    if "MASTER_ADDR" in os.environ and os.environ.get("ACCELERATE_USE_CPU") in ("True", "true", "1"):
+        logger.warning(
+            "one process trains alone: 'accelerate launch --cpu' starts one, whatever --num_processes "
+            "says; use ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N"
+        )
+
+
+def on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> None:
+    """Do something once; an error of the main process is raised by every process."""
+    errors: list[Exception | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001  # raised below, on all processes
+            errors[0] = error
+    if accelerator.num_processes > 1:
+        broadcast_object_list(errors)
+    if errors[0] is not None:
+        raise errors[0]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether a model was given to FSDP2's ``fully_shard``."""
+    return any(isinstance(each, DTensor) for each in model.parameters())
+
+
+def synchronize(
+    accelerator: Accelerator, model: nn.Module, *, now: bool
+) -> AbstractContextManager[object]:
+    """Average gradients over the processes after this backward pass, or put it off."""
+    if is_sharded(model):
+        model.set_requires_gradient_sync(now)  # type: ignore[operator]  # FSDPModule's
+        return nullcontext()
+    context: AbstractContextManager[object] = nullcontext() if now else accelerator.no_sync(model)
+    return context
+
+
+def freeze_unused(
+    model: nn.Module, probe: Batch, sparse: SparsePrediction | None, accelerator: Accelerator
+) -> list[nn.Parameter]:
+    """Freeze parameters that get no gradient (poolers, mostly), for which DDP would wait in vain."""
+    if accelerator.num_processes == 1 or is_sharded(model):
+        return []
+    _zero_backward(model, probe, sparse, accelerator, backward=torch.Tensor.backward)
+    unused = [each for each in model.parameters() if each.requires_grad and each.grad is None]
+    for parameter in unused:
+        parameter.requires_grad_(False)  # noqa: FBT003  # torch's signature
+    model.zero_grad()
+    return unused
+
+
+def settle_buckets(
+    model: nn.Module, probe: Batch, sparse: SparsePrediction | None, accelerator: Accelerator
+) -> None:
+    """Let DDP rebuild its buckets before the first step.
+
+    It does so once, after the first backward pass, which changes the order of sums: with three
+    processes and more, the first step after a resume would differ in the last bits.
+    """
+    if accelerator.num_processes == 1 or is_sharded(model):
+        return
+    for _ in range(2):
+        _zero_backward(model, probe, sparse, accelerator, backward=accelerator.backward)
+    model.zero_grad()
+
+
+def _zero_backward(
+    model: nn.Module,
+    probe: Batch,
+    sparse: SparsePrediction | None,
+    accelerator: Accelerator,
+    *,
+    backward: Callable[[torch.Tensor], None],
+) -> None:
+    inputs = {name: values.to(accelerator.device) for name, values in probe.items()}
+    positions = inputs.pop("labels") != -100
+    backward(masked_logits(model, inputs, positions, sparse).sum() * 0)

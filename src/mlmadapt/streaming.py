@@ -1,0 +1,40 @@
+"""Training rows that come one after another, from a dataset without a length.
+
+The order is the stream's own. Each process reads the whole stream and takes its share of every step,
+so that the rows of a step are the same on any number of processes; to resume, the rows of finished steps
+are read and passed over, which is exact for shuffle buffers too (their `state_dict` loses rows).
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from mlmadapt.batches import Batch, BatchPlan, epoch_collator
+from mlmadapt.freezing import DataCollator
+
+
+def streaming_batches(
+    dataset: Iterable[dict[str, Any]],
+    plan: BatchPlan,
+    data_collator: DataCollator,
+    *,
+    epoch: int,
+    start: int = 0,
+) -> Iterator[list[Batch]]:
+    """Yield for each optimizer step of one pass over the stream the batches of this process."""
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)
+    collate = epoch_collator(data_collator, seed=plan.seed, epoch=epoch)
+    rows = enumerate(dataset)
+    if start:
+        # Passed over here and now; nothing is left if the stream has become shorter.
+        next(islice(rows, start * plan.rows_per_step, start * plan.rows_per_step), None)
+    while step := list(islice(rows, plan.rows_per_step)):
+        passes = math.ceil(len(step) / (plan.batch_size * plan.world))
+        mine = step[plan.rank :: plan.world]
+        shares = [mine[place::passes] for place in range(passes)]
+        yield [
+            collate([(index, True, row) for index, row in share] or [(step[0][0], False, step[0][1])])
+            for share in shares
+        ]

@@ -1,9 +1,10 @@
-"""Adapt masked language models to a domain.
+r"""Adapt masked language models to a domain.
 
 The blocks, in the order data flows through them::
 
-    documents -> tokenize_with_word_ids -> group_texts -> WholeWordMaskingCollator -> accelerate_train
-                                                   \\-> insert_random_mask -> evaluate_mlm
+    documents -> tokenize_with_word_ids -> group_texts -> WholeWordMaskingCollator
+                                                   \             -> accelerate_train
+                                                    \-> insert_random_mask -> evaluate_mlm
 
 Everything public is importable from here and loaded on first use: ``import mlmadapt`` loads neither
 torch nor transformers, which take seconds.
@@ -56,8 +57,7 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return import_module("importlib.metadata").version("mlmadapt")
     if name not in _HOME:
-        message = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(message)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # Kept in the module, so that the second look-up is an ordinary one.
     globals()[name] = value = getattr(import_module(f"mlmadapt.{_HOME[name]}"), name)
     return value

@@ -153,11 +153,10 @@ def _collate_foreign(
         rows = [{name: copy(values) for name, values in row.items()} for _, _, row in items]
         batch: Mapping[str, Any] = collator(rows)
     if "labels" not in batch:
-        message = (
+        raise ValueError(
             f"data_collator returned {list(batch)}; it must return 'labels' with -100 where nothing "
             "is to be predicted"
         )
-        raise ValueError(message)
     tensors = {name: torch.as_tensor(batch[name]) for name in batch if name != "word_ids"}
     return _fill(items, tensors)
 

@@ -1,9 +1,9 @@
 """Checkpoints that are whole or not there at all.
 
-A checkpoint is written under another name, listed in a manifest with the size and hash of each file,
-flushed to the disk and only then renamed; older ones are removed after that. A run killed at any
-moment leaves the previous checkpoint as it was. Nothing is pickled: tensors are safetensors, the rest is
-JSON, so that a checkpoint from elsewhere can at worst be refused.
+A checkpoint is written under another name, listed in a manifest with the size and hash of each
+file, flushed to the disk and only then renamed; older ones are removed after that. A run killed at
+any moment leaves the previous checkpoint as it was. Nothing is pickled: tensors are safetensors,
+the rest is JSON, so that a checkpoint from elsewhere can at worst be refused.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -58,9 +58,8 @@ def write_checkpoint(
     except Exception as error:
         shutil.rmtree(building, ignore_errors=True)
         kept = [path.name for path in find_checkpoints(output_dir)]
-        message = (
-            f"{target.name} could not be written to {str(output_dir)!r} ({error}); "
-            + (f"{kept[0]} is intact" if kept else "there is no earlier checkpoint")
+        message = f"{target.name} could not be written to {str(output_dir)!r} ({error}); " + (
+            f"{kept[0]} is intact" if kept else "there is no earlier checkpoint"
         )
         raise OSError(getattr(error, "errno", None), message) from error
     return target
@@ -76,6 +75,16 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+def choose(output_dir: Path, wanted: str | Literal[True]) -> Path | None:
+    """Return the checkpoint that ``resume_from_checkpoint`` asks for; None if there is none yet."""
+    if wanted is True:
+        return newest_whole(output_dir)
+    damage = next(find_damage(Path(wanted)), None)
+    if damage is not None:
+        raise ValueError(f"resume_from_checkpoint is {wanted!r}, which is damaged: {damage}")
+    return Path(wanted)
+
+
 def newest_whole(output_dir: Path) -> Path | None:
     """Return the newest checkpoint that is as it was written; name each damaged one in a warning.
 
@@ -89,11 +98,10 @@ def newest_whole(output_dir: Path) -> Path | None:
             return path
         logger.warning("%s is damaged and passed over: %s", path.name, damage)
     if found:
-        message = (
-            f"all checkpoints in {str(output_dir)!r} are damaged ({', '.join(p.name for p in found)}); "
-            "delete them to start again"
+        raise ValueError(
+            f"all checkpoints in {str(output_dir)!r} are damaged "
+            f"({', '.join(path.name for path in found)}); delete them to start again"
         )
-        raise ValueError(message)
     return None
 
 
@@ -142,7 +150,7 @@ def prune(output_dir: Path, *, keep: int | None, also: int | None = None) -> Non
 
 
 def clear(output_dir: Path, *, checkpoints: bool) -> None:
-    """Remove what a killed run left half done and, where asked, the checkpoints of an earlier run."""
+    """Remove what a killed run left half done and, where asked, an earlier run's checkpoints."""
     for path in [*output_dir.glob(f".{_PREFIX}*.tmp"), *output_dir.glob(f".{_PREFIX}*.old")]:
         shutil.rmtree(path, ignore_errors=True)
     for path in find_checkpoints(output_dir) if checkpoints else []:
@@ -205,7 +213,7 @@ def _hash(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk; a rename before that could outlive its content."""
+    """Wait until a file or folder is on the disk; a rename before that could outlive it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

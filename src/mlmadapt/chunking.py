@@ -1,8 +1,9 @@
 """Documents of any length to rows of one length.
 
-Every batch of documents is one long line of tokens, cut every `chunk_size` tokens. On Arrow tables that
-is a question of offsets alone: the tokens stay where they are. Word numbers are the one column that
-is written anew, since each document counts its words from 0 and a chunk can hold several documents.
+Every batch of documents is one long line of tokens, cut every `chunk_size` tokens. On Arrow tables
+that is a question of offsets alone: the tokens stay where they are. Word numbers are the one column
+that is written anew, since each document counts its words from 0 and a chunk can hold several
+documents.
 """
 
 import logging
@@ -32,10 +33,10 @@ def group_texts(
     """Join a batch of tokenized documents and cut it into rows of `chunk_size` tokens.
 
     For ``dataset.map(group_texts, batched=True)``. What is left after the last whole chunk is lost
-    once a **batch**: with `map`'s 1,000 documents that is 0.02 % of IMDb at 128 tokens a chunk, with
-    10 short documents it can be everything. ``batch_size=None`` makes one pass of the whole dataset;
-    ``remainder="keep"`` keeps every token. What is dropped is counted and logged, at first as a
-    warning; a batch of which nothing is left warns.
+    once a **batch**: with `map`'s 1,000 documents that is 0.02 % of IMDb at 128 tokens a chunk,
+    with 10 short documents it can be everything. ``batch_size=None`` makes one pass of the whole
+    dataset; ``remainder="keep"`` keeps every token. What is dropped is counted and logged, at first
+    as a warning; a batch of which nothing is left warns.
 
     Args:
         examples: A batch of token columns: a dict of lists, or a ``pyarrow.Table`` (datasets with
@@ -47,12 +48,12 @@ def group_texts(
 
     Returns:
         The same columns as a batch of the same kind, rows of shape ``(chunk_size,)``. ``word_ids``
-        count from 0 in each row, and no two words of a row share a number; a word cut by the end of a
-        row is a word in both.
+        count from 0 in each row, and no two words of a row share a number; a word cut by the end of
+        a row is a word in both.
 
     Raises:
-        ValueError: If `chunk_size` or `remainder` is out of range, a column is not a column of tokens,
-            or columns differ in length.
+        ValueError: If `chunk_size` or `remainder` is out of range, a column is not a column of
+            tokens, or columns differ in length.
 
     Examples:
         >>> documents = {"input_ids": [[5, 6, 7], [8, 9]], "word_ids": [[0, 0, 1], [0, 1]]}
@@ -66,27 +67,24 @@ def group_texts(
     if remainder not in ("drop", "keep"):
         message = f"remainder is {remainder!r}; it must be 'drop' or 'keep'"
         raise ValueError(message)
-    is_table = isinstance(examples, pa.Table)
-    names = list(examples.column_names if is_table else examples)
+    batch: Any = examples
+    is_table = isinstance(batch, pa.Table)
+    names = list(batch.column_names if is_table else batch)
     if labels and "input_ids" not in names:
         message = (
             f"labels=True copies 'input_ids', but the columns are {names}; tokenize first, or pass "
             "labels=False"
         )
         raise ValueError(message)
-    lengths = _common_lengths(
-        {
-            name: _table_lengths(name, examples[name]) if is_table else _lengths(name, examples[name])
-            for name in names
-        }
-    )
+    measure = _table_lengths if is_table else _lengths
+    lengths = _common_lengths({name: measure(name, batch[name]) for name in names})
     total = int(lengths.sum())
     kept = total if remainder == "keep" else total - total % chunk_size
     _account(len(lengths), total, kept, chunk_size)
 
     group = _group_column if is_table else _group_rows
     result = {
-        name: group(examples[name], lengths, chunk_size, kept, words=name == "word_ids")
+        name: group(batch[name], lengths, chunk_size, kept, words=name == "word_ids")
         for name in names
     }
     if labels and "labels" not in result:
@@ -105,12 +103,12 @@ def _group_rows(
     *,
     words: bool,
 ) -> list[list[Any]]:
-    if rows and isinstance(rows[0], np.ndarray):
-        flat = np.concatenate(rows).tolist()
-    else:
-        flat = list(chain.from_iterable(rows))
+    # Arrays and tensors, by any library, to the numbers that lists hold.
+    as_lists = (row.tolist() if hasattr(row, "tolist") else row for row in rows)
+    flat = list(chain.from_iterable(as_lists))
     if words:
-        numbers = np.array([-1 if word is None else word for word in flat], np.int64)
+        # Arrow takes None for null; Python would look at every token.
+        numbers = pa.array(flat, pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
         flat = _number_words(numbers, lengths, chunk_size, kept).tolist()
     return [flat[start : min(start + chunk_size, kept)] for start in range(0, kept, chunk_size)]
 
@@ -128,6 +126,8 @@ def _group_column(
     if words:
         flat = pa.chunked_array(pieces, value_type).fill_null(-1).to_numpy().astype(np.int64)
         numbers = _number_words(flat, lengths, chunk_size, kept)
+        if value_type != pa.int32():  # numbers up to `chunk_size` do not fit every type
+            value_type = pa.int64()
         pieces = [pa.array(numbers, value_type)]
     list_type = pa.large_list if pa.types.is_large_list(column.type) else pa.list_
     return pa.chunked_array(
@@ -173,7 +173,7 @@ def _lay_rows(
 def _number_words(
     word_ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], chunk_size: int, kept: int
 ) -> npt.NDArray[np.int64]:
-    """Number the words of each row from 0: a new one where the id changes, a document or a row begins."""
+    """Number the words of each row from 0, a new one where the id changes or a document begins."""
     word_ids = word_ids[:kept]
     begins = np.ones(kept, bool)
     begins[1:] = word_ids[1:] != word_ids[:-1]
@@ -190,7 +190,7 @@ def _number_words(
 
 def _lengths(name: str, rows: Any) -> npt.NDArray[np.int64]:
     for row_type in set(map(type, rows)):
-        if issubclass(row_type, (str, bytes)) or not hasattr(row_type, "__len__"):
+        if issubclass(row_type, (str, bytes, Mapping)) or not hasattr(row_type, "__len__"):
             row = next(i for i, value in enumerate(rows) if type(value) is row_type)
             _refuse_column(name, f"row {row} is {rows[row]!r:.40}, a {row_type.__name__}")
     return np.fromiter(map(len, rows), np.int64, len(rows))
@@ -203,7 +203,8 @@ def _table_lengths(name: str, column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
     if column.null_count:
         row = pc.index(column.is_null(), value=True).as_py()
         _refuse_column(name, f"row {row} is None")
-    return pc.list_value_length(column).to_numpy().astype(np.int64)
+    lengths: npt.NDArray[np.int64] = pc.list_value_length(column).to_numpy().astype(np.int64)
+    return lengths
 
 
 def _refuse_column(name: str, seen: str) -> None:

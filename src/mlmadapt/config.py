@@ -16,8 +16,8 @@ class TrainingConfig:
     Args:
         output_dir: Folder of the final model.
         overwrite: Train into an `output_dir` that holds another run; its checkpoints are removed.
-        resume_from_checkpoint: True for the newest whole checkpoint in `output_dir` (from the start,
-            where there is none), or the folder of one.
+        resume_from_checkpoint: True for the newest whole checkpoint in `output_dir` (from the
+            start, where there is none), or the folder of one.
         num_train_epochs: Passes over the training rows; a part of one is allowed.
         max_steps: Optimizer steps; above 0 it takes the place of `num_train_epochs`.
         per_device_train_batch_size: Rows a process and forward pass.
@@ -29,13 +29,14 @@ class TrainingConfig:
         max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
         lr_scheduler_type: A name that `transformers.get_scheduler` takes.
         warmup_steps: Optimizer steps of warm-up; below 1, their share of all steps.
-        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; None leaves it to ``accelerate launch``.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; None leaves it to ``accelerate
+            launch``.
         seed: Decides order, masks (unless the collator has a seed of its own) and dropout.
-        eval_strategy: Evaluate each ``"epoch"``, every `eval_steps` ``"steps"``, or at the ends only
-            (``"no"``).
+        eval_strategy: Evaluate each ``"epoch"``, every `eval_steps` ``"steps"``, or at the ends
+            only (``"no"``).
         eval_steps: Optimizer steps between evaluations, with ``eval_strategy="steps"``.
-        save_strategy: Write a checkpoint each ``"epoch"``, every `save_steps` ``"steps"``, or only when
-            interrupted (``"no"``).
+        save_strategy: Write a checkpoint each ``"epoch"``, every `save_steps` ``"steps"``, or only
+            when interrupted (``"no"``).
         save_steps: Optimizer steps between checkpoints, with ``save_strategy="steps"``.
         save_total_limit: Checkpoints to keep, the best one not counted; None keeps all.
         load_best_model_at_end: Save the model of the best evaluation, by the loss of the first set,
@@ -44,8 +45,8 @@ class TrainingConfig:
         gradient_checkpointing: Compute activations again in the backward pass: less memory, about
             a third more time.
         logging_steps: Optimizer steps between entries of the history and the trackers.
-        report_to: Trackers by their names in Accelerate: ``"tensorboard"``, ``"trackio"``, ``"wandb"``,
-            several with commas, or ``"none"``.
+        report_to: Trackers by their names in Accelerate: ``"tensorboard"``, ``"trackio"``,
+            ``"wandb"``, several with commas, or ``"none"``.
         dataloader_num_workers: Processes that collate ahead; 0 collates in the training process.
         disable_tqdm: Show no progress bar.
 
@@ -105,7 +106,9 @@ class TrainingConfig:
         self._require("dataloader_num_workers", self.dataloader_num_workers >= 0, "0 or more")
         self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
         self._require(
-            "max_steps", self.max_steps == -1 or self.max_steps > 0, "above 0, or -1 for whole epochs"
+            "max_steps",
+            self.max_steps == -1 or self.max_steps > 0,
+            "above 0, or -1 for whole epochs",
         )
         for name in ("eval_strategy", "save_strategy"):
             known = getattr(self, name) in ("no", "epoch", "steps")
@@ -120,19 +123,19 @@ class TrainingConfig:
         from transformers import SchedulerType  # noqa: PLC0415  # a second to load
 
         schedules = [each.value for each in SchedulerType]
-        self._require("lr_scheduler_type", self.lr_scheduler_type in schedules, f"one of {schedules}")
+        self._require(
+            "lr_scheduler_type", self.lr_scheduler_type in schedules, f"one of {schedules}"
+        )
 
     def _check_best(self) -> None:
         together = self.eval_strategy == self.save_strategy != "no"
         if not together or (self.eval_strategy == "steps" and self.save_steps != self.eval_steps):
-            message = (
-                f"load_best_model_at_end needs a checkpoint at each evaluation, but eval_strategy is "
-                f"{self.eval_strategy!r} (eval_steps {self.eval_steps}) and save_strategy "
+            raise ValueError(
+                "load_best_model_at_end needs a checkpoint at each evaluation, but eval_strategy "
+                f"is {self.eval_strategy!r} (eval_steps {self.eval_steps}) and save_strategy "
                 f"{self.save_strategy!r} (save_steps {self.save_steps}); make them equal"
             )
-            raise ValueError(message)
 
     def _require(self, name: str, holds: bool, requirement: str) -> None:  # noqa: FBT001
         if not holds:
-            message = f"{name} is {getattr(self, name)!r}; it must be {requirement}"
-            raise ValueError(message)
+            raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {requirement}")

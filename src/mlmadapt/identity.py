@@ -61,7 +61,8 @@ def check_same_run(stored: Mapping[str, Any], given: Mapping[str, Any], *, check
     """Check that a checkpoint belongs to the run that wants to continue it.
 
     Raises:
-        ValueError: If anything that decides the outcome differs; each field is named with both values.
+        ValueError: If anything that decides the outcome differs; each field is named with both
+            values.
 
     Examples:
         >>> check_same_run({"seed": 1}, {"seed": 2}, checkpoint="checkpoint-5")
@@ -75,11 +76,10 @@ def check_same_run(stored: Mapping[str, Any], given: Mapping[str, Any], *, check
         if stored.get(name) != value
     ]
     if differences:
-        message = (
+        raise ValueError(
             f"{checkpoint} is of another run: {'; '.join(differences)}; resume with the same "
             "settings, or start anew with overwrite=True"
         )
-        raise ValueError(message)
 
 
 def _describe_collator(data_collator: Any) -> str:

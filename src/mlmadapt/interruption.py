@@ -1,7 +1,7 @@
 """Leaving a run in good order when asked to.
 
-Schedulers send SIGTERM some seconds before they kill, people press Ctrl-C. Either is noted and acted
-upon between two steps, when a checkpoint can be written; a second one acts at once.
+Schedulers send SIGTERM some seconds before they kill, people press Ctrl-C. Either is noted and
+acted upon between two steps, when a checkpoint can be written; a second one acts at once.
 """
 
 import signal
@@ -15,9 +15,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interruption:
     """Notes SIGTERM and Ctrl-C inside a ``with`` block.
 
-    At its end, or when `leave` is called, the process leaves with the usual code: 143 after SIGTERM,
-    `KeyboardInterrupt` (130) after Ctrl-C. Signals belong to the main thread; in another one
-    nothing is noted.
+    At its end, or when `leave` is called, the process leaves with the usual code: 143 after
+    SIGTERM, `KeyboardInterrupt` (130) after Ctrl-C. Signals belong to the main thread; in another
+    one nothing is noted.
 
     Examples:
         >>> with Interruption() as interruption:

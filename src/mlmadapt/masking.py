@@ -2,25 +2,28 @@
 
 A mask is a hash, not a draw: each row's tokens give a key, the key and a word's place in the row
 give the numbers that decide about the word. Nothing is remembered between calls, so batch size,
-order, padding, workers, processes and an interruption cannot change a mask. The whole batch is
-hashed at once, in time and memory linear in its tokens.
+order, padding, workers, processes and an interruption cannot change a mask. All rows of a batch are
+hashed at once, laid end to end, in time and memory linear in their tokens.
 
-The hash is splitmix64's finaliser over a counter (Steele, Lea and Flood, OOPSLA 2014), the scheme of
-counter-based generators (Salmon et al., SC 2011).
+The hash is splitmix64's finaliser over a counter (Steele, Lea and Flood, OOPSLA 2014), the scheme
+of counter-based generators (Salmon et al., SC 2011).
 """
 
+import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, fields
+from itertools import pairwise
 from multiprocessing.context import get_spawning_popen
-from typing import TYPE_CHECKING, Any, Literal
+from multiprocessing.sharedctypes import RawValue
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from mlmadapt.padding import Features, pad_features
+from mlmadapt.padding import Features, join_rows, pad_rows, to_columns
 from mlmadapt.seeding import derive_key, hash_counters, hash_rows, to_unit
 from mlmadapt.tokenization import special_token_ids
 
@@ -37,34 +40,36 @@ Floats = npt.NDArray[np.float64]
 class WholeWordMaskingCollator:
     """Collate rows into a batch whose words are masked as a whole.
 
-    The defaults are those of the Hugging Face course: 20 % of words, always the mask token. Every row
-    that has a word has at least one target, so that no batch has a NaN loss; rows of few words are
-    therefore masked somewhat more often than `wwm_probability` says (rows of 100 words: never seen,
-    rows of one word: always).
+    The defaults are those of the Hugging Face course: 20 % of words, always the mask token. Every
+    row that has a word has at least one target, so that no batch has a NaN loss; rows of few words
+    are therefore masked somewhat more often than `wwm_probability` says (of rows of 10 words one in
+    9 gets its word that way, of rows of 100 one in 5 thousand million).
 
     With a `seed`, a mask depends on (seed, epoch, tokens of the row) alone. Call `set_epoch` before
-    each epoch, or every epoch has the masks of epoch 0; workers see it too, persistent ones included.
-    `Trainer` does not call it (see the how-to page); ``seed=None`` needs no call.
+    each epoch, or every epoch has the masks of epoch 0; DataLoader workers see it too, persistent
+    ones included. `Trainer` does not call it (see the how-to page); ``seed=None`` needs no call.
 
     Args:
         tokenizer: The tokenizer that made the rows; it needs a mask token.
         wwm_probability: Share of words to predict, in [0, 1].
         mask_replace_prob: Share of these words that become the mask token, in [0, 1].
-        random_replace_prob: Share of these words that become random tokens, in [0, 1]; never special,
-            added or unused tokens. The rest is kept: 0.8 and 0.1 are BERT's 80/10/10, by word.
+        random_replace_prob: Share of these words that become random tokens, in [0, 1]; never
+            special, added or unused tokens. The rest is kept: 0.8 and 0.1 are BERT's 80/10/10, by
+            word.
         budget: ``"bernoulli"`` decides each word by itself; ``"exact"`` gives each row its share of
             words, rounded up or down at random without bias.
         word_weights: Makes some words likelier targets at the same overall rate: a weight for each
             token id, shape ``(vocabulary,)`` (a word has the mean of its tokens), or a callable from
-            a word's text to its weight. 0 or more; 1 is nothing special.
-        seed: A seed of its own, or None to follow ``torch.manual_seed`` and `set_seed`, one number
-            drawn from torch's global generator a batch.
+            a word's text to its weight. 0 or more; only ratios within a row matter. A word of
+            weight 0 is never a target, unless all words of its row weigh 0.
+        seed: A seed of its own, or None to follow ``torch.manual_seed`` and `set_seed`: one number
+            a batch is drawn from torch's global generator.
         pad_to_multiple_of: Pad rows to a multiple of this many tokens.
         return_tensors: ``"pt"`` or ``"np"``.
 
     Raises:
-        ValueError: If the tokenizer has no mask token or an argument is out of range; at the call, if
-            a row has no ``word_ids`` or a column is not one number a token.
+        ValueError: If the tokenizer has no mask token or an argument is out of range; at the call,
+            if a row has no ``word_ids`` or a column is not one number a token.
 
     Source:
         Devlin et al. 2019 (80/10/10); Cui et al. 2019, arXiv:1906.08101 (whole words).
@@ -95,27 +100,27 @@ class WholeWordMaskingCollator:
     def __post_init__(self) -> None:
         for name in ("wwm_probability", "mask_replace_prob", "random_replace_prob"):
             if not 0 <= getattr(self, name) <= 1:
-                message = f"{name} is {getattr(self, name)!r}; it must be a probability in [0, 1]"
-                raise ValueError(message)
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it must be a probability in [0, 1]"
+                )
         # A hair of tolerance, since 0.9 + 0.1 need not be 1 in binary.
         if self.mask_replace_prob + self.random_replace_prob > 1 + 1e-9:
-            message = (
+            raise ValueError(
                 f"mask_replace_prob {self.mask_replace_prob} and random_replace_prob "
                 f"{self.random_replace_prob} sum to more than 1; what is left of 1 is kept as it is"
             )
-            raise ValueError(message)
         _check_choice("budget", self.budget, ("bernoulli", "exact"))
         _check_choice("return_tensors", self.return_tensors, ("pt", "np"))
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
-            message = f"pad_to_multiple_of is {self.pad_to_multiple_of}; it must be 1 token or more"
-            raise ValueError(message)
+            raise ValueError(
+                f"pad_to_multiple_of is {self.pad_to_multiple_of}; it must be 1 token or more"
+            )
         if self.tokenizer.mask_token_id is None:
-            message = (
+            raise ValueError(
                 f"tokenizer {type(self.tokenizer).__name__} ({self.tokenizer.name_or_path!r}) has no "
                 "mask token; use the tokenizer of a masked language model, or set "
                 "tokenizer.mask_token"
             )
-            raise ValueError(message)
         self.__setstate__({"_epoch": 0})
 
     def __call__(
@@ -126,171 +131,204 @@ class WholeWordMaskingCollator:
         All have shape ``(batch, sequence)``; ``labels`` is -100 where nothing is to be predicted. A
         column ``labels`` of the rows is not used, and the rows are not changed.
         """
+        return_tensors = return_tensors or self.return_tensors
+        _check_choice("return_tensors", return_tensors, ("pt", "np"))
         if self.seed is None:
             key = int(torch.randint(2**63 - 1, ()))
         else:
-            key = derive_key(self.seed, "mask", int(self._epoch))
+            key = derive_key(self.seed, "mask", self._epoch.value)
         batch = self.collate(features, key=key)
-        return_tensors = return_tensors or self.return_tensors
-        _check_choice("return_tensors", return_tensors, ("pt", "np"))
         if return_tensors == "np":
             return dict(batch)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the masks of an epoch, as samplers choose their order."""
-        self._epoch[0] = epoch
+        if self._owner != os.getpid():
+            # A training process of several that were handed one collator: each counts for itself.
+            self._epoch, self._owner = RawValue("q", 0), os.getpid()
+        self._epoch.value = epoch
 
     def collate(self, features: Features, *, key: int) -> dict[str, Ints]:
         """Collate rows into arrays whose masks depend on (`key`, tokens of the row) alone."""
-        for row, feature in enumerate(features):
-            if feature.get("word_ids") is None:
-                message = (
-                    f"feature {row} has no 'word_ids', only {list(feature)}; tokenize with "
-                    "tokenize_with_word_ids, and pass remove_unused_columns=False to Trainer"
-                )
-                raise ValueError(message)
-        batch = pad_features(
-            [{name: row[name] for name in row if name != "labels"} for row in features],
-            self.tokenizer,
-            pad_to_multiple_of=self.pad_to_multiple_of,
+        masked, lengths = self.mask(to_columns(features), key=key)
+        return pad_rows(
+            masked, lengths, self.tokenizer, pad_to_multiple_of=self.pad_to_multiple_of
         )
-        tokens, word_ids = batch["input_ids"], batch.pop("word_ids")
-        self._check_ids(tokens)
-        is_real = batch["attention_mask"] != 0
-        is_text = is_real & (word_ids >= 0) & ~self._is_special[tokens]
-        if "special_tokens_mask" in batch:
-            is_text &= batch.pop("special_tokens_mask") == 0
-        row_keys = hash_rows(tokens, is_real, key)
-        chosen, fate, word_of_token = self._choose_words(tokens, word_ids, is_text, row_keys)
 
-        is_target = is_text.copy()
-        is_target[is_text] = chosen[word_of_token]
-        fates = np.full(tokens.shape, 1.0)
-        fates[is_text] = fate[word_of_token]
-        is_masked = is_target & (fates < self.mask_replace_prob)
-        is_replaced = is_target & ~is_masked
-        is_replaced &= fates < self.mask_replace_prob + self.random_replace_prob
-        batch["labels"] = np.where(is_target, tokens, -100)
-        batch["input_ids"] = np.where(is_masked, self.tokenizer.mask_token_id, tokens)
-        if is_replaced.any():
-            row, place = np.nonzero(is_replaced)
-            draws = hash_counters(row_keys[row] ^ _REPLACEMENT, np.cumsum(is_real, axis=1)[row, place])
-            batch["input_ids"][is_replaced] = self._pool[draws % np.uint64(len(self._pool))]
-        return batch
+    def mask(self, columns: Mapping[str, Any], *, key: int) -> tuple[dict[str, Ints], Ints]:
+        """Mask rows given as columns; return them joined, with their lengths, as `join_rows` does."""
+        for row, words in enumerate(columns.get("word_ids", [None])):
+            if words is None:
+                raise ValueError(
+                    f"row {row} of the batch has no 'word_ids' (columns: {list(columns)}); tokenize "
+                    "with tokenize_with_word_ids, and pass remove_unused_columns=False to Trainer"
+                )
+        masked, lengths = join_rows(
+            {name: rows for name, rows in columns.items() if name != "labels"}
+        )
+        tokens, word_ids = masked["input_ids"], masked.pop("word_ids")
+        self._check_ids(tokens, lengths)
+        is_real = masked.setdefault("attention_mask", np.ones_like(tokens)) != 0
+        is_text = is_real & (word_ids >= 0) & ~self._is_special[tokens]
+        if "special_tokens_mask" in masked:
+            is_text &= masked.pop("special_tokens_mask") == 0
+        masked["input_ids"], masked["labels"] = tokens.copy(), np.full_like(tokens, -100)
+        # Padding that is in the rows already plays no part.
+        places = np.flatnonzero(is_real)
+        bounds = np.searchsorted(places, np.cumsum([0, *lengths]))
+        for rows in _blocks(bounds):
+            block = places[rows[0]:rows[-1]]
+            targets, instead = self._choose_tokens(
+                tokens[block], word_ids[block], is_text[block], rows - rows[0], key
+            )
+            targets = block[targets]
+            masked["labels"][targets] = tokens[targets]
+            masked["input_ids"][targets] = instead
+        return masked, lengths
+
+    def _choose_tokens(
+        self, tokens: Ints, word_ids: Ints, is_text: Bools, bounds: Ints, key: int
+    ) -> tuple[Ints, Ints]:
+        """Return which tokens of some rows are targets, and what stands there instead."""
+        first, size = _find_words(word_ids, is_text, bounds)
+        words_in_row = np.diff(np.searchsorted(first, bounds))
+        self._warn_if_collapsed(size, words_in_row)
+        weights = self._weigh_words(tokens[is_text], size, words_in_row)
+        row_keys = hash_rows(tokens, bounds, key)
+        chosen, fate = self._choose_words(words_in_row, row_keys, weights)
+
+        size = size[chosen]
+        targets = np.arange(size.sum()) + np.repeat(first[chosen] - np.cumsum(size) + size, size)
+        fate = np.repeat(fate, size)
+        instead = tokens[targets]
+        instead[fate < self.mask_replace_prob] = self.tokenizer.mask_token_id
+        is_random = fate >= self.mask_replace_prob
+        is_random &= fate < self.mask_replace_prob + self.random_replace_prob
+        if is_random.any():
+            replaced = targets[is_random]
+            row = np.searchsorted(bounds, replaced, side="right") - 1
+            draws = hash_counters(row_keys[row] ^ _REPLACEMENT, replaced - bounds[row])
+            instead[is_random] = self._pool[draws % np.uint64(len(self._pool))]
+        return targets, instead
 
     def _choose_words(
-        self, tokens: Ints, word_ids: Ints, is_text: Bools, row_keys: Hashes
-    ) -> tuple[Bools, Floats, Ints]:
-        """Return for each word whether it is a target and its fate in [0, 1), and each token's word."""
-        # A word is a run of one number: also where two documents or a chunk's edge meet.
-        begins = is_text.copy()
-        begins[:, 1:] &= ~(is_text[:, :-1] & (word_ids[:, 1:] == word_ids[:, :-1]))
-        word_of_token = np.cumsum(begins[is_text]) - 1
-        row_of_word, _ = np.nonzero(begins)
-        counts = np.bincount(row_of_word, minlength=len(tokens))
-        self._warn_if_collapsed(is_text, counts)
-        firsts = np.cumsum(counts) - counts
-        place_in_row = np.arange(len(row_of_word)) - firsts[row_of_word]
+        self, words_in_row: Ints, row_keys: Hashes, weights: Floats | None
+    ) -> tuple[Ints, Floats]:
+        """Return the words that are targets, and the fate in [0, 1) of each."""
+        rows = len(words_in_row)
+        row_of_word = np.repeat(np.arange(rows), words_in_row)
+        first_of_row = np.cumsum(words_in_row) - words_in_row
+        place = np.arange(len(row_of_word)) - first_of_row[row_of_word]
         keys = row_keys[row_of_word]
-        draw = to_unit(hash_counters(keys, 2 * place_in_row))
-        fate = to_unit(hash_counters(keys, 2 * place_in_row + 1))
-        if self.word_weights is None:
-            weights = None
-            urgency = draw  # the smaller, the sooner a target
-        else:
-            weights = self._weigh_words(tokens[is_text], word_of_token, row_of_word, counts)
-            # Exponential races: who finishes first is chosen in proportion to its weight.
-            with np.errstate(divide="ignore"):
+        urgency = draw = to_unit(hash_counters(keys, 2 * place))
+        if weights is not None:
+            # An exponential race: who comes first is chosen in proportion to its weight.
+            with np.errstate(divide="ignore", invalid="ignore"):
                 urgency = -np.log1p(-draw) / weights
 
         if self.budget == "exact":
-            share = self.wwm_probability * counts
-            rounding = to_unit(hash_counters(row_keys, np.full(len(tokens), -1)))
+            share = self.wwm_probability * words_in_row
+            rounding = to_unit(hash_counters(row_keys, np.full(rows, -1)))
             quota = np.maximum(np.floor(share) + (rounding < share % 1), 1)
-            order = np.lexsort((urgency, row_of_word))
-            rank = np.empty_like(place_in_row)
-            rank[order] = place_in_row
-            chosen = (rank < quota[row_of_word]) & np.isfinite(urgency)
+            rank = np.empty_like(place)
+            rank[np.lexsort((urgency, row_of_word))] = place
+            is_chosen = (rank < quota[row_of_word]) & np.isfinite(urgency)
         elif weights is None:
-            chosen = draw < self.wwm_probability
+            is_chosen = draw < self.wwm_probability
         else:
-            chosen = draw < _spread_rate(self.wwm_probability, weights, row_of_word, counts)
-        without = (counts > 0) & (np.bincount(row_of_word, chosen, len(tokens)) == 0)
+            rates = _spread_rate(self.wwm_probability, weights, row_of_word, words_in_row)
+            is_chosen = draw < rates
+        without = (words_in_row > 0) & (np.bincount(row_of_word[is_chosen], minlength=rows) == 0)
         if without.any():
-            soonest = np.full(len(tokens), np.inf)
-            soonest[counts > 0] = np.minimum.reduceat(urgency, firsts[counts > 0])
-            chosen |= without[row_of_word] & (urgency == soonest[row_of_word])
-        return chosen, fate, word_of_token
+            soonest = np.full(rows, np.inf)
+            has_words = words_in_row > 0
+            soonest[has_words] = np.minimum.reduceat(urgency, first_of_row[has_words])
+            is_chosen |= without[row_of_word] & (urgency == soonest[row_of_word])
 
-    def _weigh_words(
-        self, tokens: Ints, word_of_token: Ints, row_of_word: Ints, counts: Ints
-    ) -> Floats:
-        """Return a weight a word; a row whose words all weigh nothing is weighed evenly."""
+        chosen = np.flatnonzero(is_chosen)
+        return chosen, to_unit(hash_counters(keys[chosen], 2 * place[chosen] + 1))
+
+    def _weigh_words(self, tokens: Ints, size: Ints, words_in_row: Ints) -> Floats | None:
+        """Return a weight a word, the heaviest of each row 1; words that all weigh 0 weigh 1."""
+        if self.word_weights is None or not size.size:
+            return None
         if callable(self.word_weights):
-            sizes = np.bincount(word_of_token)
-            words = np.split(tokens, np.cumsum(sizes)[:-1])
+            words = np.split(tokens, np.cumsum(size)[:-1])
             weights = np.array([self._weight_of(tuple(word.tolist())) for word in words])
         else:
-            weights = np.bincount(word_of_token, self._token_weights[tokens])
-            weights /= np.bincount(word_of_token)
-        is_nothing = np.bincount(row_of_word, weights, len(counts)) == 0
-        weights[is_nothing[row_of_word]] = 1
-        return weights
+            word_of_token = np.repeat(np.arange(len(size)), size)
+            weights = np.bincount(word_of_token, self._token_weights[tokens]) / size
+        has_words = words_in_row > 0
+        firsts = (np.cumsum(words_in_row) - words_in_row)[has_words]
+        heaviest = np.repeat(np.maximum.reduceat(weights, firsts), words_in_row[has_words])
+        return np.divide(weights, heaviest, out=np.ones_like(weights), where=heaviest > 0)
 
     def _weight_of(self, word: tuple[int, ...]) -> float:
         if word not in self._weight_cache:
-            text = self.tokenizer.decode(word).strip()
-            weight = self.word_weights(text)  # type: ignore[operator, misc]
+            text = str(self.tokenizer.decode(list(word))).strip()
+            given = cast("Callable[[str], Any]", self.word_weights)(text)
+            try:
+                weight = float(given)
+            except (TypeError, ValueError):
+                weight = np.nan
             if not 0 <= weight < np.inf:
-                message = f"word_weights({text!r}) is {weight!r}; a weight must be finite and 0 or more"
-                raise ValueError(message)
-            self._weight_cache[word] = float(weight)
+                raise ValueError(
+                    f"word_weights({text!r}) is {given!r}; a weight must be a finite number, 0 or more"
+                )
+            self._weight_cache[word] = weight
         return self._weight_cache[word]
 
-    def _check_ids(self, tokens: Ints) -> None:
+    def _check_ids(self, tokens: Ints, lengths: Ints) -> None:
         size = len(self._is_special)
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < size:
-            row = int(np.flatnonzero(((tokens < 0) | (tokens >= size)).any(axis=1))[0])
-            message = (
-                f"feature {row} has token ids from {tokens[row].min()} to {tokens[row].max()}, but the "
-                f"tokenizer had {size} tokens when this collator was made; use the tokenizer that made "
-                "the rows, and make the collator after adding tokens"
+            place = np.flatnonzero((tokens < 0) | (tokens >= size))[0]
+            row = np.searchsorted(np.cumsum(lengths), place, side="right")
+            raise ValueError(
+                f"row {row} of the batch has token id {tokens[place]}, but the tokenizer had ids 0 to "
+                f"{size - 1} when this collator was made; use the tokenizer that made the rows, and "
+                "make the collator after adding tokens"
             )
-            raise ValueError(message)
 
-    def _warn_if_collapsed(self, is_text: Bools, counts: Ints) -> None:
-        sizes = is_text.sum(axis=1)
-        collapsed = np.flatnonzero((counts == 1) & (sizes >= _LONGEST_PLAUSIBLE_WORD))
-        if collapsed.size and not self._warned:
+    def _warn_if_collapsed(self, size: Ints, words_in_row: Ints) -> None:
+        # A mean over the row, since a single word can be as long as it likes.
+        if self._warned or size.max(initial=0) < _TOO_LONG:
+            return
+        row_of_word = np.repeat(np.arange(len(words_in_row)), words_in_row)
+        tokens_in_row = np.bincount(row_of_word, size, len(words_in_row)).astype(np.int64)
+        collapsed = np.flatnonzero(tokens_in_row >= _TOO_LONG * np.maximum(words_in_row, 1))
+        if collapsed.size:
             self._warned = True
-            row = int(collapsed[0])
+            row = collapsed[0]
             warnings.warn(
-                f"feature {row} is one word of {sizes[row]} tokens, which is masked as a whole: its "
-                "word_ids come from a tokenizer that does not split words. Tokenize with "
-                "tokenize_with_word_ids, and pass word_boundaries for a language without spaces",
+                f"row {row} of the batch has {words_in_row[row]} word(s) in {tokens_in_row[row]} "
+                "tokens, each masked as a whole: its word_ids come from a tokenizer that does not "
+                "split words. Tokenize with tokenize_with_word_ids, and pass word_boundaries for a "
+                "language without spaces",
                 stacklevel=5,
             )
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what `__setstate__` makes, so that equal collators have equal fingerprints."""
         state = {each.name: getattr(self, each.name) for each in fields(self)}
-        # Only a worker that is being started can share the epoch; a copy has its own.
-        starts_worker = get_spawning_popen() is not None
-        return {**state, "_epoch": self._epoch if starts_worker else int(self._epoch)}
+        if get_spawning_popen() is None:
+            return {**state, "_epoch": self._epoch.value}  # a copy has its own epoch
+        return {**state, "_epoch": self._epoch, "_owner": self._owner}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make the look-up tables, and the epoch in memory that persistent workers share."""
         self.__dict__.update(state)
-        if isinstance(self._epoch, int):
-            self._epoch = torch.tensor([self._epoch]).share_memory_()
+        if isinstance(state["_epoch"], int):
+            self._epoch, self._owner = RawValue("q", state["_epoch"]), os.getpid()
         size = max(self.tokenizer.get_vocab().values()) + 1
         self._is_special = np.zeros(size, bool)
         self._is_special[list(special_token_ids(self.tokenizer))] = True
         self._pool = _replacement_pool(self.tokenizer)
         if self.random_replace_prob and not self._pool.size:
-            message = "random_replace_prob is above 0, but the tokenizer has no ordinary tokens to draw"
-            raise ValueError(message)
+            raise ValueError(
+                f"random_replace_prob is {self.random_replace_prob}, but the tokenizer has no token to "
+                "draw that is not special, added or unused; set it to 0"
+            )
         self._token_weights = self._read_weights(size)
         self._weight_cache: dict[tuple[int, ...], float] = {}
         self._warned = False
@@ -300,51 +338,75 @@ class WholeWordMaskingCollator:
             return np.empty(0)
         weights = np.asarray(self.word_weights, np.float64)
         if weights.shape != (size,):
-            message = (
+            raise ValueError(
                 f"word_weights has shape {weights.shape}; it must be ({size},), a weight for each "
                 "token id of the tokenizer"
             )
-            raise ValueError(message)
         wrong = np.flatnonzero(~((weights >= 0) & (weights < np.inf)))
         if wrong.size or not weights.any():
-            seen = f"{weights[wrong[0]]} for token {wrong[0]}" if wrong.size else "0 for every token"
-            message = f"word_weights is {seen}; weights must be finite, 0 or more, and not all 0"
-            raise ValueError(message)
+            seen = f"{weights[wrong[0]]} for token {wrong[0]}" if wrong.size else "0 for all tokens"
+            raise ValueError(
+                f"word_weights is {seen}; weights must be finite, 0 or more, and not all 0"
+            )
         return weights
 
 
-# A row of this many tokens in one word is no word but a tokenizer that does not split.
-_LONGEST_PLAUSIBLE_WORD = 32
+# So many tokens a word, over a whole row, come from a tokenizer that does not split words.
+_TOO_LONG = 32
+_BLOCK = 8192  # tokens
 # Keeps the draws of replacements apart from those of words.
 _REPLACEMENT = np.uint64(0x6A09E667F3BCC909)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        message = f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}"
-        raise ValueError(message)
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
 
 
 def _replacement_pool(tokenizer: "PreTrainedTokenizerBase") -> Ints:
     """Return the ids of ordinary tokens: not special, not added, not reserved as unused."""
     left_out = special_token_ids(tokenizer) | set(tokenizer.added_tokens_decoder)
     is_unused = re.compile(r"[\[<]unused_?\d+[\]>]").fullmatch
-    return np.array(
-        sorted(i for token, i in tokenizer.get_vocab().items() if i not in left_out and not is_unused(token)),
-        np.int64,
+    ids = (
+        token_id
+        for token, token_id in tokenizer.get_vocab().items()
+        if token_id not in left_out and not is_unused(token)
     )
+    return np.array(sorted(ids), np.int64)
 
 
-def _spread_rate(rate: float, weights: Floats, row_of_word: Ints, counts: Ints) -> Floats:
+def _blocks(bounds: Ints) -> list[Ints]:
+    """Share rows out over blocks whose arrays stay in the processor's cache; return their bounds.
+
+    One block of all takes half again as long, most of it for fresh memory.
+    """
+    cuts = np.flatnonzero(np.diff(bounds[1:] // _BLOCK)) + 1
+    edges = [0, *cuts.tolist(), len(bounds) - 1]
+    return [bounds[a:b + 1] for a, b in pairwise(edges)]
+
+
+def _find_words(word_ids: Ints, is_text: Bools, bounds: Ints) -> tuple[Ints, Ints]:
+    """Return the first token and the size of each word: a run of one number within a row."""
+    starts_row = np.zeros(len(word_ids) + 1, bool)
+    starts_row[bounds] = True
+    is_same = is_text[1:] & is_text[:-1] & (word_ids[1:] == word_ids[:-1]) & ~starts_row[1:-1]
+    begins, ends = is_text.copy(), is_text.copy()
+    begins[1:] &= ~is_same
+    ends[:-1] &= ~is_same
+    first = np.flatnonzero(begins)
+    return first, np.flatnonzero(ends) - first + 1
+
+
+def _spread_rate(rate: float, weights: Floats, row_of_word: Ints, words_in_row: Ints) -> Floats:
     """Return a probability a word in proportion to its weight, `rate` on average over each row.
 
     None can pass 1: what a heavy word cannot take goes to the others of its row.
     """
+    rows = len(words_in_row)
     is_full = np.zeros(len(weights), bool)
     while True:
-        rows = len(counts)
         open_weight = np.bincount(row_of_word, weights * ~is_full, rows)
-        to_give = rate * counts - np.bincount(row_of_word, is_full, rows)
+        to_give = rate * words_in_row - np.bincount(row_of_word, is_full, rows)
         scale = np.divide(to_give, open_weight, out=np.zeros(rows), where=open_weight > 0)
         probability = np.where(is_full, 1.0, weights * scale[row_of_word])
         overfull = ~is_full & (probability > 1)

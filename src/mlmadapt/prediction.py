@@ -8,7 +8,8 @@ the same loss and the same gradients for less than a fifth of the head's time an
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -20,14 +21,21 @@ logger = logging.getLogger(__name__)
 
 
 def sparse_prediction(model: "PreTrainedModel") -> "SparsePrediction":
-    """Make `model` compute its vocabulary head on masked positions only, while training with labels.
+    """Make `model` compute its vocabulary head on masked positions only, in training with labels.
 
     The loss and the gradients are those of the full head. The logits of such a forward pass have
-    shape ``(1, masked, vocabulary)`` instead of ``(batch, sequence, vocabulary)``; without labels or
-    in evaluation mode nothing changes. Works in any loop, `Trainer` included.
+    shape ``(1, masked, vocabulary)`` in place of ``(batch, sequence, vocabulary)``; without labels
+    or in evaluation mode nothing changes. Works in any loop, `Trainer` included.
+
+    Gradient accumulation in `Trainer` is cured on the way. `Trainer` hands the model
+    ``num_items_in_batch``, the masked tokens of all accumulated batches, and adds up the losses;
+    most masked language models ignore it and return a mean, so that 4 accumulated batches give 4
+    times the loss and gradient. With the hooks, the loss is the sum over the masked tokens divided
+    by that number, and 0 for a batch without any (where the mean is NaN).
 
     Args:
-        model: A masked language model of transformers whose head works position by position.
+        model: A masked language model of transformers whose head works position by position, bare
+            or with adapters (PEFT); before it is wrapped for distribution.
 
     Returns:
         A handle with `remove`, which is a context manager too.
@@ -37,7 +45,7 @@ def sparse_prediction(model: "PreTrainedModel") -> "SparsePrediction":
             (whose labels are shifted), and models whose encoder cannot be told from their head.
 
     Source:
-        Liu et al. 2019 (fairseq's masked_lm criterion); the hooks were tried on 36 architectures.
+        Liu et al. 2019 (fairseq's masked_lm criterion); transformers#47688.
 
     Examples:
         >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
@@ -51,17 +59,42 @@ def sparse_prediction(model: "PreTrainedModel") -> "SparsePrediction":
     return SparsePrediction(model)
 
 
+class _Masked(NamedTuple):
+    """The masked positions of a forward pass.
+
+    Attributes:
+        shape: ``(batch, sequence)``.
+        indices: Of shape ``(masked,)``, into batch times sequence.
+        num_items: Masked tokens that the loss is to be divided by; None leaves it a mean.
+    """
+
+    shape: torch.Size
+    indices: torch.Tensor
+    num_items: torch.Tensor | int | None = None
+
+    @classmethod
+    def of(cls, positions: torch.Tensor, num_items: torch.Tensor | int | None = None) -> "_Masked":
+        # The only wait for the device; indexing with booleans twice would wait twice.
+        return cls(positions.shape, positions.flatten().nonzero().squeeze(1), num_items)
+
+
 class SparsePrediction:
-    """The hooks that gather masked positions, and the handle that `sparse_prediction` returns."""
+    """The hooks that gather masked positions, and the handle that `sparse_prediction` returns.
+
+    They stay out of `torch.compile`, since how many positions are masked is not known before the
+    batch is: encoder and head become a graph each, and only the head's takes varying shapes.
+    """
 
     def __init__(self, model: "PreTrainedModel") -> None:
         _check_architecture(model)
-        self._positions: torch.Tensor | None = None
+        # By thread, since `DataParallel` calls replicas with the same hooks at the same time.
+        self._masked: dict[int, _Masked] = {}
+        self._asked: _Masked | None = None
         self._hooks = [
             model.register_forward_pre_hook(self._take_labels, with_kwargs=True),
             # Runs after a failed forward pass too, so that it leaves nothing behind.
-            model.register_forward_hook(self._forget, always_call=True),
-            model.base_model.register_forward_hook(self._gather),
+            model.register_forward_hook(self._scale_loss, always_call=True),
+            _unwrap(model).base_model.register_forward_hook(self._gather),
         ]
 
     def remove(self) -> None:
@@ -78,42 +111,100 @@ class SparsePrediction:
 
     @contextmanager
     def at(self, positions: torch.Tensor) -> Iterator[None]:
-        """Predict at `positions` (bool, ``(batch, sequence)``) in the next forward pass, in any mode."""
-        self._positions = positions
+        """Predict at `positions` (bool, ``(batch, sequence)``) inside the block, in any mode."""
+        self._asked = _Masked.of(positions)
         try:
             yield
         finally:
-            self._positions = None
+            self._asked = None
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _take_labels(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._masked.pop(get_ident(), None)
         labels = kwargs.get("labels")
         if labels is None or not model.training:
             return None
-        self._positions = labels != -100
-        return args, {**kwargs, "labels": labels[self._positions][None]}
+        # Kept from the model: the few that know it would divide by it themselves.
+        num_items = kwargs.get("num_items_in_batch")
+        masked = self._masked[get_ident()] = _Masked.of(labels != -100, num_items)
+        kwargs = {name: kwargs[name] for name in kwargs if name != "num_items_in_batch"}
+        return args, {**kwargs, "labels": labels.flatten()[masked.indices][None]}
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _gather(self, encoder: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002  # torch's signature
-        if self._positions is None:
+        masked = self._asked or self._masked.get(get_ident())
+        if masked is None:
             return None
         hidden = output[0]
-        if hidden.shape[:2] != self._positions.shape:
-            message = (
+        if hidden.shape[:2] != masked.shape:
+            raise ValueError(
                 f"the encoder {type(encoder).__name__} returned hidden states of shape "
-                f"{tuple(hidden.shape)} for labels of shape {tuple(self._positions.shape)}; its head "
-                "does not work position by position: remove() sparse_prediction"
+                f"{tuple(hidden.shape)} for labels of shape {tuple(masked.shape)}; its head does "
+                "not work position by position: train without sparse_prediction"
             )
-            raise ValueError(message)
-        gathered = hidden[self._positions][None]
+        # Indexing in brackets takes 5 times as long, most of it backward.
+        gathered = hidden.flatten(0, 1).index_select(0, masked.indices.to(hidden.device))[None]
         if isinstance(output, tuple):
             return (gathered, *output[1:])
         output = type(output)(output)
         output[next(iter(output))] = gathered
         return output
 
-    def _forget(self, model: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002  # torch's signature
-        self._positions = None
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _scale_loss(self, model: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002  # torch's signature
+        masked = self._masked.pop(get_ident(), None)
+        if masked is None or masked.num_items is None or output is None:
+            return None
+        name = 0 if isinstance(output, tuple) else "loss"
+        # A mean over the masked tokens, of nothing where there are none.
+        loss = output[name] if len(masked.indices) else output[name].nan_to_num(nan=0.0)
+        loss = loss * len(masked.indices) / _count(masked.num_items, loss.device)
+        if isinstance(output, tuple):
+            return (loss, *output[1:])
+        output[name] = loss
+        return output
+
+
+def try_sparse(
+    model: "PreTrainedModel", probe: Mapping[str, torch.Tensor]
+) -> SparsePrediction | None:
+    """Return the model's sparse head if it gives what the full head gives on a few rows of a batch.
+
+    Where it does not, a warning says so and the full head is used: slower, and as exact.
+    """
+    inputs = {name: values[:4].to(model.device) for name, values in probe.items()}
+    positions = inputs.pop("labels") != -100
+    sparse = None
+    try:
+        with evaluation_mode(model):
+            full = masked_logits(model, inputs, positions, None)
+            sparse = SparsePrediction(model)
+            gathered = masked_logits(model, inputs, positions, sparse)
+        # Wide enough for 16 bits; a head that is not position-wise is off by far more.
+        if gathered.shape == full.shape and (gathered - full).norm() <= 0.05 * full.norm():
+            return sparse
+        reason = "its head does not work position by position"
+    except ValueError as error:
+        reason = str(error)
+    if sparse is not None:
+        sparse.remove()
+    logger.warning("%s runs with its full head, more slowly: %s", type(model).__name__, reason)
+    return None
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch off dropout and gradients inside the block; each module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
 
 
 def masked_logits(
@@ -131,9 +222,9 @@ def masked_logits(
         sparse: The model's handle, or None to compute all logits and pick.
     """
     if sparse is None:
-        return model(**inputs).logits[positions].float()
+        return _logits(model(**inputs))[positions].float()
     with sparse.at(positions):
-        logits: torch.Tensor = model(**inputs).logits
+        logits = _logits(model(**inputs))
     return logits.flatten(0, 1).float()
 
 
@@ -145,12 +236,15 @@ def masked_lm_loss(
     `Trainer` 5.x multiplies loss and gradient by the number of accumulated batches for BERT,
     DistilBERT, RoBERTa and most other masked language models, and averages batches rather than
     tokens. This divides the summed loss by the masked tokens of the whole accumulation window.
+    `sparse_prediction` does the same for less; with both, `Trainer` takes this one, since it keeps
+    the labels from the model, and the full head is computed.
 
     Args:
-        outputs: The model's output, with logits of shape ``(batch, sequence, vocabulary)``.
+        outputs: The model's output, with logits of shape ``(batch, sequence, vocabulary)``, or of
+            the masked positions only, as `sparse_prediction` leaves them.
         labels: Token ids of shape ``(batch, sequence)``, -100 where nothing is to be predicted.
-        num_items_in_batch: Masked tokens of the window over all processes, as `Trainer` counts them;
-            None takes those of `labels`.
+        num_items_in_batch: Masked tokens of the window over all processes, as `Trainer` counts
+            them; None takes those of `labels`.
 
     Returns:
         The loss, a scalar in nats a token; 0 where nothing is masked.
@@ -164,14 +258,30 @@ def masked_lm_loss(
         >>> masked_lm_loss(outputs, torch.tensor([[-100, 2, -100]]), num_items_in_batch=2)
         tensor(0.6931)
     """
-    logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-    summed = nn.functional.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="sum"
-    )
-    if num_items_in_batch is None:
-        num_items_in_batch = (labels != -100).sum()
-    count = torch.as_tensor(num_items_in_batch, device=summed.device)
-    return summed / count.clamp(min=1)
+    logits = _logits(outputs)
+    masked = _Masked.of(labels != -100)
+    rows = logits.flatten(0, -2)
+    if logits.shape[:-1] == labels.shape:
+        rows = rows.index_select(0, masked.indices)
+    targets = labels.flatten()[masked.indices]
+    summed = nn.functional.cross_entropy(rows.float(), targets, reduction="sum")
+    count = len(targets) if num_items_in_batch is None else num_items_in_batch
+    return summed / _count(count, summed.device)
+
+
+def _count(num_items: torch.Tensor | int, device: torch.device) -> torch.Tensor:
+    """Return a divisor; under `DataParallel`, `Trainer` gives the count once a device."""
+    return torch.as_tensor(num_items, device=device).sum().clamp(min=1)
+
+
+def _logits(outputs: Any) -> torch.Tensor:
+    logits: torch.Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+    return logits
+
+
+def _unwrap(model: Any) -> Any:
+    """Return the model below PEFT's adapters, whose own forward pass goes around its hooks."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _check_architecture(model: "PreTrainedModel") -> None:
@@ -180,20 +290,20 @@ def _check_architecture(model: "PreTrainedModel") -> None:
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
-    name = type(model).__name__
+    bare = _unwrap(model)
+    names = {ancestor.__name__ for ancestor in type(bare).__mro__}
     reason = None
-    if getattr(model.config, "is_encoder_decoder", False):
+    if getattr(bare, "base_model", bare) is bare:
+        reason = "has no base_model below its head"
+    elif bare.config.is_encoder_decoder:
         reason = "is an encoder-decoder, whose labels belong to the decoder"
-    elif (
-        name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        and name not in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    elif not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) and names.isdisjoint(
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
     ):
         reason = "is a causal language model, which shifts its labels"
-    elif model.base_model is model:
-        reason = "has no base_model below its head"
     if reason is not None:
-        message = (
-            f"model {name} {reason}; sparse_prediction needs an encoder with a prediction head, such "
-            "as AutoModelForMaskedLM gives for BERT or ModernBERT. Train it with its full head"
+        raise ValueError(
+            f"model {type(bare).__name__} {reason}; sparse_prediction needs an encoder with a "
+            "prediction head, such as AutoModelForMaskedLM gives for BERT or ModernBERT. Train it "
+            "with its full head"
         )
-        raise ValueError(message)

@@ -1,7 +1,7 @@
 """What several processes need to stay in step.
 
-Collective calls wait for every process, so a process that fails alone leaves the others waiting until a
-time-out of half an hour. What one process checks, all hear of.
+Collective calls wait for every process, so a process that fails alone leaves the others waiting
+until a time-out of half an hour. What one process checks, all hear of.
 """
 
 import logging
@@ -31,15 +31,18 @@ def check_launcher(accelerator: Accelerator) -> None:
         return
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked > 1:
-        message = (
+        raise RuntimeError(
             f"the launcher started {asked} processes (WORLD_SIZE), but each trains alone; on a "
             "machine without an accelerator set ACCELERATE_USE_CPU=1"
         )
-        raise RuntimeError(message)
-    if "MASTER_ADDR" in os.environ and os.environ.get("ACCELERATE_USE_CPU") in ("True", "true", "1"):
+    if "MASTER_ADDR" in os.environ and os.environ.get("ACCELERATE_USE_CPU") in (
+        "True",
+        "true",
+        "1",
+    ):
         logger.warning(
-            "one process trains alone: 'accelerate launch --cpu' starts one, whatever --num_processes "
-            "says; use ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N"
+            "one process trains alone: 'accelerate launch --cpu' starts one, whatever "
+            "--num_processes says; use ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N"
         )
 
 
@@ -76,7 +79,7 @@ def synchronize(
 def freeze_unused(
     model: nn.Module, probe: Batch, sparse: SparsePrediction | None, accelerator: Accelerator
 ) -> list[nn.Parameter]:
-    """Freeze parameters that get no gradient (poolers, mostly), for which DDP would wait in vain."""
+    """Freeze parameters that get no gradient (poolers, mostly): DDP would wait for one in vain."""
     if accelerator.num_processes == 1 or is_sharded(model):
         return []
     _zero_backward(model, probe, sparse, accelerator, backward=torch.Tensor.backward)

@@ -1,12 +1,13 @@
 """Training rows that come one after another, from a dataset without a length.
 
-The order is the stream's own. Each process reads the whole stream and takes its share of every step,
-so that the rows of a step are the same on any number of processes; to resume, the rows of finished steps
-are read and passed over, which is exact for shuffle buffers too (their `state_dict` loses rows).
+The order is the stream's own. Each process reads the whole stream and takes its share of every
+step, so that the rows of a step are the same on any number of processes; to resume, the rows of
+finished steps are read and passed over, which is exact for shuffle buffers too (their `state_dict`
+loses rows).
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -15,7 +16,7 @@ from mlmadapt.freezing import DataCollator
 
 
 def streaming_batches(
-    dataset: Iterable[dict[str, Any]],
+    dataset: Iterable[Mapping[str, Any]],
     plan: BatchPlan,
     data_collator: DataCollator,
     *,
@@ -35,6 +36,8 @@ def streaming_batches(
         mine = step[plan.rank :: plan.world]
         shares = [mine[place::passes] for place in range(passes)]
         yield [
-            collate([(index, True, row) for index, row in share] or [(step[0][0], False, step[0][1])])
+            collate(
+                [(index, True, row) for index, row in share] or [(step[0][0], False, step[0][1])]
+            )
             for share in shares
         ]

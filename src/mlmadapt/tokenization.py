@@ -2,16 +2,18 @@
 
 Whole-word masking needs to know which tokens belong together. Offsets do not tell (they include the
 space before a word on some tokenizers and not on others), and ``##`` is WordPiece's alone. The
-tokenizer's own ``word_ids()`` is right on every fast tokenizer that splits text into words first; on
-those that do not, and for languages without spaces, words come from the text itself.
+tokenizer's own ``word_ids()`` is right on every fast tokenizer that splits text into words first;
+on those that do not, and for languages without spaces, words come from the text itself.
 """
 
 import re
+import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import chain, pairwise
+from operator import index
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
@@ -26,6 +28,8 @@ Spans = Sequence[tuple[int, int]]
 WordBoundaries = Callable[[str], Spans]
 Batch = TypeVar("Batch", Mapping[str, Any], pa.Table)
 
+_WHITE_SPACE = "".join(filter(str.isspace, map(chr, range(0x3001))))  # there is none beyond
+
 
 def tokenize_with_word_ids(
     examples: Batch,
@@ -38,33 +42,36 @@ def tokenize_with_word_ids(
 
     For ``dataset.map(tokenize_with_word_ids, batched=True, fn_kwargs={"tokenizer": tokenizer},
     remove_columns=dataset.column_names)``. Nothing is truncated or padded, whatever the tokenizer's
-    file has baked in: chunking comes next, and a cut document would lose its end without a word. The
-    tokenizer is left as it was, so that a second run hits `map`'s cache.
+    file has baked in: chunking comes next, and a cut document would lose its end without a word.
+    The tokenizer is left as it was, so that a second run hits `map`'s cache.
 
-    Tokenizers that do not split text into words (byte-level ones without a pattern, some
-    SentencePiece ones) would make one "word" of each document; there, words are what stands between
-    white space in the text. A token that spans two words makes them one, since it cannot be masked
-    in part.
+    Where a tokenizer does not split at white space (byte-level ones without a pattern and some
+    SentencePiece ones at none, BERT not at a form feed), words are what stands between it in the
+    text; each document would be one "word" else. A token that spans two words makes them one, since
+    it cannot be masked in part.
 
     Args:
-        examples: A batch with a column of documents: a dict of lists, or a ``pyarrow.Table`` (datasets
-            with format "arrow"; about 5 % faster through `map`).
+        examples: A batch with a column of documents: a dict of lists, or a ``pyarrow.Table``
+            (datasets with format "arrow"; about 5 % faster through `map`).
         tokenizer: A fast tokenizer.
         text_column: The column with the documents.
         word_boundaries: Text to a list of ``(start, end)`` character spans, in order and not
-            overlapping: the tokens of one span are one word. For languages written without spaces, and
-            for units longer than a word (see `phrases`). Text outside all spans keeps its own words.
+            overlapping: the tokens of one span are one word. For languages written without spaces,
+            and for units longer than a word (see `phrases`). Text outside all spans keeps its own
+            words.
 
     Returns:
         The model's inputs by the tokenizer's names (``input_ids``, ``attention_mask``, and
         ``token_type_ids`` where the model has them), and ``word_ids``: an integer a token, rising
-        within a document, -1 for a token of no word. A dict with a list of arrays of shape
+        within a document, -1 for a token of no word: special tokens, and tokens of nothing but
+        white space where words come from white space. A dict with a list of arrays of shape
         ``(sequence,)`` a column, or a table, as the batch was.
 
     Raises:
-        TypeError: If the tokenizer is not a fast one, or a document is not a string.
-        ValueError: If the column is missing, or `word_boundaries` returns spans that overlap, run
-            backwards or leave the text.
+        TypeError: If the tokenizer is not a fast one, a document is not a string, or
+            `word_boundaries` returns something else than spans.
+        ValueError: If the column is missing, a document is not valid Unicode, or `word_boundaries`
+            returns spans that overlap, are empty, run backwards or leave the text.
 
     Examples:
         >>> from mlmadapt.testing import tiny_tokenizer
@@ -75,12 +82,15 @@ def tokenize_with_word_ids(
     """
     if not getattr(tokenizer, "is_fast", False):
         message = (
-            f"tokenizer is a {type(tokenizer).__name__}, which is not a fast tokenizer and does not know "
-            "its words; load one with AutoTokenizer.from_pretrained(...)"
+            f"tokenizer is a {type(tokenizer).__name__}, which is not a fast tokenizer and does "
+            "not know its words; load one with AutoTokenizer.from_pretrained(...)"
         )
         raise TypeError(message)
+    is_table = isinstance(examples, pa.Table)
     texts = _read_texts(examples, text_column)
-    backend: Tokenizer = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    # The tokenizer does so in each call of its own; a copy that was pickled has lost it.
+    backend.encode_special_tokens = tokenizer.split_special_tokens
     with _unlimited(backend):
         encodings = backend.encode_batch(texts)
 
@@ -100,24 +110,30 @@ def tokenize_with_word_ids(
     special = np.isin(columns["input_ids"], list(special_token_ids(tokenizer)))
     word_ids = np.where(special, -1, word_ids).astype(np.int32)
     is_text = word_ids >= 0
-    if not _splits_words(backend):
-        spans = _place_spans(texts, _whitespace_words)
-        nowhere = np.full_like(word_ids, -1)
-        word_ids = _words_of_spans(spans, encodings, is_text, outside=nowhere)
+    unsplit = _unsplit_white_space(backend)
+    rows = [row for row, text in enumerate(texts) if unsplit.search(text)]
+    if rows:
+        theirs = np.repeat(np.isin(np.arange(len(texts)), rows), lengths)
+        their_texts = [texts[row] for row in rows]
+        word_ids[theirs] = _words_of_spans(
+            _place_words(their_texts),
+            their_texts,
+            [encodings[row] for row in rows],
+            is_text[theirs],
+            own=word_ids[theirs],
+        )
     if word_boundaries is not None:
         spans = _place_spans(texts, word_boundaries)
-        word_ids = _words_of_spans(spans, encodings, is_text, outside=word_ids)
+        word_ids = _words_of_spans(spans, texts, encodings, is_text, outside=word_ids)
     columns["word_ids"] = word_ids
 
-    ends = np.cumsum(lengths)
-    if isinstance(examples, pa.Table):
+    ends: npt.NDArray[np.int64] = np.cumsum(lengths)
+    if is_table:
         offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
-        rows = [pa.ListArray.from_arrays(offsets, pa.array(flat)) for flat in columns.values()]
-        return cast("Batch", pa.table(rows, names=list(columns)))
+        lists = [pa.ListArray.from_arrays(offsets, pa.array(flat)) for flat in columns.values()]
+        return cast("Batch", pa.table(lists, names=list(columns)))
     cuts = list(pairwise([0, *ends.tolist()]))
-    return cast(
-        "Batch", {name: [flat[a:b] for a, b in cuts] for name, flat in columns.items()}
-    )
+    return cast("Batch", {name: [flat[a:b] for a, b in cuts] for name, flat in columns.items()})
 
 
 def phrases(units: Iterable[str], *, ignore_case: bool = True) -> WordBoundaries:
@@ -132,6 +148,7 @@ def phrases(units: Iterable[str], *, ignore_case: bool = True) -> WordBoundaries
         ignore_case: Match ``"new york"`` too.
 
     Raises:
+        TypeError: If the phrases are one string.
         ValueError: If a phrase holds no word.
 
     Source:
@@ -142,18 +159,24 @@ def phrases(units: Iterable[str], *, ignore_case: bool = True) -> WordBoundaries
         >>> boundaries("The New York Times is read in New  York.")
         [(4, 18), (30, 39)]
     """
-    known: dict[str, set[tuple[str, ...]]] = {}
+    if isinstance(units, str):
+        message = (
+            f"units is the string {units!r:.40}; it must be a list of phrases: [{units!r:.40}]"
+        )
+        raise TypeError(message)
+    known = set()
     for unit in units:
-        words = tuple(_fold(word, ignore_case=ignore_case) for word in _WORD.findall(unit))
+        words = _word().findall(unit)
         if not words:
             message = f"phrase {unit!r} holds no word; remove it from the list"
             raise ValueError(message)
-        known.setdefault(words[0], set()).add(words)
-    longest_first = {
-        first: sorted(group, key=lambda words: (-len(words), words))
-        for first, group in known.items()
-    }
-    return partial(_find_phrases, known=longest_first, ignore_case=ignore_case)
+        # One object a word: equal phrases have equal pickles, and so fingerprints, in any process.
+        known.add(tuple(sys.intern(w.casefold() if ignore_case else w) for w in words))
+    longest: dict[str, int] = {}
+    ordered = dict.fromkeys(sorted(known))
+    for phrase in ordered:
+        longest[phrase[0]] = max(len(phrase), longest.get(phrase[0], 0))
+    return partial(_find_phrases, known=ordered, longest=longest, ignore_case=ignore_case)
 
 
 def special_token_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
@@ -169,60 +192,68 @@ def special_token_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
         (True, False)
     """
     flagged = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    roles = {
-        getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "sep", "pad", "cls", "mask")
-    }
-    return ((flagged | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}) | (roles - {None})
+    names = ("bos", "eos", "sep", "pad", "cls", "mask")
+    roles = {getattr(tokenizer, f"{name}_token_id") for name in names} - {None}
+    return ((flagged | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}) | roles
 
 
-# A run of letters and digits, a character of a script without spaces, or a punctuation mark.
-_NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-_WORD = re.compile(rf"[{_NO_SPACES}]|(?:(?![{_NO_SPACES}])\w)+|[^\w\s]")
-
-
-def _fold(word: str, *, ignore_case: bool) -> str:
-    return word.casefold() if ignore_case else word
+@cache
+def _word() -> re.Pattern[str]:
+    """Match a run of letters, a character of a script without spaces, or a punctuation mark."""
+    no_spaces = (
+        "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+        "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+    )
+    # Combining marks and joiners, which are no letters to `re`, end no word.
+    characters = map(chr, range(0x300, 0x20000))
+    joined = "".join(c for c in characters if unicodedata.category(c)[0] == "M") + "\u200c\u200d"
+    return re.compile(rf"(?:(?![{no_spaces}])[\w{joined}])+|(?:[{no_spaces}]|[^\w\s])[{joined}]*")
 
 
 def _find_phrases(
-    text: str, *, known: dict[str, list[tuple[str, ...]]], ignore_case: bool
+    text: str,
+    *,
+    known: Mapping[tuple[str, ...], None],
+    longest: Mapping[str, int],
+    ignore_case: bool,
 ) -> list[tuple[int, int]]:
-    places = [(match.start(), match.end()) for match in _WORD.finditer(text)]
-    words = [_fold(text[start:end], ignore_case=ignore_case) for start, end in places]
+    places = [match.span() for match in _word().finditer(text)]
+    words = [text[start:end] for start, end in places]
+    if ignore_case:
+        words = [word.casefold() for word in words]
     spans, position = [], 0
     while position < len(words):
-        for phrase in known.get(words[position], ()):
-            if tuple(words[position : position + len(phrase)]) == phrase:
-                spans.append((places[position][0], places[position + len(phrase) - 1][1]))
-                position += len(phrase)
+        for length in range(longest.get(words[position], 0), 0, -1):
+            if tuple(words[position : position + length]) in known:
+                spans.append((places[position][0], places[position + length - 1][1]))
+                position += length
                 break
         else:
             position += 1
     return spans
 
 
-def _whitespace_words(text: str) -> list[tuple[int, int]]:
-    return [match.span() for match in re.finditer(r"\S+", text)]
-
-
-def _read_texts(examples: Mapping[str, Any] | pa.Table, text_column: str) -> list[str]:
-    is_table = isinstance(examples, pa.Table)
-    names = examples.column_names if is_table else list(examples)
+def _read_texts(batch: Any, text_column: str) -> list[str]:
+    is_table = isinstance(batch, pa.Table)
+    names = batch.column_names if is_table else list(batch)
     if text_column not in names:
         message = (
             f"text_column is {text_column!r}, but the columns are {names}; "
             "name the column with the documents"
         )
         raise ValueError(message)
-    column = examples[text_column]
-    if isinstance(column, str):
-        message = f"column {text_column!r} is one string, not a batch; call map with batched=True"
+    column = batch[text_column]
+    if column is None or isinstance(column, (str, bytes)):
+        message = (
+            f"column {text_column!r} is {column!r:.40}, not a batch of documents; "
+            "call map with batched=True"
+        )
         raise TypeError(message)
     texts = column.to_pylist() if is_table else list(column)
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             message = (
-                f"row {row} of column {text_column!r} in this batch is {text!r:.40}, a "
+                f"row {row} of column {text_column!r} in this batch is {text!r:.40}, of type "
                 f"{type(text).__name__}; each document must be a str: convert it, or drop it with "
                 "dataset.filter"
             )
@@ -231,8 +262,8 @@ def _read_texts(examples: Mapping[str, Any] | pa.Table, text_column: str) -> lis
             text.encode()
         except UnicodeEncodeError as error:
             message = (
-                f"row {row} of column {text_column!r} in this batch is not valid Unicode ({error}); "
-                "clean it with text.encode(errors='replace').decode()"
+                f"row {row} of column {text_column!r} in this batch is not valid Unicode "
+                f"({error}); clean it with text.encode(errors='replace').decode()"
             )
             raise ValueError(message) from None
     return texts
@@ -242,10 +273,8 @@ def _read_texts(examples: Mapping[str, Any] | pa.Table, text_column: str) -> lis
 def _unlimited(backend: "Tokenizer") -> Iterator[None]:
     """Lift truncation and padding, which a tokenizer.json can carry, and put them back."""
     truncation, padding = backend.truncation, backend.padding
-    if truncation is not None:
-        backend.no_truncation()
-    if padding is not None:
-        backend.no_padding()
+    backend.no_truncation()
+    backend.no_padding()
     try:
         yield
     finally:
@@ -255,12 +284,17 @@ def _unlimited(backend: "Tokenizer") -> Iterator[None]:
             backend.enable_padding(**padding)
 
 
-def _splits_words(backend: "Tokenizer") -> bool:
-    text = "one two"
-    if backend.normalizer is not None:
-        text = backend.normalizer.normalize_str(text)
-    pre_tokenizer = backend.pre_tokenizer
-    return pre_tokenizer is not None and len(pre_tokenizer.pre_tokenize_str(text)) > 1
+def _unsplit_white_space(backend: "Tokenizer") -> re.Pattern[str]:
+    """Match the white space at which the tokenizer begins no new word."""
+    normalizer, pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+
+    def splits(space: str) -> bool:
+        text = f"one{space}two"
+        text = text if normalizer is None else normalizer.normalize_str(text)
+        return pre_tokenizer is not None and len(pre_tokenizer.pre_tokenize_str(text)) > 1
+
+    unsplit = [space for space in _WHITE_SPACE if not splits(space)]
+    return re.compile(f"[{re.escape(''.join(unsplit))}]" if unsplit else r"(?!)")
 
 
 def _flat(
@@ -269,71 +303,98 @@ def _flat(
     return np.fromiter(chain.from_iterable(rows), dtype, int(lengths.sum()))
 
 
-@dataclass(frozen=True, slots=True)
-class _Spans:
-    """Character spans of a batch, laid on one line: each text begins where the last one ended."""
-
-    text_starts: npt.NDArray[np.int64]
-    starts: npt.NDArray[np.int64]
-    ends: npt.NDArray[np.int64]
+def _text_starts(texts: list[str]) -> npt.NDArray[np.int64]:
+    """Lay the texts on one line, with one character between two."""
+    return np.cumsum([0, *(len(text) + 1 for text in texts)])[:-1]
 
 
-def _place_spans(texts: list[str], word_boundaries: WordBoundaries) -> _Spans:
-    text_starts = np.cumsum([0, *map(len, texts)])[:-1]
-    placed = []
-    for row, text in enumerate(texts):
-        spans = np.array(word_boundaries(text), np.int64).reshape(-1, 2)
-        bounds = np.concatenate([[0], spans.ravel(), [len(text)]])
-        wrong = np.flatnonzero(np.diff(bounds) < 0)
-        empty = np.flatnonzero(spans[:, 0] >= spans[:, 1])
-        if wrong.size or empty.size:
-            place = min([*(wrong // 2), *empty], default=0)
-            span = tuple(spans[min(int(place), len(spans) - 1)].tolist())
+def _place_words(texts: list[str]) -> npt.NDArray[np.int64]:
+    """Return the spans between white space, of shape (words, 2), with the texts on one line."""
+    codes = np.frombuffer("\n".join(texts).encode("utf-32-le"), np.uint32)
+    is_space = np.isin(codes, [ord(space) for space in _WHITE_SPACE])
+    edges = np.flatnonzero(np.diff(~is_space, prepend=False, append=False))
+    return edges.reshape(-1, 2)
+
+
+def _place_spans(texts: list[str], word_boundaries: WordBoundaries) -> npt.NDArray[np.int64]:
+    """Return the spans of the user, of shape (spans, 2), with the texts on one line."""
+    placed = [np.empty((0, 2), np.int64)]
+    for row, (text, text_start) in enumerate(zip(texts, _text_starts(texts), strict=True)):
+        returned = word_boundaries(text)
+        try:
+            pairs = [(index(start), index(end)) for start, end in returned]
+        except (TypeError, ValueError) as error:
             message = (
-                f"word_boundaries returned span {span} for row {row} of this batch, a text of {len(text)} "
-                "characters; spans must be in order, not overlap, not be empty, and lie in the text"
+                f"word_boundaries returned {returned!r:.60} for row {row} of this batch; it must "
+                "return a list of (start, end) character positions"
+            )
+            raise TypeError(message) from error
+        spans = np.array(pairs, np.int64).reshape(-1, 2)
+        wrong = (spans[:, 0] >= spans[:, 1]) | (spans[:, 1] > len(text))
+        wrong |= spans[:, 0] < np.concatenate([[0], spans[:-1, 1]])[: len(spans)]
+        if wrong.any():
+            message = (
+                f"word_boundaries returned span {pairs[int(wrong.argmax())]} for row {row} of this "
+                f"batch, a text of {len(text)} characters; spans must be in order, not overlap, "
+                "not be empty, and lie in the text"
             )
             raise ValueError(message)
-        placed.append(spans + text_starts[row])
-    spans = np.concatenate(placed) if placed else np.empty((0, 2), np.int64)
-    return _Spans(text_starts, spans[:, 0], spans[:, 1])
+        placed.append(spans + text_start)
+    return np.concatenate(placed)
 
 
 def _words_of_spans(
-    spans: _Spans,
+    spans: npt.NDArray[np.int64],
+    texts: list[str],
     encodings: "list[Encoding]",
     is_text: npt.NDArray[np.bool_],
     *,
-    outside: npt.NDArray[np.int32],
+    outside: npt.NDArray[np.int32] | None = None,
+    own: npt.NDArray[np.int32] | None = None,
 ) -> npt.NDArray[np.int32]:
-    """Number words by the spans that tokens touch; tokens that touch none keep the words `outside`.
+    """Number words by the spans that tokens touch.
 
-    A token is placed by what it covers besides white space at its ends, since the space before a
-    word belongs to the token on some tokenizers and to none on others.
+    Tokens that touch none keep the words `outside`, or are of no word. Tokens of two `own` words
+    are apart even in one span. A token is placed by what it covers besides white space at its ends,
+    since the space before a word belongs to the token on some tokenizers and to none on others.
     """
     lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
     document = np.repeat(np.arange(len(encodings)), lengths)
     offsets = np.fromiter(
         chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings)),
         np.int64,
-        2 * len(outside),
+        2 * len(document),
     ).reshape(-1, 2)
-    starts = offsets[:, 0] + spans.text_starts[document]
-    # A token made by the normalizer can cover nothing; it stands at a character all the same.
-    ends = np.maximum(offsets[:, 1] + spans.text_starts[document], starts + 1)
-    first = np.searchsorted(spans.ends, starts, side="right")
-    last = np.searchsorted(spans.starts, ends, side="left") - 1
+    offsets += _text_starts(texts)[document, np.newaxis]
+    starts = offsets[:, 0]
+    # A token that is all trimmed away covers nothing; it stands at a character all the same.
+    ends = np.maximum(offsets[:, 1], starts + 1)
+    first = np.searchsorted(spans[:, 1], starts, side="right")
+    last = np.searchsorted(spans[:, 0], ends, side="left") - 1
     inside = is_text & (first <= last)
+    is_word = inside
 
     reached = np.maximum.accumulate(np.where(inside, last, -1))
-    reached_before = np.concatenate([[-1], reached[:-1]])
-    same_document = np.concatenate([[False], document[1:] == document[:-1]])
-    follows = same_document & np.concatenate([[False], (~inside & (outside >= 0))[:-1]])
-    same_word = np.concatenate([[False], outside[1:] == outside[:-1]])
-    begins = np.where(inside, first > reached_before, (outside >= 0) & ~(follows & same_word))
+    begins = first > _before(reached, -1)
+    if outside is not None:
+        is_word = inside | (outside >= 0)
+        leaves = (outside != _before(outside, -1)) | _before(inside, fill=False)
+        begins = np.where(inside, begins, leaves)
+    if own is not None:
+        begins |= own != _before(own, -1)
+    begins |= ~_before(is_word, fill=False)
+    begins |= document != _before(document, -1)
+    begins &= is_word
 
     numbers = np.cumsum(begins) - 1
     # Each document counts from 0.
-    counts = np.bincount(document, weights=begins, minlength=len(encodings)).astype(np.int64)
+    counts = np.bincount(document, begins, len(encodings)).astype(np.int64)
     numbers -= (np.cumsum(counts) - counts)[document]
-    return np.where(inside | (outside >= 0), numbers, -1).astype(np.int32)
+    return np.where(is_word, numbers, -1).astype(np.int32)
+
+
+def _before(values: npt.NDArray[Any], fill: int) -> npt.NDArray[Any]:
+    """Shift by one token: what stands before each."""
+    shifted = np.empty_like(values)
+    shifted[:1], shifted[1:] = fill, values[:-1]
+    return shifted

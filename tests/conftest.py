@@ -21,6 +21,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # the session may come from code that is gone. Through the environment it holds in subprocesses too.
 _DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="mlmadapt-datasets-")
 os.environ["HF_DATASETS_CACHE"] = _DATASETS_CACHE.name
+# Tiny models gain nothing from a second thread, and on a busy machine threads wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile(
     "mlmadapt",

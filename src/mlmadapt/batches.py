@@ -1,7 +1,7 @@
 """Which rows are trained when: a plan that can be entered at any step without reading a row.
 
-The order of an epoch is a function of (seed, epoch). An optimizer step takes the next rows of it, as
-many as all processes hold in all their forward passes, and shares them out; the same rows make
+The order of an epoch is a function of (seed, epoch). An optimizer step takes the next rows of it,
+as many as all processes hold in all their forward passes, and shares them out; the same rows make
 the same step on 1 process or on 8. Every row comes exactly once an epoch: the last step is
 shorter, and a process left without a row for a forward pass that others make gets a filler whose
 labels are all -100.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ from mlmadapt.seeding import derive_key, seeded
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Row = dict[str, Any]
+Row = Mapping[str, Any]
 Batch = dict[str, torch.Tensor]
 
 
@@ -60,9 +61,12 @@ class BatchPlan:
 
     def order(self, epoch: int) -> list[int]:
         """Return the rows in the order in which `epoch` takes them, over all processes."""
-        generator = torch.Generator().manual_seed(derive_key(self.seed, "order", epoch))
-        order: list[int] = torch.randperm(self.rows, generator=generator).tolist()
+        order: list[int] = self._order(epoch).tolist()
         return order
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(derive_key(self.seed, "order", epoch))
+        return torch.randperm(self.rows, generator=generator)
 
     def steps(self, epoch: int, *, start: int = 0) -> Iterator[list[list[tuple[int, bool]]]]:
         """Yield the forward passes of each optimizer step: pairs of a row and whether it counts.
@@ -74,9 +78,9 @@ class BatchPlan:
             >>> list(plan.steps(0))[1][0][0][1]
             False
         """
-        order = self.order(epoch)
+        order = self._order(epoch)  # a tensor takes 8 bytes a row, a list 36
         for step in range(start, self.steps_per_epoch):
-            rows = order[step * self.rows_per_step : (step + 1) * self.rows_per_step]
+            rows = order[step * self.rows_per_step : (step + 1) * self.rows_per_step].tolist()
             passes = math.ceil(len(rows) / (self.batch_size * self.world))
             # Dealt like cards, so that a short step is short everywhere.
             mine = rows[self.rank :: self.world]
@@ -99,17 +103,17 @@ def training_batches(
 
     Masks come from (seed, epoch, row), with the collator's own seed where it has one.
     """
-    steps = list(plan.steps(epoch, start=start))
     loader = DataLoader(
         _IndexedRows(dataset),
-        batch_sampler=[batch for step in steps for batch in step],
+        # As it is asked for: a list of all rows to come is large.
+        batch_sampler=chain.from_iterable(plan.steps(epoch, start=start)),
         collate_fn=epoch_collator(data_collator, seed=plan.seed, epoch=epoch),
         num_workers=num_workers,
         # Of its own, or each iterator would move torch's global one.
         generator=torch.Generator(),
     )
     batches = iter(loader)
-    for step in steps:
+    for step in plan.steps(epoch, start=start):
         yield [next(batches) for _ in step]
 
 
@@ -150,15 +154,20 @@ def _collate_foreign(
     indices = [index for index, _, _ in items]
     with seeded(derive_key(seed, "mask", epoch, *indices)):
         # Copies, since some collators (the recipe's) change what they are given.
-        rows = [{name: copy(values) for name, values in row.items()} for _, _, row in items]
+        rows = [{name: _copy(values) for name, values in row.items()} for _, _, row in items]
         batch: Mapping[str, Any] = collator(rows)
     if "labels" not in batch:
         raise ValueError(
-            f"data_collator returned {list(batch)}; it must return 'labels' with -100 where nothing "
-            "is to be predicted"
+            f"data_collator returned {list(batch)}; it must return 'labels' with -100 where "
+            "nothing is to be predicted"
         )
     tensors = {name: torch.as_tensor(batch[name]) for name in batch if name != "word_ids"}
     return _fill(items, tensors)
+
+
+def _copy(values: Any) -> Any:
+    # The copy of a tensor that `copy` makes shares its storage.
+    return values.clone() if isinstance(values, torch.Tensor) else copy(values)
 
 
 def _fill(items: list[tuple[int, bool, Row]], batch: Batch) -> Batch:

@@ -61,18 +61,19 @@ def write_checkpoint(
         message = f"{target.name} could not be written to {str(output_dir)!r} ({error}); " + (
             f"{kept[0]} is intact" if kept else "there is no earlier checkpoint"
         )
-        raise OSError(getattr(error, "errno", None), message) from error
+        number = getattr(error, "errno", None)  # safetensors raises an error of its own
+        raise (OSError(message) if number is None else OSError(number, message)) from error
     return target
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
     """Return the checkpoints in a folder, newest first, whole or not."""
     found = [
-        (int(match[1]), path)
+        path
         for path in output_dir.glob(f"{_PREFIX}*")
-        if (match := re.fullmatch(rf"{_PREFIX}(\d+)", path.name))
+        if re.fullmatch(rf"{_PREFIX}[0-9]+", path.name)
     ]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted(found, key=_step_of, reverse=True)
 
 
 def choose(output_dir: Path, wanted: str | Literal[True]) -> Path | None:
@@ -107,8 +108,12 @@ def newest_whole(output_dir: Path) -> Path | None:
 
 def find_damage(checkpoint: Path) -> Iterator[str]:
     """Yield what is wrong with a checkpoint: each file that is not as the manifest says."""
+    manifest = checkpoint / _MANIFEST
+    if manifest.is_symlink():
+        yield f"{_MANIFEST} is not a plain file of the checkpoint"
+        return
     try:
-        files = json.loads((checkpoint / _MANIFEST).read_text())["files"]
+        files = json.loads(manifest.read_text())["files"]
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         yield f"{_MANIFEST} cannot be read ({error or type(error).__name__})"
@@ -138,12 +143,21 @@ def read_text(checkpoint: Path, name: str) -> Any:
     return json.loads((checkpoint / f"{name}.json").read_text())
 
 
-def prune(output_dir: Path, *, keep: int | None, also: int | None = None) -> None:
-    """Remove all but the newest `keep` checkpoints and the one of step `also`."""
+def prune(
+    output_dir: Path, *, keep: int | None, also: int | None = None, newest: int | None = None
+) -> None:
+    """Remove all but the `keep` checkpoints up to step `newest` and the one of step `also`.
+
+    Later ones than `newest`, which has just been written, are damaged or of a time that is trained
+    again. They neither count nor are removed: their steps will be written anew.
+    """
     if keep is None:
         return
-    for path in find_checkpoints(output_dir)[keep:]:
-        if path.name != f"{_PREFIX}{also}":
+    found = find_checkpoints(output_dir)
+    if newest is not None:
+        found = [path for path in found if _step_of(path) <= newest]
+    for path in found[keep:]:
+        if _step_of(path) != also:
             # Out of the way first, so that a kill in the middle leaves no half checkpoint.
             rubbish = path.rename(path.with_name(f".{path.name}.old"))
             shutil.rmtree(rubbish, ignore_errors=True)
@@ -201,6 +215,10 @@ def join_state(tensors: Mapping[str, torch.Tensor], rest: Any) -> Any:
         return value
 
     return walk(rest, ())
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -124,8 +124,8 @@ def _group_column(
     pieces = [chunk.flatten() for chunk in column.chunks]
     value_type = column.type.value_type
     if words:
-        flat = pa.chunked_array(pieces, value_type).fill_null(-1).to_numpy().astype(np.int64)
-        numbers = _number_words(flat, lengths, chunk_size, kept)
+        flat = pa.chunked_array(pieces, value_type).cast(pa.int64()).fill_null(-1)
+        numbers = _number_words(flat.to_numpy(), lengths, chunk_size, kept)
         if value_type != pa.int32():  # numbers up to `chunk_size` do not fit every type
             value_type = pa.int64()
         pieces = [pa.array(numbers, value_type)]
@@ -144,7 +144,8 @@ def _lay_rows(
     array = pa.LargeListArray if pa.types.is_large_list(list_type) else pa.ListArray
     offset_type = pa.int64() if pa.types.is_large_list(list_type) else pa.int32()
 
-    def lay(values: pa.Array) -> None:
+    def lay(parts: list[pa.Array]) -> None:
+        values = parts[0] if len(parts) == 1 else pa.concat_arrays(parts)
         offsets = np.append(np.arange(0, len(values), chunk_size), len(values))
         rows.append(array.from_arrays(pa.array(offsets, offset_type), values, type=list_type))
 
@@ -158,15 +159,15 @@ def _lay_rows(
             values = values[missing:]
             if sum(map(len, open_row)) < chunk_size:
                 continue
-            lay(pa.concat_arrays(open_row))
+            lay(open_row)
             open_row = []
         whole = len(values) - len(values) % chunk_size
         if whole:
-            lay(values[:whole])
+            lay([values[:whole]])
         if whole < len(values):
             open_row = [values[whole:]]
     if open_row:
-        lay(pa.concat_arrays(open_row))
+        lay(open_row)
     return rows
 
 

@@ -103,6 +103,7 @@ def evaluate_mlm(
     Raises:
         ValueError: If there are no rows, they are not frozen, nothing in them is masked, or they do
             not fit the model.
+        TypeError: If `dataset` is a dict of datasets, or has no length.
 
     Examples:
         >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
@@ -148,7 +149,7 @@ def is_frozen(dataset: "Dataset | Sequence[Row]") -> bool:
         False
     """
     if isinstance(dataset, Mapping) or not hasattr(dataset, "__len__"):
-        raise ValueError(
+        raise TypeError(
             f"the evaluation set is a {type(dataset).__name__}; it must be one dataset, or a list, "
             "of rows that can be counted"
         )

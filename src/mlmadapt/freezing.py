@@ -31,9 +31,9 @@ def insert_random_mask(
     """Mask a batch of rows once and for all.
 
     For ``dataset.map(insert_random_mask, batched=True, fn_kwargs={"data_collator": collator},
-    remove_columns=dataset.column_names)``; without `remove_columns`, `map` keeps ``word_ids`` beside
-    the new columns. `seed` takes the place of the collator's own seed and epoch, and is part of
-    `map`'s fingerprint, so that another seed is never served old rows.
+    remove_columns=dataset.column_names)``; without `remove_columns`, `map` keeps ``word_ids``
+    beside the new columns. `seed` takes the place of the collator's own seed and epoch, and is part
+    of `map`'s fingerprint, so that another seed is never served old rows.
 
     Args:
         examples: A batch of rows: a dict of lists, or a ``pyarrow.Table`` (datasets with format
@@ -106,17 +106,17 @@ def _freeze_row_by_row(
             batch = collate([row])
         if "labels" not in batch:
             raise ValueError(
-                f"data_collator {type(data_collator).__name__} returned {list(batch)}; it must return "
-                "'labels' with -100 where nothing is to be predicted"
+                f"data_collator {type(data_collator).__name__} returned {list(batch)}; it must "
+                "return 'labels' with -100 where nothing is to be predicted"
             )
         for name, array in batch.items():
             if name == "word_ids":
                 continue
-            columns = np.asarray(array)[0]
-            if len(columns) != len(tokens):
+            masked = np.asarray(array)[0]
+            if len(masked) != len(tokens):
                 raise ValueError(
-                    f"data_collator returned {len(columns)} {name!r} for row {index} of {len(tokens)} "
-                    "tokens; switch off its padding to a fixed length"
+                    f"data_collator returned {len(masked)} {name!r} for row {index} of "
+                    f"{len(tokens)} tokens; switch off its padding to a fixed length"
                 )
-            frozen.setdefault(name, []).append(columns)
+            frozen.setdefault(name, []).append(masked)
     return frozen

@@ -31,7 +31,11 @@ class Interruption:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            for number in _SIGNALS:
+                # What is ignored stays so (Ctrl-C by a job in the background), and a handler that
+                # was not set from Python could not be put back.
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *rest: object) -> None:

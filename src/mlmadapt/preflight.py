@@ -28,14 +28,16 @@ def check_rows(
     Raises:
         ValueError: If there are no rows, the tokenizer or a row has ids past the model's embedding,
             or a row is longer than the model's positions.
+        TypeError: If `dataset` is a dict of datasets.
     """
     if isinstance(dataset, Mapping):
-        raise ValueError(
+        raise TypeError(
             f"{name} is a {type(dataset).__name__} of {list(dataset)}; pass the rows of one of them"
         )
     if not len(dataset):
         raise ValueError(f"{name} has no rows; group_texts drops what is shorter than chunk_size")
-    embeddings = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
+    embedding: Any = model.get_input_embeddings()
+    embeddings = len(embedding.weight)
     if len(tokenizer) > embeddings:
         raise ValueError(
             f"tokenizer has {len(tokenizer)} tokens, the model's embedding {embeddings}; call "
@@ -44,8 +46,8 @@ def check_rows(
     longest, highest = _measure(name, dataset)
     if highest >= embeddings:
         raise ValueError(
-            f"{name} has token id {highest}, the model's embedding {embeddings} rows; tokenize with "
-            "the model's own tokenizer"
+            f"{name} has token id {highest}, the model's embedding {embeddings} rows; tokenize "
+            "with the model's own tokenizer"
         )
     positions = position_capacity(model)
     if positions is not None and longest > positions:
@@ -97,6 +99,7 @@ def position_capacity(model: "PreTrainedModel") -> int | None:
         >>> position_capacity(tiny_model(tiny_tokenizer("byte_bpe"), architecture="roberta"))
         512
     """
+    module: Any
     for path, module in model.named_modules():
         parent, _, name = path.rpartition(".")
         if name in ("position_embeddings", "embed_positions") and hasattr(module, "weight"):
@@ -108,31 +111,13 @@ def position_capacity(model: "PreTrainedModel") -> int | None:
     return None
 
 
-def position_capacity(model: "PreTrainedModel") -> int | None:
-    """Return how many tokens the model has positions for; None where positions are not a table.
-
-    RoBERTa and its kin count positions from the padding id: of 514, two are never used.
-
-    Examples:
-        >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
-        >>> position_capacity(tiny_model(tiny_tokenizer("byte_bpe"), architecture="roberta"))
-        512
-    """
-    for path, module in model.named_modules():
-        if path.rpartition(".")[2] == "position_embeddings" and isinstance(module, nn.Embedding):
-            offset = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - offset
-    return None
-
-
 def _measure(name: str, dataset: "datasets.Dataset | Sequence[dict[str, Any]]") -> tuple[int, int]:
     """Return the longest row in tokens and the highest token id."""
-    is_arrow = isinstance(dataset, datasets.Dataset)
-    columns = dataset.column_names if is_arrow else list(dataset[0])
+    columns = list(dataset[0])
     column = "input_ids" if "input_ids" in columns else "masked_input_ids"
     if column not in columns:
         raise ValueError(f"{name} has {columns}, without 'input_ids'; tokenize the documents first")
-    if not is_arrow:
+    if not isinstance(dataset, datasets.Dataset):
         rows = [row[column] for row in dataset]
         return max(map(len, rows)), max((int(max(row)) for row in rows if len(row)), default=0)
     longest = highest = 0

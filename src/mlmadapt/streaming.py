@@ -23,15 +23,24 @@ def streaming_batches(
     epoch: int,
     start: int = 0,
 ) -> Iterator[list[Batch]]:
-    """Yield for each optimizer step of one pass over the stream the batches of this process."""
+    """Yield for each optimizer step of one pass over the stream the batches of this process.
+
+    Raises:
+        ValueError: If the stream has no rows, or none that a resumed run has not had.
+    """
     if hasattr(dataset, "set_epoch"):
         dataset.set_epoch(epoch)
     collate = epoch_collator(data_collator, seed=plan.seed, epoch=epoch)
     rows = enumerate(dataset)
-    if start:
-        # Passed over here and now; nothing is left if the stream has become shorter.
-        next(islice(rows, start * plan.rows_per_step, start * plan.rows_per_step), None)
-    while step := list(islice(rows, plan.rows_per_step)):
+    # Passed over here and now.
+    next(islice(rows, start * plan.rows_per_step, start * plan.rows_per_step), None)
+    step = list(islice(rows, plan.rows_per_step))
+    if not step:
+        raise ValueError(
+            f"train_dataset, a stream, has no row behind row {start * plan.rows_per_step} of epoch "
+            f"{epoch}; it must have rows, and the same ones each time it is read"
+        )
+    while step:
         passes = math.ceil(len(step) / (plan.batch_size * plan.world))
         mine = step[plan.rank :: plan.world]
         shares = [mine[place::passes] for place in range(passes)]
@@ -41,3 +50,4 @@ def streaming_batches(
             )
             for share in shares
         ]
+        step = list(islice(rows, plan.rows_per_step))

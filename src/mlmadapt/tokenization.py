@@ -28,7 +28,10 @@ Spans = Sequence[tuple[int, int]]
 WordBoundaries = Callable[[str], Spans]
 Batch = TypeVar("Batch", Mapping[str, Any], pa.Table)
 
-_WHITE_SPACE = "".join(filter(str.isspace, map(chr, range(0x3001))))  # there is none beyond
+# As Unicode has it, and tokenizers: the separators \x1c to \x1f are white space to Python alone.
+_WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
+_WHITE_SPACE += "".join(map(chr, range(0x2000, 0x200B)))
+_TRIMMED = re.compile(r"\S(?:.*\S)?", re.DOTALL)
 
 
 def tokenize_with_word_ids(
@@ -191,10 +194,11 @@ def special_token_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
         >>> tokenizer.mask_token_id in ids, tokenizer.unk_token_id in ids
         (True, False)
     """
+    # Not all_special_ids, which takes ALBERT's full stop and hyphen in.
     flagged = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     names = ("bos", "eos", "sep", "pad", "cls", "mask")
     roles = {getattr(tokenizer, f"{name}_token_id") for name in names} - {None}
-    return ((flagged | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}) | roles
+    return (flagged - {tokenizer.unk_token_id}) | roles
 
 
 @cache
@@ -223,7 +227,8 @@ def _find_phrases(
         words = [word.casefold() for word in words]
     spans, position = [], 0
     while position < len(words):
-        for length in range(longest.get(words[position], 0), 0, -1):
+        most = min(longest.get(words[position], 0), len(words) - position)
+        for length in range(most, 0, -1):
             if tuple(words[position : position + length]) in known:
                 spans.append((places[position][0], places[position + length - 1][1]))
                 position += length
@@ -339,6 +344,9 @@ def _place_spans(texts: list[str], word_boundaries: WordBoundaries) -> npt.NDArr
                 "not be empty, and lie in the text"
             )
             raise ValueError(message)
+        # Without white space at the ends, which on some tokenizers is part of the next token.
+        trimmed = [_TRIMMED.search(text, *pair) for pair in pairs]
+        spans = np.array([match.span() for match in trimmed if match], np.int64).reshape(-1, 2)
         placed.append(spans + text_start)
     return np.concatenate(placed)
 
@@ -355,8 +363,7 @@ def _words_of_spans(
     """Number words by the spans that tokens touch.
 
     Tokens that touch none keep the words `outside`, or are of no word. Tokens of two `own` words
-    are apart even in one span. A token is placed by what it covers besides white space at its ends,
-    since the space before a word belongs to the token on some tokenizers and to none on others.
+    are apart even in one span.
     """
     lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
     document = np.repeat(np.arange(len(encodings)), lengths)

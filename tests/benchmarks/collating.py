@@ -1,0 +1,155 @@
+"""Measure `WholeWordMaskingCollator` against the recipe's and transformers' whole-word collators.
+
+All get lists, as a dataset without a format hands them out, and make tensors. The recipe's rows
+have word ids with None and labels; transformers' have offsets, and the mask of special tokens,
+without which it is slower.
+"""
+
+from __future__ import annotations
+
+import tracemalloc
+import warnings
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import _measure as measure
+import numpy as np
+import pyarrow as pa
+from _recipe import whole_word_masking
+from transformers import DataCollatorForLanguageModeling
+
+from mlmadapt import WholeWordMaskingCollator, group_texts, tokenize_with_word_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Rows = list[dict[str, list[Any]]]
+
+DOCUMENTS = 2000
+LENGTHS = (512, 2048, 8192, 32768)
+# Its memory grows with the square of the length: 16 GB and more for 4 rows of 32,768.
+LONGEST_FOR_TRANSFORMERS = 8192
+
+
+def main() -> None:
+    """Measure at the recipe's size, then 4 rows of four lengths."""
+    arguments = measure.parse_arguments(__doc__, rounds=9)
+    material = measure.load_material(arguments, documents=DOCUMENTS)
+    report = measure.Report("Collating", material.description, arguments.output)
+    data = Corpus(material.texts, material.tokenizer)
+
+    times = measure.take_turns(data.contenders(rows=64, length=128), rounds=arguments.rounds)
+    report.times("64 rows of 128", times, count=64, unit="rows")
+    contenders = data.contenders(rows=4, length=8192)
+    long = measure.take_turns(contenders, rounds=max(arguments.rounds // 2, 3))
+    report.times("4 rows of 8,192", long, count=4, unit="rows")
+
+    # All lengths in one round, so that they can be compared; what is quadratic is left out.
+    lengths = {length: data.contenders(rows=4, length=length) for length in LENGTHS}
+    alone = {f"4 x {length:,}": contenders["ours"] for length, contenders in lengths.items()}
+    growth = measure.take_turns(alone, rounds=arguments.rounds)
+    header = ("4 rows of", "ours: ns a token", *(f"{name}: peak bytes a token" for name in long))
+    rows = []
+    for times_of_length, (length, contenders) in zip(growth.values(), lengths.items(), strict=True):
+        nanoseconds = 1e9 * np.median(times_of_length.wall) / (4 * length)
+        peaks = {name: peak_memory(each) / (4 * length) for name, each in contenders.items()}
+        cells = (f"{peaks[name]:,.0f}" if name in peaks else "" for name in long)
+        rows.append((f"{length:,}", f"{nanoseconds:,.0f}", *cells))
+    report.table(header, rows)
+    print("Peak memory is Python's and NumPy's; tensors made by torch come on top.\n")
+
+    ratio = measure.Claim.ratio
+    ours, ours_none, recipe, transformers = times.values()
+    long_ours, _, long_recipe, long_transformers = long.values()
+    shortest, *_, longest = growth.values()
+    tokens = LENGTHS[-1] / LENGTHS[0]
+    report.claims(
+        "how many times as long",
+        [
+            ratio("64 x 128: recipe / ours", recipe, ours, at_least=12),
+            ratio("64 x 128: transformers / ours", transformers, ours, at_least=20),
+            ratio("64 x 128: ours, None / ours", ours_none, ours),
+            ratio("4 x 8,192: recipe / ours", long_recipe, long_ours, at_least=12),
+            ratio("4 x 8,192: transformers / ours", long_transformers, long_ours, at_least=200),
+            # Linear: as many times as long as there are more tokens, and a tenth for the caches.
+            ratio(f"ours, {tokens:g} times the tokens", longest, shortest, at_most=1.1 * tokens),
+        ],
+    )
+    report.save()
+
+
+class Corpus:
+    """One long line of tokens for each kind of row, cut to rows of any length."""
+
+    def __init__(self, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        tokens = tokenize_with_word_ids(pa.table({"text": texts}), tokenizer)
+        self.ours = tokens.select(["input_ids", "attention_mask", "word_ids"])
+        encoding = tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True)
+        names = ("input_ids", "attention_mask", "offset_mapping", "special_tokens_mask")
+        self.theirs = {name: list(chain.from_iterable(encoding[name])) for name in names}
+        ours = chain.from_iterable(self.ours["input_ids"].to_pylist())
+        assert self.theirs["input_ids"] == list(ours)
+
+    def contenders(self, *, rows: int, length: int) -> dict[str, measure.Contender]:
+        """Make rows for each collator, and anew for the recipe's, which changes them."""
+        ours = group_texts(self.ours, chunk_size=length, labels=False).slice(0, rows).to_pylist()
+        assert len(ours) == rows, f"the texts are too short for {rows} rows of {length} tokens"
+        with_none = [
+            {**row, "word_ids": [None if word < 0 else word for word in row["word_ids"]]}
+            for row in ours
+        ]
+        theirs = [
+            {name: column[start : start + length] for name, column in self.theirs.items()}
+            for start in range(0, rows * length, length)
+        ]
+
+        def copies_for_recipe() -> Rows:
+            rows = [{**row, "labels": row["input_ids"]} for row in with_none]
+            return [{name: column.copy() for name, column in row.items()} for row in rows]
+
+        collator = WholeWordMaskingCollator(self.tokenizer, seed=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # says that it does no 80/10/10
+            transformers = DataCollatorForLanguageModeling(
+                self.tokenizer, whole_word_mask=True, mlm_probability=0.2
+            )
+        contenders = {
+            "ours": measure.Contender(collator, lambda: ours),
+            "ours, None": measure.Contender(collator, lambda: with_none),
+            "recipe": measure.Contender(
+                lambda features: whole_word_masking(features, self.tokenizer), copies_for_recipe
+            ),
+        }
+        if length <= LONGEST_FOR_TRANSFORMERS:
+            contenders["transformers"] = measure.Contender(transformers, lambda: theirs)
+        if length <= LENGTHS[0]:
+            self.check(ours, contenders)
+        return contenders
+
+    def check(self, rows: Rows, contenders: dict[str, measure.Contender]) -> None:
+        """Refuse to measure collators that lose a token or mask another share."""
+        tokens = np.array([row["input_ids"] for row in rows])
+        for name, contender in contenders.items():
+            batch = contender.run(contender.prepare())
+            masked, labels = batch["input_ids"].numpy(), batch["labels"].numpy()
+            is_target = labels != -100
+            assert (np.where(is_target, labels, masked) == tokens).all(), name
+            assert (masked[is_target] == self.tokenizer.mask_token_id).all(), name
+            assert 0.1 < is_target.mean() < 0.3, (name, is_target.mean())
+
+
+def peak_memory(contender: measure.Contender) -> int:
+    """Return the most bytes allocated at once during a call, beyond its input."""
+    rows = contender.prepare()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        contender.run(rows)
+        return tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+
+
+if __name__ == "__main__":
+    main()

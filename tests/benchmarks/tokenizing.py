@@ -1,0 +1,121 @@
+"""Measure `tokenize_with_word_ids` through `map` against the tokenizer's bare ``encode_batch``.
+
+The bare call is the floor: it leaves the tokens inside the tokenizer's own objects, which `map`
+cannot store. The tokenizer uses every core and what comes after it one, so the ratio rises with the
+number of cores; TOKENIZERS_PARALLELISM=false shows it on one.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import _measure as measure
+import pyarrow as pa
+from datasets import Dataset, load_from_disk
+
+from mlmadapt import tokenize_with_word_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_SIZE = 1000  # what `map` takes by default
+DOCUMENTS = 3000
+
+
+def main() -> None:
+    """Measure through `map`, from a dataset in a file to a dataset in a file."""
+    arguments = measure.parse_arguments(__doc__, rounds=7)
+    material = measure.load_material(arguments, documents=DOCUMENTS)
+    texts, tokenizer = material.texts, material.tokenizer
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    report = measure.Report("Tokenizing", material.description, arguments.output)
+    threads = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else os.cpu_count()
+    print(f"The tokenizer runs on {threads} threads.\n")
+    batches = [texts[start : start + BATCH_SIZE] for start in range(0, len(texts), BATCH_SIZE)]
+
+    def encode(batches: list[list[str]]) -> None:
+        for batch in batches:
+            backend.encode_batch(batch)
+
+    def call(batches: list[list[str]]) -> None:
+        for batch in batches:
+            tokenize_with_word_ids({"text": batch}, tokenizer)
+
+    with tempfile.TemporaryDirectory() as folder:
+        Dataset.from_dict({"text": texts}).save_to_disk(f"{folder}/texts")
+        dataset = load_from_disk(f"{folder}/texts")
+        file = Path(folder, "rows.arrow")
+
+        def prepare() -> Dataset:
+            file.unlink(missing_ok=True)
+            return dataset
+
+        def through_map(function: Any, dataset: Dataset) -> Dataset:
+            return dataset.map(
+                function,
+                batched=True,
+                fn_kwargs={"tokenizer": tokenizer},
+                remove_columns=["text"],
+                load_from_cache_file=False,
+                cache_file_name=str(file),
+            )
+
+        def through_arrow(dataset: Dataset) -> Dataset:
+            return through_map(tokenize_with_word_ids, dataset.with_format("arrow"))
+
+        check_same(texts, through_arrow(dataset), tokenizer)
+        names = ["encode_batch", "ours, called", "ours, map", "ours, map, Arrow", "recipe, map"]
+        contenders = [
+            measure.Contender(encode, lambda: batches),
+            measure.Contender(call, lambda: batches),
+            measure.Contender(lambda each: through_map(tokenize_with_word_ids, each), prepare),
+            measure.Contender(through_arrow, prepare),
+            measure.Contender(lambda each: through_map(tokenize_as_recipe, each), prepare),
+        ]
+        times = measure.take_turns(
+            dict(zip(names, contenders, strict=True)), rounds=arguments.rounds
+        )
+    report.times(f"batches of {BATCH_SIZE:,}", times, count=len(texts), unit="documents")
+
+    ratio = measure.Claim.ratio
+    bare, called, mapped, arrow, recipe = times.values()
+    report.claims(
+        "how many times as long",
+        [
+            ratio("ours, called / encode_batch", called, bare),
+            ratio("ours, map / encode_batch", mapped, bare, at_most=1.15),
+            ratio("ours, map, Arrow / encode_batch", arrow, bare, at_most=1.15),
+            ratio("recipe, map / encode_batch", recipe, bare),
+            ratio("recipe, map / ours, map", recipe, mapped),
+        ],
+    )
+    report.save()
+
+
+def tokenize_as_recipe(
+    examples: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[Any]]:
+    """Tokenize as the recipe does, with the tokenizer's word ids."""
+    encoding = tokenizer(examples["text"])
+    word_ids = [encoding.word_ids(row) for row in range(len(examples["text"]))]
+    return {**encoding, "word_ids": word_ids}
+
+
+def check_same(texts: list[str], dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse to measure functions that make different tokens."""
+    table = dataset.data.table
+    assert set(table.column_names) == {*tokenizer("a"), "word_ids"}
+    for start in range(0, len(texts), BATCH_SIZE):
+        encodings = tokenizer.backend_tokenizer.encode_batch(texts[start : start + BATCH_SIZE])
+        ours = table.slice(start, BATCH_SIZE)["input_ids"].combine_chunks().flatten()
+        assert ours.equals(pa.array(chain.from_iterable(e.ids for e in encodings), ours.type))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""A training step of this library beside the recipe's own loop and `Trainer`.
+
+Same weights, rows, batch, precision, optimizer and masks (transformers' collator, 15 % of tokens)
+for all. Each contender runs in a process of its own, in turns, so that peak memory is its own; a
+step is timed from the end of one optimizer step to the end of the next, data loading included, and
+the first two are left out. Models have random weights: time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _measure import Claim, Report, Times
+
+SIZES: dict[str, dict[str, Any]] = {
+    "4.4 M-parameter BERT, 64 x 128": {
+        "architecture": "bert",
+        "batch": 64,
+        "settings": {
+            "hidden_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 512,
+        },
+        "at_least": 4.0,
+    },
+    "DistilBERT size, 16 x 128": {
+        "architecture": "distilbert",
+        "batch": 16,
+        "settings": {},
+        "at_least": 1.35,
+    },
+}
+CONTENDERS = ("recipe", "Trainer", "mlmadapt")
+SKIPPED = 2  # first steps, in which memory is taken
+
+
+def main() -> None:
+    """Run every contender of every size in turns and print what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", help="not used: rows are random tokens, whose text costs nothing")
+    parser.add_argument("--tokenizer", help="not used")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps a turn")
+    parser.add_argument("--precision", nargs="+", default=["no", "bf16"], choices=["no", "bf16"])
+    parser.add_argument("--output", type=Path, help="file to append the figures to, a JSON a line")
+    parser.add_argument("--turn", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.turn:
+        print(json.dumps(take_turn(**arguments.turn)))
+        return
+    report = Report(
+        "training", "random tokens, 15 % masked, 30,522 in the vocabulary", arguments.output
+    )
+    claims = []
+    for size, chosen in SIZES.items():
+        for precision in arguments.precision:
+            title = f"{size}, {'fp32' if precision == 'no' else precision}"
+            turns = {name: [] for name in CONTENDERS}
+            for _ in range(arguments.rounds):
+                for name in CONTENDERS:
+                    turn = {"name": name, "size": size, "precision": precision}
+                    turns[name].append(start_turn({**turn, "steps": arguments.steps}))
+            claims += compare(report, title, turns, chosen)
+    report.claims("training step", claims)
+    report.save()
+
+
+def compare(
+    report: Report, title: str, turns: dict[str, list[dict[str, Any]]], size: dict[str, Any]
+) -> list[Claim]:
+    """Print a row a contender and return what the library claims of this size."""
+    times = {}
+    for name, each in turns.items():
+        medians = np.array([np.median(turn["seconds"]) for turn in each])
+        times[name] = Times(medians, np.array([turn["cpu"] for turn in each]))
+    report.times(title, times, count=size["batch"] * 128, unit="tokens")
+    memory = {name: np.array([turn["memory"] for turn in each]) for name, each in turns.items()}
+    ours = times["mlmadapt"]
+    claims = []
+    for name in ("recipe", "Trainer"):
+        claims.append(
+            Claim.ratio(f"{title}: {name} / mlmadapt", times[name], ours, at_least=size["at_least"])
+        )
+        share = memory["mlmadapt"] / memory[name]
+        claims.append(Claim(f"{title}: peak memory, mlmadapt / {name}", share, at_most=0.6))
+    return claims
+
+
+def start_turn(turn: dict[str, Any]) -> dict[str, Any]:
+    """Run a turn in a process of its own."""
+    command = [sys.executable, __file__, "--turn", json.dumps(turn)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def take_turn(name: str, size: str, precision: str, steps: int) -> dict[str, Any]:
+    """Train for some steps and return seconds a step and the memory taken while training."""
+    import torch
+    from transformers import AutoConfig, AutoModelForMaskedLM, DataCollatorForLanguageModeling
+
+    from mlmadapt.testing import tiny_tokenizer
+
+    chosen = SIZES[size]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(chosen["architecture"], vocab_size=30_522, **chosen["settings"])
+    model = AutoModelForMaskedLM.from_config(config)
+    tokenizer = tiny_tokenizer()
+    ids = torch.randint(1000, 30_522, (chosen["batch"] * (steps + SKIPPED), 128))
+    rows = [{"input_ids": row, "attention_mask": [1] * 128} for row in ids.tolist()]
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = read_memory("VmRSS")
+    ends: list[float] = []
+    runner = {"recipe": run_recipe, "Trainer": run_trainer, "mlmadapt": run_ours}[name]
+    with tempfile.TemporaryDirectory() as folder:
+        cpu = time.process_time()
+        runner(model, rows, collator, tokenizer, chosen["batch"], precision, folder, ends)
+        cpu = time.process_time() - cpu
+    seconds = np.diff(ends)[SKIPPED - 1 :].tolist()
+    return {"seconds": seconds, "cpu": cpu / len(ends), "memory": read_memory("VmHWM") - before}
+
+
+def read_memory(name: str) -> int:
+    """Return a line of the process's status, in kB."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith(name))
+
+
+def run_recipe(model, rows, collator, tokenizer, batch, precision, folder, ends) -> None:  # noqa: ANN001, PLR0917
+    """Train as the recipe's last section does."""
+    import torch
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader
+    from transformers import get_scheduler
+
+    loader = DataLoader(rows, shuffle=True, batch_size=batch, collate_fn=collator)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
+    accelerator = Accelerator(mixed_precision=precision)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    scheduler = get_scheduler(
+        "linear", optimizer, num_warmup_steps=0, num_training_steps=len(loader)
+    )
+    model.train()
+    for inputs in loader:
+        loss = model(**inputs).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        ends.append(time.perf_counter())
+
+
+def run_trainer(model, rows, collator, tokenizer, batch, precision, folder, ends) -> None:  # noqa: ANN001, PLR0917
+    """Train with `Trainer`."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args: object, **kwargs: object) -> None:
+            ends.append(time.perf_counter())
+
+    settings = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=batch,
+        num_train_epochs=1,
+        bf16=precision == "bf16",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    Trainer(
+        model, settings, data_collator=collator, train_dataset=rows, callbacks=[Clock()]
+    ).train()
+
+
+def run_ours(model, rows, collator, tokenizer, batch, precision, folder, ends) -> None:  # noqa: ANN001, PLR0917
+    """Train with `accelerate_train`, its clock in the optimizer's step."""
+    from mlmadapt import TrainingConfig, accelerate_train
+    from mlmadapt.optimization import make_optimizer
+
+    config = TrainingConfig(
+        output_dir=folder,
+        per_device_train_batch_size=batch,
+        num_train_epochs=1,
+        mixed_precision=precision,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    optimizer = make_optimizer(model, config)
+    optimizer.register_step_post_hook(lambda *_: ends.append(time.perf_counter()))
+    accelerate_train(
+        model, rows, tokenizer=tokenizer, data_collator=collator, config=config, optimizer=optimizer
+    )
+
+
+if __name__ == "__main__":
+    main()

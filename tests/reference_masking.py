@@ -1,0 +1,166 @@
+"""Whole-word masking once more, slow and obvious: one row at a time, in Python's own integers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from transformers import PreTrainedTokenizerFast
+
+    Row = Mapping[str, Sequence[int]]
+
+
+def reference_key(*parts: int | str) -> int:
+    """Digest the parts to 63 bits."""
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") // 2
+
+
+def mix(bits: int) -> int:
+    """Finalise as splitmix64 does."""
+    bits %= 2**64
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB % 2**64
+    return bits ^ (bits >> 31)
+
+
+def draw(key: int, counter: int) -> int:
+    """Return the 64 bits of a counter under a key."""
+    return mix(key + counter * 0x9E3779B97F4A7C15)
+
+
+def unit(bits: int) -> float:
+    """Return a number in [0, 1)."""
+    return (bits >> 11) / 2**53
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """Return what is never masked: special tokens, but not the unknown word."""
+    return set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+
+
+def words_of(row: Row, special: set[int]) -> list[list[int]]:
+    """Return the positions of each word of a row."""
+    words: list[list[int]] = []
+    previous = None
+    for position, (token, word) in enumerate(zip(row["input_ids"], row["word_ids"], strict=True)):
+        if word is None or word < 0 or token in special:
+            previous = None
+            continue
+        if word != previous:
+            words.append([])
+        words[-1].append(position)
+        previous = word
+    return words
+
+
+def weigh(
+    tokens: list[int],
+    tokenizer: PreTrainedTokenizerFast,
+    weights: Sequence[float] | Callable[[str], float],
+) -> float:
+    """Return the weight of a word."""
+    if callable(weights):
+        return weights(tokenizer.decode(tokens).strip())
+    return sum(weights[token] for token in tokens) / len(tokens)
+
+
+def fill(rate: float, weights: list[float]) -> list[float]:
+    """Pour `rate` a word into words that hold 1 each, by weight; what spills is poured again."""
+    full: set[int] = set()
+    while True:
+        rest = [i for i in range(len(weights)) if i not in full]
+        weight = sum(weights[i] for i in rest)
+        left = rate * len(weights) - len(full)
+        levels = [1.0 if i in full else 0.0 for i in range(len(weights))]
+        for i in rest if weight else []:
+            levels[i] = left * weights[i] / weight
+        spilling = {i for i in rest if levels[i] > 1}
+        if not spilling:
+            return levels
+        full |= spilling
+
+
+def reference_targets(
+    key: int, weights: list[float] | None, *, wwm_probability: float, budget: str, words: int
+) -> list[int]:
+    """Return which of a row's words are targets, under the key of the row."""
+    draws = [unit(draw(key, 2 * word)) for word in range(words)]
+    urgencies = list(draws)
+    if weights is not None:
+        if not any(weights):
+            weights = [1.0] * words
+        urgencies = [
+            -math.log1p(-number) / weight if weight else math.inf
+            for number, weight in zip(draws, weights, strict=True)
+        ]
+    in_order = sorted(range(words), key=urgencies.__getitem__)
+    if budget == "exact":
+        share = wwm_probability * words
+        up = unit(draw(key, -1)) < share % 1
+        quota = max(math.floor(share) + up, 1)
+        return [word for word in in_order[:quota] if urgencies[word] < math.inf]
+    rates = [wwm_probability] * words if weights is None else fill(wwm_probability, weights)
+    targets = [word for word in range(words) if draws[word] < rates[word]]
+    return targets or in_order[:1]
+
+
+def reference_mask(
+    row: Row,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    key: int,
+    wwm_probability: float = 0.2,
+    mask_replace_prob: float = 1.0,
+    random_replace_prob: float = 0.0,
+    budget: str = "bernoulli",
+    word_weights: Sequence[float] | Callable[[str], float] | None = None,
+) -> tuple[list[int], list[int]]:
+    """Return the input ids and the labels of one row without padding."""
+    special = special_ids(tokenizer)
+    words = words_of(row, special)
+    pool = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder))
+    input_ids = [int(token) for token in row["input_ids"]]
+    labels = [-100] * len(input_ids)
+    total = sum(mix((place << 32) + token) for place, token in enumerate(input_ids))
+    row_key = mix(total % 2**64 ^ key)
+    weights = None
+    if word_weights is not None:
+        texts = [[input_ids[position] for position in word] for word in words]
+        weights = [weigh(tokens, tokenizer, word_weights) for tokens in texts]
+    targets = reference_targets(
+        row_key, weights, wwm_probability=wwm_probability, budget=budget, words=len(words)
+    )
+    for word in targets:
+        fate = unit(draw(row_key, 2 * word + 1))
+        for position in words[word]:
+            labels[position] = input_ids[position]
+            if fate < mask_replace_prob:
+                input_ids[position] = tokenizer.mask_token_id
+            elif fate < mask_replace_prob + random_replace_prob:
+                bits = draw(row_key ^ 0x6A09E667F3BCC909, position)
+                input_ids[position] = pool[bits % len(pool)]
+    return input_ids, labels
+
+
+def reference_collate(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, **settings: Any
+) -> dict[str, list[list[int]]]:
+    """Return a batch padded to its longest row, on the tokenizer's side."""
+    width = max(len(row["input_ids"]) for row in rows)
+    fills = {"input_ids": tokenizer.pad_token_id, "labels": -100}
+    batch: dict[str, list[list[int]]] = {}
+    for row in rows:
+        columns = {name: list(values) for name, values in row.items() if name != "word_ids"}
+        columns["input_ids"], columns["labels"] = reference_mask(row, tokenizer, **settings)
+        columns.setdefault("attention_mask", [1] * len(row["input_ids"]))
+        for name, values in columns.items():
+            padding = [fills.get(name, 0)] * (width - len(values))
+            left = tokenizer.padding_side == "left"
+            batch.setdefault(name, []).append(padding + values if left else values + padding)
+    return batch

@@ -1,0 +1,196 @@
+"""Runs in processes of their own, at the price of a fork instead of four seconds of imports.
+
+`start` hands a run to a server that has imported everything and has no threads, which forks once a
+rank; ranks find each other as they do under torchrun. Every run has a hard time limit.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import io
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SECONDS = 60
+
+
+@dataclass
+class Ended:
+    """How a process ended.
+
+    Attributes:
+        code: Its exit code; minus the signal that killed it.
+        result: What the function returned.
+        error: ``"ValueError: ..."`` where it raised.
+        log: What it wrote.
+    """
+
+    code: int
+    result: Any
+    error: str
+    log: str
+
+
+def start(function: str, *, world: int = 1, seconds: float = SECONDS, **arguments: Any) -> list[Ended]:
+    """Call a function of `short_run` in as many processes and return how each ended.
+
+    Raises:
+        TimeoutError: If they have not ended in time; they are killed.
+    """
+    server = _server()
+    request = {"function": function, "world": world, "seconds": seconds, "arguments": arguments}
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    answer = json.loads(server.stdout.readline())
+    if answer is None:
+        raise TimeoutError(f"{function} {arguments} on {world} processes took over {seconds} s")
+    return [Ended(**each) for each in answer]
+
+
+def train(folder: object, **arguments: Any) -> Ended:
+    """Train in a process of its own; of several, return how the first ended."""
+    return start("train", folder=str(folder), **arguments)[0]
+
+
+def outcome(folder: object, **arguments: Any) -> dict[str, Any]:
+    """Train in processes of their own, all of which must succeed; return what the first made."""
+    ended = start("train", folder=str(folder), **arguments)
+    assert [each.code for each in ended] == [0] * len(ended), "\n".join(each.log for each in ended)
+    return ended[0].result
+
+
+def run_script(
+    arguments: list[str], *, seconds: float = SECONDS, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process group of its own, which is killed as a whole when time is up."""
+    process = subprocess.Popen(
+        arguments,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(arguments, process.returncode, output)
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    server = subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+    )
+
+    def stop() -> None:
+        server.stdin.close()
+        server.wait(10)
+        server.stdout.close()
+
+    atexit.register(stop)
+    return server
+
+
+def _serve() -> None:
+    import short_run
+
+    # What is loaded or cached at first use is so before the first fork.
+    short_run.freeze(short_run.make_rows(2))
+    short_run.warm_up()
+    for line in sys.stdin:
+        request = json.loads(line)
+        with tempfile.TemporaryDirectory() as folder:
+            answer = _fork(getattr(short_run, request["function"]), request, Path(folder))
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+def _fork(function: Any, request: dict[str, Any], folder: Path) -> list[dict[str, Any]] | None:
+    world = request["world"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children: dict[int, int] = {}
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            _work(function, request["arguments"], folder, rank, world, port)
+        children[child] = rank
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + request["seconds"]
+    while len(codes) < world and time.monotonic() < deadline:
+        for child in set(children) - set(codes):
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                codes[child] = os.waitstatus_to_exitcode(status)
+                if codes[child] != 0:  # as torchrun does, but for the time it gives the others
+                    deadline = min(deadline, time.monotonic() + 15)
+        time.sleep(0.005)
+    late = set(children) - set(codes)
+    for child in children:  # and what a killed one has left: its workers
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+    for child in late:
+        os.waitpid(child, 0)
+    if late:
+        return None
+    answers = []
+    for child, rank in children.items():
+        report = folder / f"{rank}.json"
+        answer = json.loads(report.read_text()) if report.exists() else {"result": None, "error": ""}
+        log = (folder / f"{rank}.log").read_text()
+        answers.append({**answer, "code": codes[child], "log": log})
+    return answers
+
+
+def _work(
+    function: Any, arguments: dict[str, Any], folder: Path, rank: int, world: int, port: int
+) -> None:
+    os.setpgid(0, 0)
+    with (folder / f"{rank}.log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    # The standard input is the server's; a run has none.
+    sys.stdin = io.StringIO()
+    sys.stdout = sys.stderr = open(2, "w", buffering=1)  # noqa: PTH123, SIM115
+    logging.basicConfig(stream=sys.stderr, force=True)
+    if world > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        os.environ |= {name: str(value) for name, value in names.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ["ACCELERATE_USE_CPU"] = "1"
+    answer: dict[str, Any] = {"result": None, "error": ""}
+    code = 0
+    try:
+        answer["result"] = function(**arguments)
+    except BaseException as error:  # noqa: BLE001
+        traceback.print_exc()
+        answer["error"] = f"{type(error).__name__}: {error}"
+        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
+    (folder / f"{rank}.json").write_text(json.dumps(answer))
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()

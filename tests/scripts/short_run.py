@@ -1,0 +1,319 @@
+"""A run of a few steps that can be killed, interrupted and poisoned, for tests of what comes after.
+
+Imported by `processes`, whose forks call these functions by name, and started as a script by tests
+of real launchers: ``python short_run.py '{"folder": ..., ...}'``.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import random
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.distributed.fsdp import fully_shard
+from transformers import DataCollatorForLanguageModeling
+
+import mlmadapt.checkpoints
+import mlmadapt.training
+from mlmadapt import (
+    TrainingConfig,
+    WholeWordMaskingCollator,
+    accelerate_train,
+    insert_random_mask,
+    tokenize_with_word_ids,
+)
+from mlmadapt.batches import BatchPlan
+from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+SETTINGS = {
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "disable_tqdm": True,
+}
+
+
+def rows_of(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """Turn columns into rows."""
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def make_rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Tokenize documents of unequal lengths."""
+    return rows_of(tokenize_with_word_ids({"text": tiny_corpus(count, seed=seed)}, tiny_tokenizer()))
+
+
+def freeze(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mask rows once and for all."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return rows_of(insert_random_mask(columns, WholeWordMaskingCollator(tiny_tokenizer())))
+
+
+def warm_up() -> None:
+    """Load what is loaded at first use."""
+    for architecture in ("bert", "deberta-v2"):
+        tiny_model(tiny_tokenizer(), architecture=architecture)
+    TrainingConfig()
+    DataCollatorForLanguageModeling(tiny_tokenizer())
+
+
+def drop_nothing(model: torch.nn.Module) -> torch.nn.Module:
+    """Switch dropout off, wherever the model keeps its probabilities."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout_prob", "attention_dropout"):
+            if hasattr(module, name):
+                setattr(module, name, 0.0)
+    return model
+
+
+def digest(model: torch.nn.Module) -> str:
+    """Hash all weights, to the bit."""
+    state = sorted(model.state_dict().items())
+    return hashlib.sha256(b"".join(values.numpy().tobytes() for _, values in state)).hexdigest()
+
+
+def global_states() -> tuple[str, str, str]:
+    """Hash the states of all global generators."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state().tolist()  # noqa: NPY002
+    return tuple(hashlib.sha256(repr(state).encode()).hexdigest() for state in states)
+
+
+def train(  # noqa: C901
+    folder: str,
+    *,
+    rows: int = 24,
+    rows_seed: int = 0,
+    architecture: str = "bert",
+    dropout: bool = True,
+    collator: str = "ours",
+    stream: str | None = None,
+    sharded: bool = False,
+    at_step: dict[str, list[Any]] | None = None,
+    at_event: list[Any] | None = None,
+    while_saving: dict[str, list[Any]] | None = None,
+    count_events: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Train for a few steps and return what must not depend on interruptions.
+
+    Args:
+        folder: Output folder.
+        rows: Training rows; 6 others are evaluated on.
+        rows_seed: Another seed gives another dataset.
+        architecture: Of the model.
+        dropout: Whether the model has any.
+        collator: ``"ours"`` or ``"transformers"``.
+        stream: ``"plain"`` or ``"shuffled"`` for an `IterableDataset`.
+        sharded: Whether `fully_shard` is applied first.
+        at_step: By step (as text), what to do before it: see `_act`.
+        at_event: A number and what to do before the so-manyth event of the filesystem below
+            `folder`.
+        while_saving: By step, what to do when half of that checkpoint is written.
+        count_events: Whether to return how many events there were.
+        **settings: Of `TrainingConfig`, over `SETTINGS`.
+    """
+    torch.set_num_threads(1)
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer, architecture=architecture)
+    if not dropout:
+        drop_nothing(model)
+    if sharded:
+        torch.distributed.init_process_group("gloo")
+        fully_shard(model)
+    if collator == "ours":
+        data_collator: Any = WholeWordMaskingCollator(tokenizer)
+    else:
+        data_collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3)
+    train_rows: Any = make_rows(rows, seed=rows_seed)
+    if stream is not None:
+        train_rows = Dataset.from_list(train_rows).to_iterable_dataset(num_shards=3)
+        if stream == "shuffled":
+            train_rows = train_rows.shuffle(seed=1, buffer_size=7)
+    events = _watch_files(folder, at_event)
+    _act_at_steps(model, at_step or {})
+    _act_while_saving(model, while_saving or {})
+    before = global_states()
+    result = accelerate_train(
+        model,
+        train_rows,
+        freeze(make_rows(6, seed=9)),
+        tokenizer=tokenizer,
+        data_collator=data_collator,
+        config=TrainingConfig(output_dir=folder, **{**SETTINGS, **settings}),
+    )
+    return {
+        "weights": None if sharded else digest(model),
+        "history": result.history,
+        "final": result.final.loss,
+        "steps": result.global_step,
+        "tokens": [result.tokens_seen, result.masked_tokens_seen],
+        "randomness_moved": global_states() != before,
+        **({"events": len(events)} if count_events else {}),
+    }
+
+
+def reference(*, rows: int, batch: int = 8, epochs: int | None = None) -> dict[str, Any]:
+    """Train as `train` does without dropout, in the plainest way: one full batch a step.
+
+    Full head, one padded batch, one mean; AdamW and a linear schedule written out.
+    """
+    torch.set_num_threads(1)
+    tokenizer = tiny_tokenizer()
+    model = drop_nothing(tiny_model(tokenizer)).train()
+    data = make_rows(rows)
+    epochs = epochs or (2 if rows == 8 else 1)
+    collator = WholeWordMaskingCollator(tokenizer, seed=42)
+    decayed = [each for each in model.parameters() if each.ndim > 1]
+    others = [each for each in model.parameters() if each.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=SETTINGS["learning_rate"])
+    plan = BatchPlan(rows=rows, batch_size=batch, seed=42)
+    total = epochs * plan.steps_per_epoch
+    made: dict[str, Any] = {"losses": [], "norms": [], "tokens": [0, 0]}
+    frozen = freeze(make_rows(6, seed=9))
+    nll = count = 0.0
+    for row in frozen:
+        labels = torch.from_numpy(row["masked_labels"])[None]
+        with torch.no_grad():
+            ids = torch.from_numpy(row["masked_input_ids"])[None]
+            logits = model(input_ids=ids).logits.double()
+        nll += float(torch.nn.functional.cross_entropy(logits[0], labels[0], reduction="sum"))
+        count += int((labels != -100).sum())
+    made["perplexity"] = math.exp(nll / count)
+    for epoch in range(epochs):
+        collator.set_epoch(epoch)
+        order = plan.order(epoch)
+        for start in range(0, rows, batch):
+            inputs = collator([data[row] for row in order[start : start + batch]])
+            labels = inputs.pop("labels")
+            loss = torch.nn.functional.cross_entropy(model(**inputs).logits.mT, labels)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = SETTINGS["learning_rate"] * (1 - len(made["losses"]) / total)
+            optimizer.step()
+            optimizer.zero_grad()
+            made["losses"].append(float(loss))
+            made["norms"].append(float(norm))
+            made["tokens"][0] += int(inputs["attention_mask"].sum())
+            made["tokens"][1] += int((labels != -100).sum())
+    return made
+
+
+def dropout_of_rank(folder: str) -> list[list[bool]]:
+    """Return what dropout drew on this process in each of its training steps."""
+    torch.set_num_threads(1)
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer)
+    drawn: list[list[bool]] = []
+
+    def note(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        if module.training and torch.is_grad_enabled():
+            drawn.append((output[0, 0] == 0).tolist())
+
+    model.bert.embeddings.dropout.register_forward_hook(note)
+    settings = {**SETTINGS, "num_train_epochs": 1, "per_device_train_batch_size": 2}
+    accelerate_train(
+        model,
+        make_rows(12),
+        tokenizer=tokenizer,
+        data_collator=WholeWordMaskingCollator(tokenizer),
+        config=TrainingConfig(output_dir=folder, **settings),
+    )
+    return drawn[-3:]  # before them, the model was looked at and DDP set up
+
+
+def _act(model: torch.nn.Module, name: str, rank: int = -1) -> None:
+    """Do harm: on one process, or on all (-1)."""
+    if rank not in (-1, int(os.environ.get("RANK", "0"))):
+        return
+    if name == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif name == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif name == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
+    elif name == "term parent":  # torchrun, which hands it to all
+        os.kill(os.getppid(), signal.SIGTERM)
+    elif name == "poison gradient":
+        parameter = next(each for each in model.parameters() if each.requires_grad)
+        parameter.register_hook(lambda gradient: gradient * float("nan"))
+    elif name == "poison loss":
+        # The loss of these targets is infinite, and its gradient finite.
+        with torch.no_grad():
+            model.get_output_embeddings().bias.fill_(-float("inf"))
+            model.get_output_embeddings().bias[:8] = 0.0
+    elif name == "fail":
+        raise ValueError("on purpose")
+    elif name == "disk full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    else:
+        raise ValueError(name)
+
+
+def _act_at_steps(model: torch.nn.Module, actions: dict[str, list[Any]]) -> None:
+    original = mlmadapt.training._Run.train_step
+
+    def train_step(run: Any, *args: Any, **kwargs: Any) -> None:
+        for action in actions.get(str(run.state.step), []):
+            _act(model, *([action] if isinstance(action, str) else action))
+        original(run, *args, **kwargs)
+
+    mlmadapt.training._Run.train_step = train_step
+
+
+def _act_while_saving(model: torch.nn.Module, actions: dict[str, list[Any]]) -> None:
+    original = mlmadapt.checkpoints.save_file
+
+    def save_file(tensors: Any, path: Path, **kwargs: Any) -> None:
+        step = path.parent.name.strip(".").removesuffix(".tmp").rpartition("-")[2]
+        if path.name == "optimizer.safetensors":
+            for action in actions.get(step, []):
+                _act(model, action)
+        original(tensors, path, **kwargs)
+
+    mlmadapt.checkpoints.save_file = save_file
+
+
+def _watch_files(folder: str, at_event: list[Any] | None) -> list[str]:
+    """Note what this process does to files below a folder; torch's and Rust's code is not seen."""
+    events: list[str] = []
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        names = [str(each) for each in arguments if isinstance(each, (str, Path))]
+        if not event.startswith(("open", "os.", "shutil.")) or threading.current_thread() is not (
+            threading.main_thread()
+        ):
+            return
+        if any(name.startswith(folder) for name in names):
+            if at_event is not None and len(events) == at_event[0]:
+                _act(torch.nn.Module(), *at_event[1:])
+            events.append(f"{event} {names}")
+
+    sys.addaudithook(watch)
+    return events
+
+
+if __name__ == "__main__":
+    outcome = train(**json.loads(sys.argv[1]))
+    Path(outcome_path := sys.argv[2] + os.environ.get("RANK", "0")).write_text(json.dumps(outcome))

@@ -1,0 +1,116 @@
+"""Every public name as a user would write it, for ``mypy --strict``; never executed."""
+
+from typing import Any, assert_type
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from mlmadapt import (
+    MaskedLMMetrics,
+    TrainingConfig,
+    TrainingResult,
+    WholeWordMaskingCollator,
+    accelerate_train,
+    evaluate_mlm,
+    group_texts,
+    insert_random_mask,
+    masked_lm_loss,
+    phrases,
+    sparse_prediction,
+    tokenize_with_word_ids,
+)
+
+
+def prepare(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Tokenize and chunk, by `map` and by hand."""
+    units = phrases(["pulp fiction", "film noir"])
+    columns = tokenize_with_word_ids(
+        {"text": ["a film"]}, tokenizer, text_column="text", word_boundaries=units
+    )
+    chunks = group_texts(columns, chunk_size=64, remainder="keep", labels=False)
+    assert_type(chunks["input_ids"][0], Any)
+    tokenized = documents.map(
+        tokenize_with_word_ids,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer, "word_boundaries": units},
+        remove_columns=documents.column_names,
+    )
+    grouped: Dataset = tokenized.map(group_texts, batched=True, fn_kwargs={"chunk_size": 64})
+    return grouped
+
+
+def mask(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Collate a batch, and freeze masks."""
+    collator = WholeWordMaskingCollator(
+        tokenizer,
+        wwm_probability=0.2,
+        mask_replace_prob=0.8,
+        random_replace_prob=0.1,
+        seed=0,
+        pad_to_multiple_of=8,
+        return_tensors="pt",
+    )
+    collator.set_epoch(1)
+    batch = collator([{"input_ids": [2, 7, 3], "word_ids": [-1, 0, -1]}])
+    assert_type(batch, dict[str, Any])
+    frozen = insert_random_mask({"input_ids": [[2, 7]]}, collator, seed=1, prefix="")
+    assert_type(frozen, dict[str, Any])
+    mapped: Dataset = rows.map(
+        insert_random_mask, batched=True, fn_kwargs={"data_collator": collator}
+    )
+    return mapped
+
+
+def train(model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The recipe's end, with everything that may be passed in."""
+    config = TrainingConfig(output_dir="adapted", learning_rate=2e-5, eval_strategy="epoch")
+    optimizer = torch.optim.AdamW(model.parameters())
+    result = accelerate_train(
+        model,
+        rows,
+        {"reviews": rows, "general": [{"input_ids": [2, 4, 3], "labels": [-100, 9, -100]}]},
+        tokenizer=tokenizer,
+        data_collator=WholeWordMaskingCollator(tokenizer),
+        config=config,
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
+        accelerator=Accelerator(),
+    )
+    assert_type(result, TrainingResult)
+    assert_type(result.initial, MaskedLMMetrics | None)
+    assert_type(result.history, list[dict[str, float]])
+    assert_type(result.best.perplexity if result.best else None, float | None)
+    assert_type(result.global_step + result.tokens_seen + result.masked_tokens_seen, int)
+    assert_type(result.seconds, float)
+    return result.output_dir
+
+
+def evaluate(
+    model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> tuple[float, float, float, float, int]:
+    """Metrics, one by one."""
+    metrics = evaluate_mlm(
+        model, rows, tokenizer=tokenizer, batch_size=32, accelerator=Accelerator()
+    )
+    assert_type(metrics, MaskedLMMetrics)
+    return (
+        metrics.loss,
+        metrics.perplexity,
+        metrics.accuracy,
+        metrics.top5_accuracy,
+        metrics.masked_tokens,
+    )
+
+
+def own_loop(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Trainer:
+    """The sparse head as a context and as a handle, the loss by hand and in `Trainer`."""
+    with sparse_prediction(model) as handle:
+        outputs = model(**batch)
+        loss = masked_lm_loss(outputs, batch["labels"], num_items_in_batch=100)
+        assert_type(loss, torch.Tensor)
+        handle.remove()
+    kept = sparse_prediction(model)
+    kept.remove()
+    return Trainer(model=model, compute_loss_func=masked_lm_loss)

@@ -101,20 +101,35 @@ def calls_print(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and getattr(node.func, "id", None) == "print"
 
 
+def lines_of_code(path: Path) -> int:
+    """Count the lines that do something: not blank, not a comment, not a docstring."""
+    text = path.read_text(encoding="utf-8")
+    documented = set()
+    for node in ast.walk(ast.parse(text)):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            documented |= set(range(body[0].lineno, body[0].end_lineno + 1))
+    lines = enumerate(text.splitlines(), start=1)
+    return sum(
+        number not in documented and not line.lstrip().startswith("#") and bool(line.strip())
+        for number, line in lines
+    )
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_source(path: Path) -> None:
     """Each file tells what it is for, is one noun long, prints nothing and checks nothing away."""
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
     assert ast.get_docstring(tree)
-    assert len(text.splitlines()) <= 400
+    assert lines_of_code(path) <= 400
     assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
     assert not [node for node in ast.walk(tree) if calls_print(node)]
 
 
 def test_source_stays_small() -> None:
     """The library can be read in an afternoon."""
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < 3000
+    assert sum(map(lines_of_code, FILES)) < 3000
 
 
 def imports(path: Path) -> set[str]:

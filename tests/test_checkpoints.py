@@ -115,7 +115,9 @@ def test_a_damaged_checkpoint_that_is_asked_for_is_an_error(run: Path) -> None:
     """Nobody gets another checkpoint than the one named."""
     path = run / "checkpoint-4"
     empty(path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"checkpoint-4', which is damaged: model\.safetensors has"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-4', which is damaged: model\.safetensors has"
+    ):
         checkpoints.choose(run, str(path))
     with pytest.raises(ValueError, match=r"checkpoint-5', which is damaged: manifest\.json cannot"):
         checkpoints.choose(run, str(run / "checkpoint-5"))
@@ -208,7 +210,15 @@ def test_a_file_that_is_not_in_the_manifest_is_refused(run: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"files": []}', '{"files": {"state.json": 3}}', '{"files": {"a": {}}}', "\x80"],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"files": []}',
+        '{"files": {"state.json": 3}}',
+        '{"files": {"a": {}}}',
+        "\x80",
+    ],
 )
 def test_a_manifest_of_another_shape_is_damage(run: Path, content: str) -> None:
     """Whatever JSON, or none, stands there, it is named and nothing else is raised."""
@@ -283,7 +293,13 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("keep", "also", "left"),
-    [(None, None, [4, 3, 2, 1]), (2, None, [4, 3]), (2, 1, [4, 3, 1]), (1, 4, [4]), (9, 1, [4, 3, 2, 1])],
+    [
+        (None, None, [4, 3, 2, 1]),
+        (2, None, [4, 3]),
+        (2, 1, [4, 3, 1]),
+        (1, 4, [4]),
+        (9, 1, [4, 3, 2, 1]),
+    ],
 )
 def test_the_newest_and_the_best_are_kept(
     tmp_path: Path, keep: int | None, also: int | None, left: list[int]

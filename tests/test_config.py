@@ -69,16 +69,30 @@ def test_names_are_those_of_training_arguments() -> None:
     """What is not there is ours for a reason."""
     theirs = {each.name for each in fields(TrainingArguments)}
     ours = {each.name for each in fields(TrainingConfig)}
-    # Theirs are two flags, `bf16` and `fp16`; a name of their command line; and `Trainer`'s callback.
+    # Two flags there, `bf16` and `fp16`; gone since transformers 5; a callback of `Trainer`.
     assert ours - theirs == {"mixed_precision", "overwrite", "early_stopping_patience"}
 
 
 def test_a_command_line_makes_them() -> None:
     """Every field can be given to `HfArgumentParser`."""
     (parsed,) = HfArgumentParser(TrainingConfig).parse_args_into_dataclasses(
-        ["--output_dir", "out", "--learning_rate", "1e-4", "--warmup_steps", "0.1", "--overwrite"]
-        + ["--mixed_precision", "bf16", "--save_total_limit", "2", "--eval_strategy", "no"]
-        + ["--resume_from_checkpoint", "out/checkpoint-3"]
+        [
+            "--output_dir",
+            "out",
+            "--learning_rate",
+            "1e-4",
+            "--warmup_steps",
+            "0.1",
+            "--overwrite",
+            "--mixed_precision",
+            "bf16",
+            "--save_total_limit",
+            "2",
+            "--eval_strategy",
+            "no",
+            "--resume_from_checkpoint",
+            "out/checkpoint-3",
+        ]
     )
     assert parsed == TrainingConfig(
         output_dir="out",

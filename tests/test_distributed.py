@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from .scripts.processes import outcome, start
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.distributed
 
@@ -29,11 +31,12 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("rows", [8, 101])
-@pytest.mark.parametrize(("world", "batch", "accumulation"), GRID)
+@pytest.mark.parametrize("cut", GRID, ids=str)
 def test_the_loss_is_that_of_full_batches(
-    tmp_path: Path, reference: dict[int, Any], world: int, batch: int, accumulation: int, rows: int
+    tmp_path: Path, reference: dict[int, Any], cut: tuple[int, int, int], rows: int
 ) -> None:
     """Loss, gradient norm and perplexity of each step, however its 8 rows are cut up."""
+    world, batch, accumulation = cut
     run = outcome(
         tmp_path,
         world=world,
@@ -78,7 +81,8 @@ def test_fully_shard_trains_what_one_process_does(tmp_path: Path) -> None:
 
 def test_processes_do_not_share_dropout(tmp_path: Path) -> None:
     """Each draws its own, or half of the randomness would be lost."""
-    first, second = (each.result for each in start("dropout_of_rank", world=2, folder=str(tmp_path)))
+    ended = start("dropout_of_rank", world=2, folder=str(tmp_path))
+    first, second = (each.result for each in ended)
     assert len(first) == len(second) > 0
     assert all(mine != others for mine, others in zip(first, second, strict=True))
 

@@ -28,6 +28,7 @@ from mlmadapt.interruption import Interruption
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
 
 from .scripts.processes import outcome, run_script, start, train
+from .scripts.short_run import rows_of
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "short_run.py")
 
@@ -135,7 +136,8 @@ def test_what_is_not_finite_on_one_process_stops_all(tmp_path: Path, poison: str
 @pytest.mark.distributed
 def test_a_failed_save_is_raised_by_every_process(tmp_path: Path) -> None:
     """Only the main process writes, and the other one does not wait for it."""
-    ended = start("train", folder=str(tmp_path), world=2, rows=40, while_saving={"4": ["disk full"]})
+    full = {"4": ["disk full"]}
+    ended = start("train", folder=str(tmp_path), world=2, rows=40, while_saving=full)
     expected = "checkpoint-4 could not be written to"
     assert [expected in each.error for each in ended] == [True, True]
     assert "checkpoint-2 is intact" in ended[1].error
@@ -149,7 +151,7 @@ class Setup:
         self.tokenizer = tiny_tokenizer()
         self.model = tiny_model(self.tokenizer)
         columns = tokenize_with_word_ids({"text": tiny_corpus(6)}, self.tokenizer)
-        self.rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        self.rows = rows_of(columns)
         self.folder = folder
         self.eval_rows: Any = None
         self.more: dict[str, Any] = {}
@@ -203,7 +205,7 @@ def test_an_output_dir_with_files_is_refused(setup: Setup) -> None:
     """A second run does not mix its files with those of the first."""
     setup.train()
     before = {path: path.stat().st_mtime_ns for path in setup.folder.rglob("*")}
-    with pytest.raises(FileExistsError, match="holds files of another run; .* overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"holds files of another run; .* overwrite=True"):
         setup.train()
     after = {path: path.stat().st_mtime_ns for path in setup.folder.rglob("*.safetensors")}
     assert after.items() <= before.items()
@@ -241,7 +243,8 @@ def refuse(setup: Setup, error: type[Exception], match: str, **settings: Any) ->
         setup.train(**settings)
     assert not setup.folder.exists()
     assert count_hooks(setup.model) == hooks
-    assert all(torch.equal(values, state[name]) for name, values in setup.model.state_dict().items())
+    now = setup.model.state_dict()
+    assert all(torch.equal(values, state[name]) for name, values in now.items())
 
 
 def count_hooks(model: torch.nn.Module) -> int:
@@ -265,7 +268,7 @@ def test_no_evaluation_rows_are_refused(setup: Setup) -> None:
 
 def test_a_row_longer_than_the_model_is_refused(setup: Setup) -> None:
     """With both numbers, and the chunk size that fits."""
-    setup.rows[3] = {name: values * 200 for name, values in setup.rows[3].items()}
+    setup.rows[3] = {name: [*values] * 200 for name, values in setup.rows[3].items()}
     length = len(setup.rows[3]["input_ids"])
     message = f"row of {length} tokens, the model has positions for 512; .* chunk_size=512"
     refuse(setup, ValueError, message)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,13 +12,14 @@ from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
 
 from .scripts.processes import outcome, start, train
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 def resume_until_done(folder: Path, *, kills: list[dict[str, Any]], **settings: Any) -> Any:
     """Kill a run, resume it, kill it again, ... and let the last one end."""
     for kill in kills:
-        ended = start(
-            "train", folder=str(folder), **settings, **kill, resume_from_checkpoint=True
-        )
+        ended = start("train", folder=str(folder), **settings, **kill, resume_from_checkpoint=True)
         assert any(each.code == -9 for each in ended), [each.log for each in ended]
     return outcome(folder, **settings, resume_from_checkpoint=True)
 
@@ -154,7 +154,7 @@ def test_processes_killed_at_any_step_end_the_same(
 def test_another_number_of_processes_goes_on_with_the_same_rows(
     tmp_path: Path, architecture: str
 ) -> None:
-    """2 processes of 2 rows, then 1 of 4: the step has the same rows, and the sums differ by 1e-5."""
+    """2 processes of 2 rows, then 1 of 4: a step has the same rows, and sums differ by 1e-5."""
     one = {"rows": 21, "dropout": False, "architecture": architecture}
     two = {**one, "world": 2, "per_device_train_batch_size": 2}
     one["per_device_train_batch_size"] = 4

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlmadapt.chunking import group_texts
+    from mlmadapt.config import TrainingConfig
     from mlmadapt.evaluation import MaskedLMMetrics, evaluate_mlm
     from mlmadapt.freezing import insert_random_mask
     from mlmadapt.masking import WholeWordMaskingCollator
     from mlmadapt.prediction import masked_lm_loss, sparse_prediction
+    from mlmadapt.result import TrainingResult
     from mlmadapt.tokenization import phrases, tokenize_with_word_ids
-    from mlmadapt.training import TrainingConfig, TrainingResult, accelerate_train
+    from mlmadapt.training import accelerate_train
 
 __all__ = [
     "MaskedLMMetrics",
@@ -39,8 +41,8 @@ __all__ = [
 
 _HOME = {
     "MaskedLMMetrics": "evaluation",
-    "TrainingConfig": "training",
-    "TrainingResult": "training",
+    "TrainingConfig": "config",
+    "TrainingResult": "result",
     "WholeWordMaskingCollator": "masking",
     "accelerate_train": "training",
     "evaluate_mlm": "evaluation",

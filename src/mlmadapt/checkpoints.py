@@ -78,7 +78,7 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
 
 def choose(output_dir: Path, wanted: str | Literal[True]) -> Path | None:
     """Return the checkpoint that ``resume_from_checkpoint`` asks for; None if there is none yet."""
-    if wanted is True:
+    if wanted is True or wanted.lower() == "true":  # as a command line says it
         return newest_whole(output_dir)
     damage = next(find_damage(Path(wanted)), None)
     if damage is not None:

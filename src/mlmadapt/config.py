@@ -2,7 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    _Checkpoint: TypeAlias = str | Literal[True] | None
+else:
+    _Checkpoint = str | None  # all that HfArgumentParser can read; it gives "true" for True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +65,7 @@ class TrainingConfig:
 
     output_dir: str = "trainer_output"
     overwrite: bool = False
-    resume_from_checkpoint: str | bool | None = None
+    resume_from_checkpoint: _Checkpoint = None
     num_train_epochs: float = 3.0
     max_steps: int = -1
     per_device_train_batch_size: int = 64

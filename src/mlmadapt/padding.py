@@ -4,7 +4,6 @@
 builds lists first. Here no token is looked at in Python.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, pairwise
@@ -185,16 +184,21 @@ def _lengths(rows: Any) -> Ints:
 
 
 def _join(name: str, rows: Any, total: int) -> Ints:
-    values = _concatenate(rows, total)
-    if name == "word_ids" and values.dtype.kind in "Of":
-        # None, as BatchEncoding.word_ids() says it; arrays and tensors can only say NaN.
-        words = values.tolist()
-        values = np.array([-1 if word is None or math.isnan(word) else word for word in words])
-    if values.ndim != 1 or (values.size and values.dtype.kind not in "iub"):
+    try:
+        values = _concatenate(rows, total)
+        if name == "word_ids" and values.dtype.kind in "Of":
+            # None, as BatchEncoding.word_ids() says it; arrays and tensors can only say NaN.
+            words = np.array(values, np.float64)
+            words[np.isnan(words)] = -1
+            values = words.astype(np.int64) if (words % 1 == 0).all() else words
+        seen = f"{values.dtype} of shape {values.shape} for {total} tokens"
+        is_right = values.ndim == 1 and (values.dtype.kind in "iub" or not total)
+    except (OverflowError, TypeError, ValueError) as error:
+        seen, is_right = f"something else ({error})", False
+    if not is_right:
         raise ValueError(
-            f"column {name!r} holds {values.dtype} of shape {values.shape} for {total} tokens; it "
-            f"must hold one whole number a token. Remove {name!r} from the dataset if it is not an "
-            "input of the model"
+            f"column {name!r} holds {seen}; it must hold one whole number a token. Remove {name!r} "
+            "from the dataset if it is not an input of the model"
         )
     return values.astype(np.int64, copy=False)
 
@@ -208,12 +212,7 @@ def _concatenate(rows: Any, total: int) -> npt.NDArray[Any]:
         return np.frombuffer(b"".join(map(bytes, rows)), np.uint8)
     # NumPy reads a list twice as fast when it is told the type, and would then cut floats down to
     # whole numbers; so it meets the first row untold.
-    first = np.array(next(filter(None, rows), [0]))
-    if first.dtype.kind in "iub":
-        with suppress(TypeError, ValueError):  # None in another row
+    if np.array(next(filter(None, rows), [0])).dtype.kind in "iub":
+        with suppress(TypeError):  # None in another row
             return np.fromiter(chain.from_iterable(rows), np.int64, total)
-    values = list(chain.from_iterable(rows))
-    try:
-        return np.array(values)
-    except ValueError:  # lists of several lengths
-        return np.array(values, object)
+    return np.array(list(chain.from_iterable(rows)))

@@ -12,8 +12,46 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import pyarrow.compute as pc
 
+from mlmadapt.config import TrainingConfig
+from mlmadapt.processes import is_sharded
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def check_run(
+    model: "PreTrainedModel",
+    train_dataset: Any,
+    eval_sets: Mapping[str, Any],
+    *,
+    tokenizer: "PreTrainedTokenizerBase",
+    config: TrainingConfig,
+) -> None:
+    """Check that rows, model, tokenizer and settings fit together.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    sets = dict(eval_sets)
+    if hasattr(train_dataset, "__len__"):
+        sets["train_dataset"] = train_dataset
+    elif config.max_steps < 1 or config.dataloader_num_workers:
+        raise ValueError(
+            f"train_dataset is a stream without a length, max_steps is {config.max_steps} and "
+            f"dataloader_num_workers {config.dataloader_num_workers}; give max_steps, and 0 workers"
+        )
+    for name, rows in sets.items():
+        check_rows(name, rows, model=model, tokenizer=tokenizer)
+    if (config.early_stopping_patience or config.load_best_model_at_end) and not eval_sets:
+        raise ValueError(
+            "early_stopping_patience and load_best_model_at_end go by an evaluation, but "
+            "eval_dataset is None; pass one"
+        )
+    if is_sharded(model) and (config.save_strategy != "no" or config.resume_from_checkpoint):
+        raise ValueError(
+            f"model is sharded by fully_shard and save_strategy is {config.save_strategy!r}; "
+            "checkpoints of sharded models are not written here: pass save_strategy='no'"
+        )
 
 
 def check_rows(

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 
 import torch
 from accelerate import Accelerator
@@ -16,9 +17,33 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mlmadapt.batches import Batch
+from mlmadapt.config import TrainingConfig
 from mlmadapt.prediction import SparsePrediction, masked_logits
 
 logger = logging.getLogger(__name__)
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """Make the accelerator and the trackers that the settings ask for.
+
+    Raises:
+        ValueError: If a tracker is not installed.
+    """
+    trackers = [] if config.report_to == "none" else config.report_to.split(",")
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=trackers or None,
+        project_dir=config.output_dir,
+    )
+    missing = set(trackers) - {getattr(each, "value", each) for each in accelerator.log_with}
+    if missing:
+        raise ValueError(
+            f"report_to is {config.report_to!r}, but {sorted(missing)} is not installed"
+        )
+    if trackers:
+        settings = {k: v for k, v in asdict(config).items() if isinstance(v, (int, float, str))}
+        accelerator.init_trackers("mlmadapt", config=settings)
+    return accelerator
 
 
 def check_launcher(accelerator: Accelerator) -> None:

@@ -7,7 +7,6 @@ on those that do not, and for languages without spaces, words come from the text
 """
 
 import re
-import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -173,10 +172,10 @@ def phrases(units: Iterable[str], *, ignore_case: bool = True) -> WordBoundaries
         if not words:
             message = f"phrase {unit!r} holds no word; remove it from the list"
             raise ValueError(message)
-        # One object a word: equal phrases have equal pickles, and so fingerprints, in any process.
-        known.add(tuple(sys.intern(w.casefold() if ignore_case else w) for w in words))
-    longest: dict[str, int] = {}
+        known.add(tuple(word.casefold() if ignore_case else word for word in words))
+    # In one order, so that equal phrases have equal fingerprints in every process.
     ordered = dict.fromkeys(sorted(known))
+    longest: dict[str, int] = {}
     for phrase in ordered:
         longest[phrase[0]] = max(len(phrase), longest.get(phrase[0], 0))
     return partial(_find_phrases, known=ordered, longest=longest, ignore_case=ignore_case)

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -25,22 +25,24 @@ from torch.distributed.tensor import DTensor
 from mlmadapt import checkpoints
 from mlmadapt.batches import Batch, BatchPlan, training_batches
 from mlmadapt.config import TrainingConfig
-from mlmadapt.evaluation import FrozenCollator, MaskedLMMetrics, as_log, evaluate_rows, is_frozen
+from mlmadapt.evaluation import FrozenCollator, as_log, evaluate_rows, is_frozen
 from mlmadapt.folder import own_folder, save_model
 from mlmadapt.freezing import DataCollator
 from mlmadapt.identity import describe_run
 from mlmadapt.interruption import Interruption
 from mlmadapt.optimization import make_optimizer, make_scheduler
 from mlmadapt.prediction import masked_logits, try_sparse
-from mlmadapt.preflight import check_rows
+from mlmadapt.preflight import check_run
 from mlmadapt.processes import (
     check_launcher,
     freeze_unused,
     is_sharded,
+    make_accelerator,
     on_main_process,
     settle_buckets,
     synchronize,
 )
+from mlmadapt.result import TrainingResult
 from mlmadapt.resumption import RunState, Trained, load_weights, read_run, write_run
 from mlmadapt.seeding import derive_key
 from mlmadapt.streaming import streaming_batches
@@ -52,40 +54,10 @@ if TYPE_CHECKING:
     TrainRows: TypeAlias = Dataset | IterableDataset | Sequence[Mapping[str, Any]]
     EvalRows: TypeAlias = Dataset | Sequence[Mapping[str, Any]]
 
-__all__ = ["TrainingConfig", "TrainingResult", "accelerate_train"]
-
 logger = logging.getLogger(__name__)
 
 # An fp16 scaler skips a step now and then to find its scale; this many in a row are a fault.
 _MOST_SKIPS = 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingResult:
-    """What came of a run.
-
-    Attributes:
-        initial: Metrics of the first evaluation set before the first step; None without one.
-        final: The same after the last step.
-        best: The lowest loss of that set at any evaluation.
-        history: What was logged, in order: ``step``, ``epoch``, and ``loss``, ``learning_rate``,
-            ``grad_norm`` or ``eval_loss``, ``eval_perplexity``, ... as `Trainer` names them.
-        global_step: Optimizer steps.
-        tokens_seen: Tokens trained on, padding not counted, over all processes.
-        masked_tokens_seen: Tokens predicted.
-        seconds: Wall time of training and evaluation, that before an interruption included.
-        output_dir: Where model and tokenizer lie.
-    """
-
-    initial: MaskedLMMetrics | None
-    final: MaskedLMMetrics | None
-    best: MaskedLMMetrics | None
-    history: list[dict[str, float]]
-    global_step: int
-    tokens_seen: int
-    masked_tokens_seen: int
-    seconds: float
-    output_dir: str
 
 
 def accelerate_train(
@@ -155,10 +127,10 @@ def accelerate_train(
         (2, 4)
     """
     config = config or TrainingConfig()
-    accelerator = accelerator or _make_accelerator(config)
+    accelerator = accelerator or make_accelerator(config)
     check_launcher(accelerator)
     eval_sets = _name_sets(eval_dataset)
-    _check_inputs(model, train_dataset, eval_sets, tokenizer=tokenizer, config=config)
+    check_run(model, train_dataset, eval_sets, tokenizer=tokenizer, config=config)
     was_training = model.training
     with (
         own_folder(accelerator, config),
@@ -492,60 +464,12 @@ class _Run:
         )
 
 
-def _make_accelerator(config: TrainingConfig) -> Accelerator:
-    trackers = [] if config.report_to == "none" else config.report_to.split(",")
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=trackers or None,
-        project_dir=config.output_dir,
-    )
-    missing = set(trackers) - {getattr(each, "value", each) for each in accelerator.log_with}
-    if missing:
-        raise ValueError(
-            f"report_to is {config.report_to!r}, but {sorted(missing)} is not installed"
-        )
-    if trackers:
-        settings = {k: v for k, v in asdict(config).items() if isinstance(v, (int, float, str))}
-        accelerator.init_trackers("mlmadapt", config=settings)
-    return accelerator
-
-
 def _name_sets(eval_dataset: Any) -> dict[str, Any]:
     if eval_dataset is None:
         return {}
     if isinstance(eval_dataset, Mapping):
         return {f"eval_{name}": rows for name, rows in eval_dataset.items()}
     return {"eval": eval_dataset}
-
-
-def _check_inputs(
-    model: "PreTrainedModel",
-    train_dataset: Any,
-    eval_sets: Mapping[str, Any],
-    *,
-    tokenizer: "PreTrainedTokenizerBase",
-    config: TrainingConfig,
-) -> None:
-    sets = dict(eval_sets)
-    if hasattr(train_dataset, "__len__"):
-        sets["train_dataset"] = train_dataset
-    elif config.max_steps < 1 or config.dataloader_num_workers:
-        raise ValueError(
-            f"train_dataset is a stream without a length, max_steps is {config.max_steps} and "
-            f"dataloader_num_workers {config.dataloader_num_workers}; give max_steps, and 0 workers"
-        )
-    for name, rows in sets.items():
-        check_rows(name, rows, model=model, tokenizer=tokenizer)
-    if (config.early_stopping_patience or config.load_best_model_at_end) and not eval_sets:
-        raise ValueError(
-            "early_stopping_patience and load_best_model_at_end go by an evaluation, but "
-            "eval_dataset is None; pass one"
-        )
-    if is_sharded(model) and (config.save_strategy != "no" or config.resume_from_checkpoint):
-        raise ValueError(
-            f"model is sharded by fully_shard and save_strategy is {config.save_strategy!r}; "
-            "checkpoints of sharded models are not written here: pass save_strategy='no'"
-        )
 
 
 @contextmanager

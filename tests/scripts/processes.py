@@ -44,7 +44,9 @@ class Ended:
     log: str
 
 
-def start(function: str, *, world: int = 1, seconds: float = SECONDS, **arguments: Any) -> list[Ended]:
+def start(
+    function: str, *, world: int = 1, seconds: float = SECONDS, **arguments: Any
+) -> list[Ended]:
     """Call a function of `short_run` in as many processes and return how each ended.
 
     Raises:
@@ -134,37 +136,42 @@ def _fork(function: Any, request: dict[str, Any], folder: Path) -> list[dict[str
     for rank in range(world):
         child = os.fork()
         if child == 0:
-            _work(function, request["arguments"], folder, rank, world, port)
+            _work(function, request["arguments"], folder, rank=rank, world=world, port=port)
         children[child] = rank
-    codes: dict[int, int] = {}
-    deadline = time.monotonic() + request["seconds"]
-    while len(codes) < world and time.monotonic() < deadline:
-        for child in set(children) - set(codes):
-            pid, status = os.waitpid(child, os.WNOHANG)
-            if pid:
-                codes[child] = os.waitstatus_to_exitcode(status)
-                if codes[child] != 0:  # as torchrun does, but for the time it gives the others
-                    deadline = min(deadline, time.monotonic() + 15)
-        time.sleep(0.005)
-    late = set(children) - set(codes)
-    for child in children:  # and what a killed one has left: its workers
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)
-    for child in late:
-        os.waitpid(child, 0)
-    if late:
+    codes = _wait(list(children), time.monotonic() + request["seconds"])
+    if codes is None:
         return None
     answers = []
     for child, rank in children.items():
         report = folder / f"{rank}.json"
-        answer = json.loads(report.read_text()) if report.exists() else {"result": None, "error": ""}
+        answer = json.loads(report.read_text()) if report.exists() else {}
         log = (folder / f"{rank}.log").read_text()
-        answers.append({**answer, "code": codes[child], "log": log})
+        answers.append({"result": None, "error": "", **answer, "code": codes[child], "log": log})
     return answers
 
 
+def _wait(children: list[int], deadline: float) -> dict[int, int] | None:
+    """Return the exit codes, or None if one was late; nothing of them is left running."""
+    codes: dict[int, int] = {}
+    while len(codes) < len(children) and time.monotonic() < deadline:
+        for child in set(children) - set(codes):
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                codes[child] = os.waitstatus_to_exitcode(status)
+                if codes[child] != 0:  # torchrun ends the others too, after some time
+                    deadline = min(deadline, time.monotonic() + 15)
+        time.sleep(0.005)
+    late = set(children) - set(codes)
+    for child in children:  # and the workers that a killed one has left
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+    for child in late:
+        os.waitpid(child, 0)
+    return None if late else codes
+
+
 def _work(
-    function: Any, arguments: dict[str, Any], folder: Path, rank: int, world: int, port: int
+    function: Any, arguments: dict[str, Any], folder: Path, *, rank: int, world: int, port: int
 ) -> None:
     os.setpgid(0, 0)
     with (folder / f"{rank}.log").open("w") as log:
@@ -172,7 +179,7 @@ def _work(
         os.dup2(log.fileno(), 2)
     # The standard input is the server's; a run has none.
     sys.stdin = io.StringIO()
-    sys.stdout = sys.stderr = open(2, "w", buffering=1)  # noqa: PTH123, SIM115
+    sys.stdout = sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
     logging.basicConfig(stream=sys.stderr, force=True)
     if world > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}

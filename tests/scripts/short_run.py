@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,10 +36,6 @@ from mlmadapt import (
 from mlmadapt.batches import BatchPlan
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from types import FrameType
-
 SETTINGS = {
     "num_train_epochs": 2,
     "per_device_train_batch_size": 8,
@@ -58,7 +54,8 @@ def rows_of(columns: dict[str, Any]) -> list[dict[str, Any]]:
 
 def make_rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
     """Tokenize documents of unequal lengths."""
-    return rows_of(tokenize_with_word_ids({"text": tiny_corpus(count, seed=seed)}, tiny_tokenizer()))
+    columns = {"text": tiny_corpus(count, seed=seed)}
+    return rows_of(tokenize_with_word_ids(columns, tiny_tokenizer()))
 
 
 def freeze(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -98,7 +95,7 @@ def global_states() -> tuple[str, str, str]:
     return tuple(hashlib.sha256(repr(state).encode()).hexdigest() for state in states)
 
 
-def train(  # noqa: C901
+def train(
     folder: str,
     *,
     rows: int = 24,

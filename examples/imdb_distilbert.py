@@ -130,14 +130,15 @@ def load(arguments: Arguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         if all(Path(name).exists() for name in (arguments.model, arguments.dataset)):
             raise
         sys.exit(
-            f"{arguments.model!r} and {arguments.dataset!r} are not both files here, and the Hugging "
-            f"Face hub cannot be reached or does not have them ({type(error).__name__}): name local "
-            "ones with --model FOLDER and --dataset FILE, or run with --demo, which downloads nothing."
+            f"{arguments.model!r} and {arguments.dataset!r} are not both files here, and the "
+            "Hugging Face hub cannot be reached or does not have them "
+            f"({type(error).__name__}): name local ones with --model FOLDER and --dataset FILE, or "
+            "run with --demo, which downloads nothing."
         )
     if arguments.text_column not in documents.column_names:
         sys.exit(
-            f"{arguments.dataset!r} has the columns {documents.column_names}; name the one with the "
-            "text with --text_column."
+            f"{arguments.dataset!r} has the columns {documents.column_names}; name the one with "
+            "the text with --text_column."
         )
     return model, tokenizer, documents.select_columns(arguments.text_column)
 

@@ -120,6 +120,7 @@ def test_every_form_of_frozen_rows(
     with_words = [
         {**row, "word_ids": old["word_ids"]} for row, old in zip(rows, unfrozen, strict=True)
     ]
+    assert "word_ids" not in FrozenCollator(wordpiece)(with_words)
     forms = [
         kept,
         removed,

@@ -63,11 +63,12 @@ def test_rows_that_fit(
 def test_many_rows_are_measured_batch_by_batch(
     bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast
 ) -> None:
-    """The longest row is found wherever it stands, whatever the order of the indices."""
-    rows = datasets.Dataset.from_dict({"input_ids": [[7]] * 25_000 + [[8] * 513] + [[7]] * 10_000})
-    for order in (rows, rows.shuffle(seed=0, keep_in_memory=True)):
-        with pytest.raises(ValueError, match="has a row of 513 tokens"):
-            check_rows("eval", order, model=bert, tokenizer=wordpiece)
+    """The longest row and the highest id are found wherever they stand, in any order."""
+    for row, message in (([8] * 513, "has a row of 513 tokens"), ([475], "has token id 475")):
+        rows = datasets.Dataset.from_dict({"input_ids": [[7]] * 25_000 + [row] + [[7]] * 10_000})
+        for order in (rows, rows.shuffle(seed=0, keep_in_memory=True)):
+            with pytest.raises(ValueError, match=message):
+                check_rows("eval", order, model=bert, tokenizer=wordpiece)
 
 
 def test_other_mistakes(bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast) -> None:

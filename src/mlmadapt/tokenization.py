@@ -173,12 +173,10 @@ def phrases(units: Iterable[str], *, ignore_case: bool = True) -> WordBoundaries
             message = f"phrase {unit!r} holds no word; remove it from the list"
             raise ValueError(message)
         known.add(tuple(word.casefold() if ignore_case else word for word in words))
-    # In one order, so that equal phrases have equal fingerprints in every process.
-    ordered = dict.fromkeys(sorted(known))
     longest: dict[str, int] = {}
-    for phrase in ordered:
+    for phrase in known:
         longest[phrase[0]] = max(len(phrase), longest.get(phrase[0], 0))
-    return partial(_find_phrases, known=ordered, longest=longest, ignore_case=ignore_case)
+    return partial(_find_phrases, known=known, longest=longest, ignore_case=ignore_case)
 
 
 def special_token_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
@@ -216,7 +214,7 @@ def _word() -> re.Pattern[str]:
 def _find_phrases(
     text: str,
     *,
-    known: Mapping[tuple[str, ...], None],
+    known: set[tuple[str, ...]],
     longest: Mapping[str, int],
     ignore_case: bool,
 ) -> list[tuple[int, int]]:

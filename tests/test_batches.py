@@ -167,7 +167,7 @@ def test_batches_are_pure(name: str, rows: list[dict[str, Any]]) -> None:
     for row, kept_row in zip(tensors, kept_tensors, strict=True):
         assert all(torch.equal(row[name], kept_row[name]) for name in kept_row)
         assert row.keys() == kept_row.keys()
-    patterns = [[label == -100 for row in batch["labels"] for label in row] for batch in first]
+    patterns = [[label == -100 for row in batch["labels"] for label in row[:7]] for batch in first]
     assert not patterns[0] == patterns[1] == patterns[2]
     assert flatten(training_batches(rows, plan, collator, epoch=2)) != first
     assert flatten(training_batches(rows, replace(plan, seed=6), collator, epoch=1)) != first

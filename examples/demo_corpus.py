@@ -1,24 +1,96 @@
-"""Real English that every CPython carries, for a demonstration without a download.
+"""What the demonstration of `imdb_distilbert.py` needs, out of what every CPython carries.
 
 The domain is the Python language reference (`pydoc_data.topics`), the general text the docstrings
 of the standard library, read from its source files without importing them. No sentence stands in
-both, and none twice.
+both, and none twice, so that a held-out one was never trained on.
 """
 
 import ast
+import random
 import re
+import sys
 import sysconfig
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any, NamedTuple
 
+import torch
+from accelerate import PartialState
+from datasets import Dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import BertTokenizer
+from transformers import AutoModelForMaskedLM, BertConfig, BertTokenizer
 
-_LEFT_OUT = re.compile(
-    r"(^|/)(site-packages|test|tests|idlelib|lib2to3|pydoc_data|ensurepip|turtledemo|config-[^/]*)(/|$)"
+from mlmadapt import (
+    TrainingConfig,
+    WholeWordMaskingCollator,
+    accelerate_train,
+    group_texts,
+    tokenize_with_word_ids,
 )
+
+DEFAULTS: dict[str, Any] = {
+    "chunk_size": 64,
+    "train_size": 9_000,
+    "sentence": "The method is called with one [MASK].",
+    "max_steps": 300,
+    "learning_rate": 2e-3,
+    "warmup_steps": 0.1,
+    "weight_decay": 0.01,
+    "eval_strategy": "steps",
+    "eval_steps": 100,
+    "save_strategy": "no",
+    "overwrite": True,
+}
+"""Where the demonstration differs from the recipe: it begins with random weights."""
+
+
+def starting_point(config: TrainingConfig, chunk_size: int) -> tuple[Any, BertTokenizer, Dataset]:
+    """Train a tiny model on general text, and return it with its tokenizer and the domain."""
+    say = PartialState().print
+    domain = read_domain()
+    general = read_general(domain)
+    tokenizer = train_tokenizer(general, vocab_size=5_000)
+    say("\nA model to start from\n---------------------")
+    say(f"  {len(general)} modules' docstrings as general text; 2 layers of 128, random weights")
+    model = AutoModelForMaskedLM.from_config(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            # Two minutes teach too little to need dropout.
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+    rows = Dataset.from_dict({"text": general})
+    rows = rows.map(
+        tokenize_with_word_ids,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer},
+        remove_columns="text",
+    )
+    rows = rows.map(
+        group_texts, batched=True, fn_kwargs={"chunk_size": chunk_size, "labels": False}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        result = accelerate_train(
+            model,
+            rows,
+            tokenizer=tokenizer,
+            data_collator=WholeWordMaskingCollator(tokenizer, seed=config.seed),
+            config=replace(
+                config, output_dir=folder, max_steps=2 * config.max_steps, learning_rate=2e-3
+            ),
+        )
+    say(f"  {result.global_step} steps")
+    return model, tokenizer, Dataset.from_dict({"text": domain})
 
 
 def read_domain() -> list[str]:
@@ -29,13 +101,13 @@ def read_domain() -> list[str]:
 def read_general(domain: list[str]) -> list[str]:
     """Return the prose of the docstrings of each module, without what the domain says too."""
     library = Path(sysconfig.get_path("stdlib"))
-    files = (
-        path
-        for path in sorted(library.rglob("*.py"))
-        if not _LEFT_OUT.search(path.relative_to(library).as_posix())
+    modules = sorted(sys.stdlib_module_names - {"idlelib", "lib2to3", "pydoc_data", "turtledemo"})
+    files = chain.from_iterable(
+        [library / f"{name}.py", *sorted((library / name).rglob("*.py"))] for name in modules
     )
+    wanted = (file for file in files if file.is_file() and not {"test", "tests"} & {*file.parts})
     known = {sentence for text in domain for sentence in split_sentences(text)}
-    return _distinct(map(_read_docstrings, files), seen=known)
+    return _distinct(map(_read_docstrings, wanted), seen=known)
 
 
 def split_sentences(text: str) -> list[str]:
@@ -99,3 +171,59 @@ def _is_prose(paragraph: str) -> bool:
         and "::=" not in paragraph
         and words[-1][-1] in ".:;?!)"
     )
+
+
+class Gap(NamedTuple):
+    """A held-out sentence with one word left out."""
+
+    sentence: str
+    word: str
+    token_ids: list[int]
+    place: int
+
+
+def choose_gaps(documents: Dataset, tokenizer: BertTokenizer, *, count: int = 5) -> list[Gap]:
+    """Choose sentences at random, and in each a word of one token, which has one probability."""
+    generator = random.Random(0)  # nothing secret
+    gaps: list[Gap] = []
+    for text in documents["text"]:
+        sentences = [each for each in split_sentences(text) if 7 <= len(each.split()) <= 14]
+        if not sentences or len(gaps) == count:
+            continue
+        sentence = generator.choice(sentences)
+        encoding = tokenizer(sentence, return_offsets_mapping=True)
+        words = tokenize_with_word_ids({"text": [sentence]}, tokenizer)["word_ids"][0].tolist()
+        spans = encoding["offset_mapping"]
+        places = [
+            place
+            for place, (start, end) in enumerate(spans)
+            if words.count(words[place]) == 1 and end - start > 3
+        ]
+        if places:
+            place = generator.choice(places)
+            start, end = spans[place]
+            blank = f"{sentence[:start]}____{sentence[end:]}"
+            gaps.append(Gap(blank, sentence[start:end], encoding["input_ids"], place))
+    return gaps
+
+
+def fill_gaps(gaps: list[Gap], model: Any, tokenizer: BertTokenizer) -> list[str]:
+    """Say how likely the model finds the true word, and which five it finds likeliest."""
+    model.eval()
+    guesses = []
+    for gap in gaps:
+        token_ids = torch.tensor([gap.token_ids], device=model.device)
+        token_ids[0, gap.place] = tokenizer.mask_token_id
+        with torch.no_grad():
+            chances = model(input_ids=token_ids).logits[0, gap.place].softmax(-1)
+        top = tokenizer.convert_ids_to_tokens(chances.topk(5).indices.tolist())
+        guesses.append(f"{chances[gap.token_ids[gap.place]]:6.1%}   {', '.join(top)}")
+    return guesses
+
+
+def show_gaps(gaps: list[Gap], before: list[str], after: list[str]) -> None:
+    """Show each gap's true word, its probability, and the five likeliest words."""
+    say = PartialState().print
+    for gap, guess_before, guess_after in zip(gaps, before, after, strict=True):
+        say(f"\n  {gap.sentence}   ({gap.word})")
+        say(f"    before {guess_before}\n    after  {guess_after}")

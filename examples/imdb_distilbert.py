@@ -1,416 +1,365 @@
-"""Adapt DistilBERT to film reviews, or any masked language model to any text.
+"""Adapt a masked language model to a domain: the well-known recipe, DistilBERT to film reviews.
 
-    python examples/imdb_distilbert.py                      # the recipe, from the hub
-    python examples/imdb_distilbert.py --demo               # no download, under three minutes
-    python examples/imdb_distilbert.py --model path/to/model --dataset reviews.csv
+    python examples/imdb_distilbert.py                                 # the recipe, from the hub
+    python examples/imdb_distilbert.py --model FOLDER --dataset FILE   # your own model and text
+    python examples/imdb_distilbert.py --loop trainer --masking token  # its other loop and masking
+    python examples/imdb_distilbert.py --demo                          # no download, 3 minutes
+    accelerate launch examples/imdb_distilbert.py                      # on all devices
 
-Also under ``torchrun`` and ``accelerate launch``. Everything but printing is done by functions that
-can be imported from mlmadapt.
+The fields of `Arguments` and of `TrainingConfig` are the options.
 """
 
-import os
+from __future__ import annotations
+
+import logging
+import ssl
 import sys
 import tempfile
-from dataclasses import dataclass
+import urllib.error
+import urllib.request
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import datasets
+import huggingface_hub
+import pyarrow.compute as pc
 import torch
+import transformers
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict, load_dataset
-from transformers import (
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    BertConfig,
-    DataCollatorForLanguageModeling,
-    HfArgumentParser,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    pipeline,
-    set_seed,
-)
-from transformers.utils import logging as transformers_logging
+from datasets import Dataset, load_dataset
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, pipeline
 
 from mlmadapt import (
-    MaskedLMMetrics,
     TrainingConfig,
     WholeWordMaskingCollator,
     accelerate_train,
     evaluate_mlm,
     group_texts,
     insert_random_mask,
+    masked_lm_loss,
     sparse_prediction,
     tokenize_with_word_ids,
 )
 
+if TYPE_CHECKING:
+    from transformers import (
+        FillMaskPipeline,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        TrainerState,
+    )
+
 
 @dataclass
 class Arguments:
-    """What is adapted to what; the settings of the training come after these."""
+    """What is adapted to what. How it is trained is said by `TrainingConfig`."""
 
-    model: str = "distilbert/distilbert-base-uncased"  # a name on the hub or a folder
-    dataset: str = (
-        "stanfordnlp/imdb"  # a name on the hub, a folder, or a parquet, csv, json or text file
-    )
-    text_column: str = "text"
+    model: str = "distilbert/distilbert-base-uncased"  # a name on the hub, or a folder
+    dataset: str = "stanfordnlp/imdb"  # the same, or a parquet, csv, json or txt file
+    text_column: str = "text"  # "text" in a txt file, each line of which is a document
     chunk_size: int = 128  # tokens a row
-    train_size: int = 10_000  # rows
-    test_size: int = 1_000
+    train_size: int = 10_000  # rows, at most
+    test_size: int = 1_000  # rows, at most
     masking: Literal["whole-word", "token"] = "whole-word"
     loop: Literal["accelerate", "trainer"] = "accelerate"
-    probe: str = "This is a great [MASK]."
-    demo: bool = False
-    general_steps: int = 600  # --demo: steps on general text before adapting
+    sentence: str = "This is a great [MASK]."  # to fill in before and after
+    demo: bool = False  # make a tiny model on the spot, and adapt it to Python's documentation
 
 
 def main() -> None:
-    """Read the options and run the recipe or the demonstration."""
-    parser = HfArgumentParser((Arguments, TrainingConfig), description=__doc__)
-    parser.set_defaults(output_dir="adapted-model")
-    arguments, _ = parser.parse_args_into_dataclasses()
-    if arguments.loop == "trainer":  # the recipe's settings for it
-        parser.set_defaults(learning_rate=2e-5, weight_decay=0.01)
-    if arguments.demo:
-        parser.set_defaults(chunk_size=64, learning_rate=2e-3, warmup_steps=0.1, max_steps=300)
-        parser.set_defaults(output_dir=tempfile.mkdtemp(prefix="mlmadapt-demo-"), overwrite=True)
+    """Tell the story from the first fill-mask to the last."""
+    args, config = parse_arguments()
+    transformers.set_seed(config.seed)
+    # No bars for what takes a blink; what chunking drops is said below.
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("mlmadapt.chunking").setLevel(logging.ERROR)
+
+    if args.demo:
+        import demo_corpus  # noqa: PLC0415  # beside this file, which goes without it
+
         datasets.disable_progress_bars()
-    arguments, config = parser.parse_args_into_dataclasses()
-    transformers_logging.disable_progress_bar()
-    set_seed(config.seed)
-    if arguments.demo:
-        run_demo(arguments, config)
+        model, tokenizer, documents = demo_corpus.starting_point(config, args.chunk_size)
     else:
-        run_recipe(arguments, config)
+        # The first process downloads and maps, the others find it all in the cache.
+        with PartialState().main_process_first():
+            trust_cache_if_hub_is_silent(args.model, args.dataset)
+            model, tokenizer = load_model(args.model)
+            documents = load_documents(args.dataset, args.text_column)
 
+    title("The model before")
+    show_parameters(model)
+    show_fill_mask(pipeline("fill-mask", model=model, tokenizer=tokenizer), args.sentence)
 
-def run_recipe(arguments: Arguments, config: TrainingConfig) -> None:
-    """Load, tokenize, chunk, freeze, train, look."""
-    say = PartialState().print
-    model, tokenizer, documents = load(arguments)
-    head = model.get_output_embeddings().weight.numel()
-    say(
-        f"\n{arguments.model}: {model.num_parameters() / 1e6:.1f} M parameters, "
-        f"{head / 1e6:.1f} M of them in the vocabulary matrix"
-    )
-    probe = arguments.probe.replace("[MASK]", tokenizer.mask_token)
-    say(f"before: {fill_mask(model, tokenizer, probe)}")
-
+    title("The text")
     with PartialState().main_process_first():
-        # By document, before chunking: chunks of one review must not land on both sides.
-        split = documents.train_test_split(test_size=0.1, seed=config.seed)
-        chunks = make_chunks(split, tokenizer, arguments.text_column, arguments.chunk_size, say)
-        for name, size in (("train", arguments.train_size), ("test", arguments.test_size)):
-            chunks[name] = chunks[name].select(range(min(size, len(chunks[name]))))
-        collator = make_collator(arguments, tokenizer)
-        frozen = freeze(chunks["test"], collator)
-    say(f"{len(chunks['train']):,} rows to train on, {len(frozen):,} to evaluate, masks frozen\n")
+        # Split first, then cut: of rows split at random, half share a document with the other side.
+        share = args.test_size / (args.train_size + args.test_size)
+        parts = documents.train_test_split(test_size=share, seed=config.seed)
+        train_rows = cut_into_rows("training", parts["train"], args.train_size, tokenizer, args)
+        test_rows = cut_into_rows("held out", parts["test"], args.test_size, tokenizer, args)
+        collator = make_collator(args.masking, tokenizer, seed=config.seed)
+        # Masked once, whatever the seed of the run: the perplexities of all runs can be compared.
+        frozen = test_rows.map(
+            insert_random_mask,
+            batched=True,
+            fn_kwargs={"data_collator": collator},
+            remove_columns=test_rows.column_names,
+            desc="freezing masks",
+        )
+    if args.demo:
+        gaps = demo_corpus.choose_gaps(parts["test"], tokenizer)
+        guesses = demo_corpus.fill_gaps(gaps, model, tokenizer)
 
-    train = train_with_accelerate if arguments.loop == "accelerate" else train_with_trainer
-    train(model, chunks["train"], frozen, tokenizer, collator, config)
+    title(f"Training: {args.masking} masking, {args.loop} loop")
+    if args.loop == "accelerate":
+        history = accelerate_train(
+            model, train_rows, frozen, tokenizer=tokenizer, data_collator=collator, config=config
+        ).history
+    else:
+        history = train_with_trainer(model, train_rows, frozen, tokenizer, collator, config)
+    show_history(history)
+
     if PartialState().is_main_process:
-        # As anyone would load it later.
-        say(f"after:  {fill_mask(config.output_dir, None, probe)}")
-        say(
-            f"\nThe model is in {config.output_dir}: "
-            f'pipeline("fill-mask", model="{config.output_dir}")'
-        )
+        title("The model after")
+        fill = pipeline("fill-mask", model=config.output_dir)
+        show_fill_mask(fill, args.sentence)
+        if args.demo:
+            demo_corpus.show_gaps(gaps, guesses, demo_corpus.fill_gaps(gaps, fill.model, tokenizer))
+        say(f'\n  Yours from now on: pipeline("fill-mask", model="{config.output_dir}")')
+        if args.demo:
+            say("  Next, to your own text, a document a line or row:\n")
+            say(f"  python {sys.argv[0]} --dataset FILE --text_column COLUMN --output_dir FOLDER")
 
 
-def load(arguments: Arguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Dataset]:
-    """Load model, tokenizer and documents from the hub or from files."""
+def parse_arguments() -> tuple[Arguments, TrainingConfig]:
+    """Read the command line; some defaults depend on --loop and --demo."""
+    parser = HfArgumentParser((Arguments, TrainingConfig), description=__doc__.partition("\n")[0])
+    chosen, _ = parser.parse_known_args()
+    parser.set_defaults(output_dir="adapted-model")
+    if chosen.loop == "trainer":
+        parser.set_defaults(learning_rate=2e-5, weight_decay=0.01)  # the recipe's
+    if chosen.demo:
+        from demo_corpus import DEFAULTS  # noqa: PLC0415  # as in main
+
+        parser.set_defaults(**DEFAULTS, output_dir=tempfile.mkdtemp(prefix="mlmadapt-demo-"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        model = AutoModelForMaskedLM.from_pretrained(arguments.model)
-        documents = load_documents(arguments.dataset)
-    except OSError as error:  # what the Hugging Face libraries raise for a name they cannot reach
-        if all(Path(name).exists() for name in (arguments.model, arguments.dataset)):
-            raise
+        args, config = parser.parse_args_into_dataclasses()
+    except ValueError as error:  # TrainingConfig checks its values
+        parser.error(str(error))
+    for name in ("chunk_size", "train_size", "test_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"{name} is {getattr(args, name)}; it must be 1 or more")
+    return args, config
+
+
+def trust_cache_if_hub_is_silent(*sources: str) -> None:
+    """Ask the hub once, with little patience: left alone, each file of it is retried for 23 s."""
+    if all(Path(source).exists() for source in sources) or huggingface_hub.is_offline_mode():
+        return
+    try:
+        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=5).close()  # noqa: S310
+    except urllib.error.HTTPError:
+        pass  # an answer all the same
+    except OSError as error:
+        # A certificate that Python does not know is an answer, too.
+        if not isinstance(getattr(error, "reason", None), ssl.SSLError):
+            huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
+def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer from a folder or the hub."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        return transformers.AutoModelForMaskedLM.from_pretrained(source), tokenizer
+    except (OSError, ValueError) as error:
+        give_up("model", source, error)
+
+
+def load_documents(source: str, text_column: str) -> Dataset:
+    """Load the documents, each distinct one once, from files or the hub."""
+    formats = {"txt": "text", "csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+    builder = formats.get(Path(source).suffix[1:])
+    try:
+        if builder is None:
+            loaded = load_dataset(source, split="train")
+        else:
+            loaded = load_dataset(builder, data_files=source, split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        give_up("dataset", source, error)
+    if text_column not in loaded.column_names:
         sys.exit(
-            f"{arguments.model!r} and {arguments.dataset!r} are not both files here, and the "
-            "Hugging Face hub cannot be reached or does not have them "
-            f"({type(error).__name__}): name local ones with --model FOLDER and --dataset FILE, or "
-            "run with --demo, which downloads nothing."
+            f"text_column is {text_column!r}, but {source!r} has the columns "
+            f"{loaded.column_names}: name the one with the documents by --text_column."
         )
-    if arguments.text_column not in documents.column_names:
+    # A document that comes twice would stand on both sides of the split.
+    rows: dict[str, int] = {}
+    for row, text in enumerate(loaded[text_column]):
+        if not isinstance(text, str):
+            sys.exit(
+                f"row {row} of {text_column!r} in {source!r} is {text!r:.40}, which is no text."
+            )
+        if text.strip():
+            rows.setdefault(text, row)
+    if len(rows) < 2:
         sys.exit(
-            f"{arguments.dataset!r} has the columns {documents.column_names}; name the one with "
-            "the text with --text_column."
+            f"dataset {source!r} has {len(rows)} distinct document(s); a split takes 2 or more."
         )
-    return model, tokenizer, documents.select_columns(arguments.text_column)
+    return loaded.select(rows.values())
 
 
-def load_documents(name: str) -> Dataset:
-    """Load a dataset by its name on the hub, a folder, or a file by its ending."""
-    kinds = {
-        ".parquet": "parquet",
-        ".csv": "csv",
-        ".json": "json",
-        ".jsonl": "json",
-        ".txt": "text",
-    }
-    kind = kinds.get(Path(name).suffix)
-    if kind is not None:
-        return load_dataset(kind, data_files=name, split="train")
-    return load_dataset(name, split="train")
+def give_up(option: str, source: str, error: Exception) -> NoReturn:
+    """End in one sentence."""
+    if huggingface_hub.is_offline_mode() and not Path(source).exists():
+        sys.exit(
+            f"{option} {source!r} is neither a local path nor in the cache, and the Hugging Face "
+            "hub cannot be reached: name local files (--model FOLDER --dataset FILE), or run --demo, "
+            "which downloads nothing."
+        )
+    reason = str(error).partition("\n")[0].rstrip(".")
+    sys.exit(f"{option} {source!r} cannot be loaded: {reason}.")
 
 
-def make_chunks(
-    split: DatasetDict,
-    tokenizer: PreTrainedTokenizerBase,
-    text_column: str,
-    chunk_size: int,
-    say: Any,
-) -> DatasetDict:
-    """Tokenize and chunk, and say what became of the tokens."""
-    tokens = split.with_format("arrow").map(
+def cut_into_rows(
+    name: str, documents: Dataset, size: int, tokenizer: PreTrainedTokenizerBase, args: Arguments
+) -> Dataset:
+    """Tokenize documents, cut them into rows, and account for every token."""
+    # In Arrow's format, where chunking moves no token.
+    tokens = documents.with_format("arrow").map(
         tokenize_with_word_ids,
         batched=True,
-        fn_kwargs={"tokenizer": tokenizer, "text_column": text_column},
-        remove_columns=split["train"].column_names,
+        fn_kwargs={"tokenizer": tokenizer, "text_column": args.text_column},
+        remove_columns=documents.column_names,
         desc="tokenizing",
     )
-    chunks = tokens.map(
+    rows = tokens.map(
         group_texts,
         batched=True,
-        batch_size=None,
-        fn_kwargs={"chunk_size": chunk_size, "labels": False},
+        fn_kwargs={"chunk_size": args.chunk_size, "labels": False},
         desc="chunking",
+    ).with_format(None)
+    total = pc.sum(pc.list_value_length(tokens[:]["input_ids"])).as_py()
+    kept = len(rows) * args.chunk_size
+    used = rows.select(range(min(size, len(rows))))
+    say(
+        f"  {name}: {len(documents):,} documents, {total:,} tokens in, {kept:,} kept, "
+        f"{total - kept:,} dropped;\n  {' ' * len(name)}  {len(rows):,} rows of {args.chunk_size}, "
+        f"{len(used):,} of them used"
     )
-    for name in split:
-        total = sum(len(row) for row in tokens[name][:]["input_ids"])
-        kept = chunk_size * len(chunks[name])
-        say(f"{name}: {len(split[name]):,} documents, {total:,} tokens, {total - kept} dropped")
-    return chunks.with_format(None)
+    if not kept:
+        sys.exit("That makes no row: take more text or a smaller --chunk_size.")
+    return used.remove_columns("word_ids") if args.masking == "token" else used
 
 
-def make_collator(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return ours for whole words and transformers' for tokens, at the recipe's rates."""
-    if arguments.masking == "whole-word":
-        return WholeWordMaskingCollator(tokenizer, wwm_probability=0.2)
-    return DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
+def make_collator(masking: str, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Any:
+    """Return the recipe's: 20 % of words, always masked; or 15 % of tokens, 80/10/10."""
+    if masking == "whole-word":
+        return WholeWordMaskingCollator(tokenizer, wwm_probability=0.2, seed=seed)
+    return transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15, seed=seed)
 
 
-def freeze(rows: Dataset, collator: Any) -> Dataset:
-    """Mask the evaluation rows once."""
-    return rows.map(
-        insert_random_mask,
-        batched=True,
-        fn_kwargs={"data_collator": collator},
-        remove_columns=rows.column_names,
-        desc="freezing masks",
-    )
-
-
-def train_with_accelerate(
+def train_with_trainer(  # noqa: PLR0917  # what a run is made of
     model: PreTrainedModel,
-    rows: Dataset,
+    train_rows: Dataset,
     frozen: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     collator: Any,
     config: TrainingConfig,
-) -> None:
-    """Train with the library's loop and print its evaluations."""
-    result = accelerate_train(
-        model, rows, frozen, tokenizer=tokenizer, data_collator=collator, config=config
+) -> list[dict[str, float]]:
+    """Train with `Trainer`, with loss, masks and evaluation as exact as in `accelerate_train`."""
+    known = {option.name for option in fields(TrainingArguments)}
+    precision = config.mixed_precision or ("fp16" if torch.cuda.is_available() else "no")
+    arguments = TrainingArguments(
+        **{name: value for name, value in asdict(config).items() if name in known},
+        fp16=precision == "fp16",
+        bf16=precision == "bf16",
+        eval_on_start=True,
+        remove_unused_columns=False,  # or the collator never sees the word_ids
     )
-    say = PartialState().print
-    for entry in result.history:
-        if "eval_loss" in entry:
-            say(
-                f"epoch {entry['epoch']:.1f}: perplexity {entry['eval_perplexity']:6.2f}, true "
-                f"token among the first five {entry['eval_top5_accuracy']:.1%}"
-            )
-    say(f"{result.tokens_seen / result.seconds:,.0f} tokens a second, evaluation included")
-
-
-def train_with_trainer(
-    model: PreTrainedModel,
-    rows: Dataset,
-    frozen: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    collator: Any,
-    config: TrainingConfig,
-) -> None:
-    """Train with `Trainer`, with an exact perplexity and the head on masked positions only."""
-
-    def report(epoch: float) -> MaskedLMMetrics:
-        metrics = evaluate_mlm(model, frozen, tokenizer=tokenizer)
-        PartialState().print(f"epoch {epoch:.1f}: perplexity {metrics.perplexity:6.2f}")
-        return metrics
-
-    class EachEpoch(TrainerCallback):
-        def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if isinstance(collator, WholeWordMaskingCollator):
-                collator.set_epoch(int(state.epoch))
-
-        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            report(state.epoch)
-
-    if not isinstance(collator, WholeWordMaskingCollator):
-        rows = rows.remove_columns("word_ids")  # which transformers' collators cannot pad
-    on_gpu = torch.cuda.is_available()
-    settings = TrainingArguments(
-        output_dir=config.output_dir,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        num_train_epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-        warmup_steps=config.warmup_steps,
-        bf16=on_gpu and torch.cuda.is_bf16_supported(),
-        fp16=on_gpu and not torch.cuda.is_bf16_supported(),
-        save_strategy="epoch",
-        save_total_limit=1,
-        seed=config.seed,
-        remove_unused_columns=False,  # word_ids are no input of the model, but of the collator
-        disable_tqdm=config.disable_tqdm,
-    )
-    report(0)
-    with sparse_prediction(model):
-        trainer = Trainer(
-            model,
-            settings,
-            data_collator=collator,
-            train_dataset=rows,
-            processing_class=tokenizer,
-            callbacks=[EachEpoch()],
-        )
-        trainer.train()
-    trainer.save_model()
-
-
-def fill_mask(
-    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None, text: str
-) -> str:
-    """Return the text and the five likeliest words for its mask."""
-    guesses = pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=5)(text)
-    words = ", ".join(f"{guess['token_str'].strip()} {guess['score']:.1%}" for guess in guesses)
-    return f"{text}  ->  {words}"
-
-
-def run_demo(arguments: Arguments, config: TrainingConfig) -> None:
-    """Train a small BERT on general text, adapt it to the Python reference, and show the gain."""
-    import demo_corpus  # noqa: PLC0415  # beside this file
-
-    say = PartialState().print
-    domain = demo_corpus.read_domain()
-    general = demo_corpus.read_general(domain)
-    say("\n1. Text that every CPython carries")
-    for name, texts in (("general: docstrings", general), ("domain: language reference", domain)):
-        say(
-            f"   {name:<27} {len(texts):4} documents, {sum(len(t.split()) for t in texts):7,} words"
-        )
-    tokenizer = demo_corpus.train_tokenizer(general, vocab_size=5_000)
-    column = arguments.text_column
-
-    def chunk(texts: list[str]) -> DatasetDict:
-        split = Dataset.from_dict({column: texts}).train_test_split(0.15, seed=config.seed)
-        return make_chunks(
-            split, tokenizer, column, arguments.chunk_size, lambda line: say("  ", line)
-        )
-
-    say(f"\n2. A BERT of 2 layers of 128, first on general text ({arguments.general_steps} steps)")
-    model = AutoModelForMaskedLM.from_config(
-        BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=512,
-            # Too little is learned in two minutes to need dropout.
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    )
-    collator = make_collator(arguments, tokenizer)
-    general_chunks = chunk(general)
-    base = TrainingConfig(
-        output_dir=str(Path(config.output_dir, "general")),
-        overwrite=True,
-        max_steps=arguments.general_steps,
-        learning_rate=2e-3,
-        warmup_steps=0.1,
-        save_strategy="no",
-        disable_tqdm=config.disable_tqdm,
-    )
-    accelerate_train(
-        model, general_chunks["train"], tokenizer=tokenizer, data_collator=collator, config=base
-    )
-
-    say("\n3. Adapted to the language reference")
-    # The same split as the chunks', whose held-out documents give the sentences to look at.
-    held_out = Dataset.from_dict({column: domain}).train_test_split(0.15, seed=config.seed)["test"]
-    domain_chunks = chunk(domain)
-    frozen = {"domain": freeze(domain_chunks["test"], collator)}
-    frozen["general"] = freeze(general_chunks["test"], collator)
-    questions = ask_about(held_out[column], tokenizer, demo_corpus.split_sentences)
-    answers = [look(model, tokenizer, question) for question in questions]
-    result = accelerate_train(
+    # Trainer gives the labels either to the model, for sparse_prediction, or to a loss function,
+    # without which it weighs batches in place of tokens once several make a step.
+    several = arguments.gradient_accumulation_steps * max(arguments.world_size, arguments.n_gpu) > 1
+    trainer = ExactTrainer(
         model,
-        domain_chunks["train"],
-        frozen,
-        tokenizer=tokenizer,
+        arguments,
         data_collator=collator,
-        config=config,
+        train_dataset=train_rows,
+        eval_dataset=frozen,
+        processing_class=tokenizer,
+        compute_loss_func=masked_lm_loss if several else None,
+        callbacks=[NewMasks(collator)] if isinstance(collator, WholeWordMaskingCollator) else [],
     )
-
-    say("\n4. On documents of the reference that it was not trained on")
-    entries = {name: [e for e in result.history if f"eval_{name}_loss" in e] for name in frozen}
-    say("                                     before     after")
-    for name, label in (("domain", "perplexity, domain"), ("general", "perplexity, general text")):
-        before, after = entries[name][0], entries[name][-1]
-        key = f"eval_{name}_perplexity"
-        say(f"   {label:<32}{before[key]:8.1f}  {after[key]:8.1f}")
-    before, after = result.initial, result.final
-    say(
-        f"   {'true token in the top 5, domain':<32}{before.top5_accuracy:8.1%}  "
-        f"{after.top5_accuracy:8.1%}"
-    )
-    for (text, word), (chance, top) in zip(questions, answers, strict=True):
-        new_chance, new_top = look(model, tokenizer, (text, word))
-        say(f"\n   {text}")
-        say(f"     {word!r}: {chance:.1%} -> {new_chance:.1%}")
-        say(f"     before  {', '.join(top)}\n     after   {', '.join(new_top)}")
-    say(
-        "\nYour own text, one document a line:\n"
-        f"   python {os.path.relpath(__file__)} --model MODEL --dataset my_texts.txt"
-    )
+    with nullcontext() if several else sparse_prediction(model):
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model()
+    return trainer.state.log_history
 
 
-def ask_about(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, split_sentences: Any
-) -> list[tuple[str, str]]:
-    """Return five held-out sentences with their longest word masked, one a document, unpicked."""
-    questions = []
-    for text in sorted(texts):
-        for sentence in split_sentences(text):
-            words = [word for word in sentence.split() if word.islower() and word.isalpha()]
-            known = [word for word in words if len(tokenizer.tokenize(word)) == 1]
-            if 8 <= len(sentence.split()) <= 14 and known:
-                word = max(known, key=len)
-                questions.append((sentence.replace(word, tokenizer.mask_token, 1), word))
-                break
-    return questions[:: max(len(questions) // 5, 1)][:5]
+@dataclass
+class NewMasks(TrainerCallback):
+    """Gives each epoch its own masks: a collator with a seed has to be told."""
+
+    collator: WholeWordMaskingCollator
+
+    def on_epoch_begin(self, _args: Any, state: TrainerState, _control: Any, **_: Any) -> None:
+        """Tell it."""
+        self.collator.set_epoch(round(state.epoch))
 
 
-def look(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: tuple[str, str]
-) -> tuple[float, list[str]]:
-    """Return the probability of the true word and the five likeliest ones."""
-    text, word = question
-    inputs = tokenizer(text, return_tensors="pt").to(model.device)
-    with torch.no_grad():
-        logits = model.eval()(**inputs).logits[inputs["input_ids"] == tokenizer.mask_token_id][0]
-    chances = logits.softmax(-1)
-    top = chances.topk(5).indices.tolist()
-    return float(chances[tokenizer.convert_tokens_to_ids(word)]), tokenizer.convert_ids_to_tokens(
-        top
-    )
+class ExactTrainer(Trainer):
+    """Evaluates frozen rows token by token, where `Trainer` averages over batches."""
+
+    def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
+        """Evaluate, and log as `Trainer` does."""
+        metrics = evaluate_mlm(
+            self.model,
+            self.eval_dataset,
+            tokenizer=self.processing_class,
+            batch_size=self.args.per_device_eval_batch_size,
+            accelerator=self.accelerator,
+        )
+        logs = {f"eval_{name}": value for name, value in asdict(metrics).items()}
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        return logs
+
+
+def say(text: str) -> None:
+    """Print once, whatever the number of processes."""
+    PartialState().print(text)
+
+
+def title(text: str) -> None:
+    """Begin a section."""
+    say(f"\n{text}\n{'-' * len(text)}")
+
+
+def show_parameters(model: PreTrainedModel) -> None:
+    """Show the number of parameters, and the share of the vocabulary."""
+    total, matrix = model.num_parameters(), model.get_output_embeddings().weight
+    say(f"  {type(model).__name__}, {total:,} parameters")
+    say(f"  {matrix.numel() / total:.0%} of them the head's matrix over {len(matrix):,} words")
+
+
+def show_fill_mask(fill: FillMaskPipeline, sentence: str) -> None:
+    """Show the five likeliest fillings of a sentence."""
+    say(f"  {sentence}")
+    for guess in fill(sentence.replace("[MASK]", fill.tokenizer.mask_token), top_k=5):
+        say(f"    {guess['score']:6.1%}  {guess['token_str'].strip()}")
+
+
+def show_history(history: list[dict[str, float]]) -> None:
+    """Show what was measured on the held-out rows, and the training loss up to there."""
+    say("\n  on held-out rows   perplexity   right   among five   training loss")
+    loss = ""
+    for entry in history:
+        loss = f"{entry['loss']:.3f}" if "loss" in entry else loss
+        if "eval_perplexity" in entry:
+            say(
+                f"  after {entry['epoch']:5.2f} epochs {entry['eval_perplexity']:12.2f}"
+                f"{entry['eval_accuracy']:8.1%}{entry['eval_top5_accuracy']:13.1%}{loss:>16}"
+            )
 
 
 if __name__ == "__main__":

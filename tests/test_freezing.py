@@ -114,6 +114,7 @@ def test_foreign_collators_draw_from_the_row(seed: int, own_seed: int | None) ->
     """Each row gets what the bare collator gives it under the key of (seed, "frozen", tokens)."""
     rows = examples()
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3, seed=own_seed)
+    collator([{"input_ids": [5, 6, 7]}])  # a seeded one keeps a generator from then on
     frozen = listed(insert_random_mask(rows, collator, seed=seed, prefix=""))
     bare = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3)
     for i, tokens in enumerate(rows["input_ids"]):
@@ -249,6 +250,13 @@ def test_padding_in_rows_is_no_text() -> None:
     frozen, plain = (insert_random_mask(each, OURS, prefix="") for each in (padded, rows))
     for name, fill in (("input_ids", 0), ("labels", -100)):
         assert listed(frozen)[name] == [[*row, *[fill] * 3] for row in listed(plain)[name]]
+
+
+def test_word_ids_that_a_collator_returns_are_left_out() -> None:
+    """The model has no such input."""
+    rows = {**examples(), "labels": examples()["input_ids"]}
+    frozen = listed(insert_random_mask(rows, default_data_collator, prefix=""))
+    assert frozen == {name: column for name, column in rows.items() if name != "word_ids"}
 
 
 def test_old_labels_are_not_used() -> None:

@@ -507,6 +507,13 @@ def test_a_run_of_one_number_is_a_word() -> None:
         assert not targets[[0, 3, 4, 6]].any()
         seen.add(tuple(targets[[1, 5, 7, 8]].tolist()))
     assert len(seen) == 15  # every combination but none
+    # Word ids from elsewhere can give the special token a number too.
+    row = {"input_ids": [9, sep, 10], "word_ids": [0, 0, 0]}
+    seen = set()
+    for seed in range(50):
+        batch = WholeWordMaskingCollator(tokenizer, wwm_probability=0.5, seed=seed)([row])
+        seen.add(tuple(is_target(batch)[0].tolist()))
+    assert seen == {(True, False, False), (False, False, True), (True, False, True)}
 
 
 def test_a_cut_word_is_the_whole_of_what_is_there() -> None:

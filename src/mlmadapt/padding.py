@@ -213,6 +213,6 @@ def _concatenate(rows: Any, total: int) -> npt.NDArray[Any]:
     # NumPy reads a list twice as fast when it is told the type, and would then cut floats down to
     # whole numbers; so it meets the first row untold.
     if np.array(next(filter(None, rows), [0])).dtype.kind in "iub":
-        with suppress(TypeError):  # None in another row
+        with suppress(TypeError, ValueError):  # None or NaN in another row
             return np.fromiter(chain.from_iterable(rows), np.int64, total)
     return np.array(list(chain.from_iterable(rows)))

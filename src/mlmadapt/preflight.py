@@ -6,6 +6,7 @@ GPU; an output folder that cannot be written costs the whole run.
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,8 @@ def check_run(
             f"train_dataset is a stream without a length, max_steps is {config.max_steps} and "
             f"dataloader_num_workers {config.dataloader_num_workers}; give max_steps, and 0 workers"
         )
+    else:
+        sets["train_dataset"] = list(islice(train_dataset, 100))
     for name, rows in sets.items():
         check_rows(name, rows, model=model, tokenizer=tokenizer)
     if (config.early_stopping_patience or config.load_best_model_at_end) and not eval_sets:

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 
 from mlmadapt.batches import Batch
 from mlmadapt.config import TrainingConfig
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """Make the accelerator and the trackers that the settings ask for.
+    """Make the accelerator that the settings ask for.
 
     Raises:
         ValueError: If a tracker is not installed.
@@ -40,10 +40,14 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         raise ValueError(
             f"report_to is {config.report_to!r}, but {sorted(missing)} is not installed"
         )
-    if trackers:
+    return accelerator
+
+
+def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
+    """Start them, not before the output folder is ours: some begin with files in it."""
+    if config.report_to != "none" and not accelerator.trackers:
         settings = {k: v for k, v in asdict(config).items() if isinstance(v, (int, float, str))}
         accelerator.init_trackers("mlmadapt", config=settings)
-    return accelerator
 
 
 def check_launcher(accelerator: Accelerator) -> None:
@@ -87,7 +91,15 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> Non
 
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether a model was given to FSDP2's ``fully_shard``."""
-    return any(isinstance(each, DTensor) for each in model.parameters())
+    # Its parameters are plain tensors between a forward pass and the next backward pass.
+    return any(isinstance(each, FSDPModule) for each in model.modules())
+
+
+def reshard(model: nn.Module) -> None:
+    """Have FSDP2 hold shards again: after a forward pass without a backward pass it does not."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def synchronize(

@@ -31,7 +31,7 @@ from mlmadapt.freezing import DataCollator
 from mlmadapt.identity import describe_run
 from mlmadapt.interruption import Interruption
 from mlmadapt.optimization import make_optimizer, make_scheduler
-from mlmadapt.prediction import masked_logits, try_sparse
+from mlmadapt.prediction import SparsePrediction, masked_logits, try_sparse
 from mlmadapt.preflight import check_run
 from mlmadapt.processes import (
     check_launcher,
@@ -39,7 +39,9 @@ from mlmadapt.processes import (
     is_sharded,
     make_accelerator,
     on_main_process,
+    reshard,
     settle_buckets,
+    start_trackers,
     synchronize,
 )
 from mlmadapt.result import TrainingResult
@@ -144,11 +146,10 @@ def accelerate_train(
             tokenizer=tokenizer,
             data_collator=data_collator,
             config=config,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
             accelerator=accelerator,
         )
         try:
+            run.prepare(optimizer, lr_scheduler)
             if not run.resume():
                 run.evaluate()
             while not run.is_done:
@@ -179,8 +180,6 @@ class _Run:
         tokenizer: "PreTrainedTokenizerBase",
         data_collator: DataCollator,
         config: TrainingConfig,
-        optimizer: torch.optim.Optimizer | None,
-        lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None,
         accelerator: Accelerator,
     ) -> None:
         self.config, self.accelerator, self.state = config, accelerator, RunState()
@@ -202,33 +201,51 @@ class _Run:
         self.stop_signal = 0
         self.started = time.perf_counter()
 
+        self.bare_model = self.model = model.to(accelerator.device)
+        self.own_forward = vars(model).get("forward")
+        self.sparse: SparsePrediction | None = None
+        self.frozen: list[nn.Parameter] = []
+        self.progress = tqdm(total=self.total_steps, desc="training", disable=config.disable_tqdm)
+
+    def prepare(
+        self,
+        optimizer: torch.optim.Optimizer | None,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+    ) -> None:
+        """Fit the model out for training; `release` undoes it, however far this has come."""
+        config, accelerator = self.config, self.accelerator
+        start_trackers(accelerator, config)
         probe = next(self.epoch_batches(), None)
         if probe is None:
             raise ValueError(
                 "train_dataset has no rows; group_texts drops what is shorter than chunk_size"
             )
-        self.bare_model = model.to(accelerator.device)
         if config.gradient_checkpointing:
-            self.bare_model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(  # its name from transformers 5.23 on, and before
+                self.bare_model,
+                "activation_checkpointing_enable",
+                self.bare_model.gradient_checkpointing_enable,
+            )
+            enable({"use_reentrant": False})
         self.sparse = try_sparse(self.bare_model, probe[0])
         self.frozen = freeze_unused(self.bare_model, probe[0], self.sparse, accelerator)
+        reshard(self.bare_model)  # the optimizer must hold the shards
         optimizer = optimizer or make_optimizer(self.bare_model, config)
         scheduler = lr_scheduler or make_scheduler(optimizer, config, self.total_steps)
         self.trained = Trained(self.bare_model, optimizer, scheduler, accelerator.scaler)
         self.identity = describe_run(
             config,
-            model=model,
-            tokenizer=tokenizer,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
+            model=self.bare_model,
+            tokenizer=self.tokenizer,
+            data_collator=self.data_collator,
+            train_dataset=self.train_dataset,
             rows_per_step=self.plan.rows_per_step,
         )
-        self.model, self.optimizer = self.bare_model, optimizer
+        self.optimizer = optimizer
         if not is_sharded(self.bare_model):  # by the caller: wrapping it again would undo that
             self.model, self.optimizer = accelerator.prepare(self.bare_model, optimizer)
         self.model.train()
         settle_buckets(self.model, probe[0], self.sparse, accelerator)
-        self.progress = tqdm(total=self.total_steps, desc="training", disable=config.disable_tqdm)
 
     @property
     def seconds(self) -> float:
@@ -272,7 +289,9 @@ class _Run:
             with synchronize(accelerator, self.model, now=place == len(batches) - 1):
                 logits = masked_logits(self.model, inputs, positions, self.sparse)
                 loss = nn.functional.cross_entropy(logits, labels[positions], reduction="sum")
-                accelerator.backward(loss * scale)
+                # An infinite loss can have a finite gradient; as NaN, all processes see it.
+                finite = torch.where(loss.detach().isfinite(), 1.0, math.nan)
+                accelerator.backward(loss * scale * finite)
             loss_sum += float(loss.detach())
         if masked:
             self._update(loss_sum)
@@ -385,7 +404,10 @@ class _Run:
         def write() -> None:
             write_run(self.folder, self.trained, state, identity=self.identity, loss_sums=loss_sums)
             checkpoints.prune(
-                self.folder, keep=self.config.save_total_limit, also=self._best_checkpoint()
+                self.folder,
+                keep=self.config.save_total_limit,
+                also=self._best_checkpoint(),
+                newest=state.step,
             )
 
         on_main_process(self.accelerator, write)
@@ -439,13 +461,22 @@ class _Run:
         for tracker in self.accelerator.trackers if self.config.report_to != "none" else []:
             tracker.finish()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        # Which takes the model's own decorators off with the wrapper of mixed precision.
+        vars(self.bare_model).pop("forward", None)
+        if self.own_forward is not None:
+            self.bare_model.forward = self.own_forward
         if self.sparse is not None:
             self.sparse.remove()
         for parameter in self.frozen:
             parameter.requires_grad_(True)  # noqa: FBT003  # torch's signature
-        self.optimizer.zero_grad()
+        self.bare_model.zero_grad()
         if self.config.gradient_checkpointing:
-            self.bare_model.gradient_checkpointing_disable()
+            disable = getattr(
+                self.bare_model,
+                "activation_checkpointing_disable",
+                self.bare_model.gradient_checkpointing_disable,
+            )
+            disable()
 
     def result(self) -> TrainingResult:
         """Sum up."""
@@ -495,6 +526,7 @@ def _tell_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
 
 
 def _count_tokens(batch: Batch) -> int:
-    return int(
-        batch["attention_mask"].sum() if "attention_mask" in batch else batch["labels"].numel()
-    )
+    """Count the tokens of rows that have a target, which a filler does not."""
+    trained = (batch["labels"] != -100).any(1, keepdim=True)
+    tokens = batch.get("attention_mask", torch.ones_like(batch["labels"]))
+    return int((tokens * trained).sum())

@@ -139,7 +139,7 @@ class Times:
 
 
 def take_turns(
-    contenders: dict[str, Contender], *, rounds: int, seconds: float = 0.03
+    contenders: dict[str, Contender], *, rounds: int, seconds: float = 0.05
 ) -> dict[str, Times]:
     """Time the contenders in turns, each repeated within a turn for about `seconds`."""
     repeats = {}
@@ -158,17 +158,21 @@ def take_turns(
 
 
 def _take_turn(contender: Contender, repeats: int) -> tuple[float, float]:
+    """Return the medians of wall and CPU time, so that a call put off by another process is out."""
     inputs = [contender.prepare() for _ in range(repeats)]
-    run = contender.run
+    run, clock, cpu_clock = contender.run, time.perf_counter, time.process_time
+    calls = []
     gc.collect()
     gc.disable()
     try:
-        cpu, wall = time.process_time(), time.perf_counter()
         for each in inputs:
+            wall, cpu = clock(), cpu_clock()
             run(each)
-        return (time.perf_counter() - wall) / repeats, (time.process_time() - cpu) / repeats
+            calls.append((clock() - wall, cpu_clock() - cpu))
     finally:
         gc.enable()
+    wall, cpu = np.median(calls, axis=0)
+    return wall, cpu
 
 
 @dataclass(frozen=True)

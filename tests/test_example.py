@@ -1,0 +1,316 @@
+"""The example does what it says, as its readers run it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+from transformers import pipeline
+
+from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+FOLDER = Path(__file__).resolve().parents[1] / "examples"
+SCRIPT = FOLDER / "imdb_distilbert.py"
+SENTENCE = "This is a great [MASK]."
+
+
+class Run(NamedTuple):
+    """What a run printed, and where its model lies."""
+
+    output: str
+    model: Path
+
+    @property
+    def perplexities(self) -> list[float]:
+        """On the held-out rows, before and after each epoch."""
+        return [float(match) for match in re.findall(r"epochs +([\d.]+)", self.output)]
+
+    @property
+    def ledger(self) -> list[dict[str, int]]:
+        """What became of the tokens, of the training part and of the held-out part."""
+        lines = re.findall(
+            r"([\d,]+) documents, ([\d,]+) tokens in, ([\d,]+) kept, ([\d,]+) dropped;"
+            r"\s+([\d,]+) rows of ([\d,]+), ([\d,]+) of them used",
+            self.output,
+        )
+        names = ("documents", "tokens", "kept", "dropped", "rows", "chunk_size", "used")
+        return [
+            dict(zip(names, (int(n.replace(",", "")) for n in line), strict=True)) for line in lines
+        ]
+
+
+def start(*options: object, command: tuple[str, ...] = (sys.executable,), **env: str) -> Any:
+    """Run the script in a process of its own."""
+    return subprocess.run(
+        [*command, str(SCRIPT), *map(str, options)],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def adapt(folder: Path, *options: object, **kwargs: Any) -> Run:
+    """Run the script to its end."""
+    model = folder / "adapted"
+    process = start("--output_dir", model, "--disable_tqdm", "True", *options, **kwargs)
+    assert process.returncode == 0, process.stderr
+    return Run(process.stdout, model)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    """Options that name a tiny model, a text file with a document twice, and how to learn from it."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
+    tiny_model(tokenizer).save_pretrained(folder / "model")
+    lines = [*tiny_corpus(120), "", tiny_corpus(1)[0]]
+    (folder / "texts.txt").write_text("\n".join(lines), encoding="utf-8")
+    options = {
+        "model": folder / "model",
+        "dataset": folder / "texts.txt",
+        "chunk_size": 32,
+        "train_size": 80,
+        "test_size": 20,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 5e-3,
+    }
+    return tuple(part for name, value in options.items() for part in (f"--{name}", value))
+
+
+@pytest.fixture(scope="module")
+def runs(inputs: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Run]:
+    """One run of each loop with each masking."""
+    return {
+        (loop, masking): adapt(
+            tmp_path_factory.mktemp("run"), *inputs, "--loop", loop, "--masking", masking
+        )
+        for loop in ("accelerate", "trainer")
+        for masking in ("whole-word", "token")
+    }
+
+
+@pytest.mark.parametrize("masking", ["whole-word", "token"])
+@pytest.mark.parametrize("loop", ["accelerate", "trainer"])
+def test_the_recipe(runs: dict[Any, Run], loop: str, masking: str) -> None:
+    """Each loop with each masking learns, says so, and leaves a model that loads."""
+    run = runs[loop, masking]
+    assert re.search(r"BertForMaskedLM, [\d,]{5,} parameters\n +\d+% of them", run.output)
+    assert run.output.count(SENTENCE) == 2
+    before, first, second = run.perplexities
+    assert second < first < 0.9 * before
+    assert f'pipeline("fill-mask", model="{run.model}")' in run.output
+    fill = pipeline("fill-mask", model=str(run.model))
+    for guess in fill(SENTENCE, top_k=5):
+        assert f"{guess['score']:6.1%}  {guess['token_str'].strip()}\n" in run.output
+
+
+def test_both_loops_measure_the_same(runs: dict[Any, Run]) -> None:
+    """The figure before the first step depends on the frozen rows, not on who trains afterwards."""
+    for masking in ("whole-word", "token"):
+        ours, theirs = runs["accelerate", masking], runs["trainer", masking]
+        assert ours.perplexities[0] == theirs.perplexities[0]
+    assert runs["accelerate", "token"].perplexities[0] != ours.perplexities[0] or True
+
+
+def test_no_token_is_lost_silently(runs: dict[Any, Run]) -> None:
+    """The ledger adds up, and a document that comes twice counts once."""
+    for run in runs.values():
+        for part, size in zip(run.ledger, (80, 20), strict=True):
+            assert part["tokens"] == part["kept"] + part["dropped"]
+            assert part["kept"] == part["rows"] * part["chunk_size"]
+            assert part["used"] == min(part["rows"], size)
+        assert sum(part["documents"] for part in run.ledger) == len({*tiny_corpus(120)})
+
+
+def test_a_second_run_finds_every_row_in_the_cache(
+    inputs: tuple[object, ...], tmp_path: Path
+) -> None:
+    """No `map` writes anything new; with other masks one does, the freezing."""
+    cache = tmp_path / "cache"
+
+    def run(name: str, *options: object) -> dict[Path, int]:
+        adapt(tmp_path / name, *inputs, "--max_steps", 1, *options, HF_DATASETS_CACHE=str(cache))
+        return {file: file.stat().st_mtime_ns for file in cache.rglob("*.arrow")}
+
+    first = run("first")
+    assert len(first) >= 6  # the text, two parts tokenized, cut into rows, and one frozen
+    assert run("second") == first
+    assert len(run("third", "--masking", "token")) == len(first) + 1
+
+
+@pytest.mark.distributed
+def test_two_processes_tell_the_story_once(inputs: tuple[object, ...], tmp_path: Path) -> None:
+    """Under torchrun the first process prints, and the figures are those of one process."""
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    environment = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    one = adapt(tmp_path / "one", *inputs)
+    two = adapt(
+        tmp_path / "two",
+        *(4 if option == 8 else option for option in inputs),
+        command=command,
+        **environment,
+    )
+    assert two.output.count("parameters") == 1
+    assert two.ledger == one.ledger
+    assert two.perplexities == pytest.approx(one.perplexities, rel=1e-2)
+
+
+@pytest.mark.parametrize("offline", ["by a setting", "by a network that is down"])
+def test_without_the_hub(tmp_path: Path, offline: str) -> None:
+    """One sentence names the two ways on; nothing is tried again and again."""
+    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    if offline == "by a network that is down":
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    process = start(**environment)
+    assert process.returncode == 1
+    assert process.stdout == ""
+    assert re.fullmatch(
+        r"model 'distilbert/distilbert-base-uncased' is neither [^\n]+ hub cannot be reached: "
+        r"[^\n]+--model FOLDER --dataset FILE[^\n]+ --demo, [^\n]+\n",
+        process.stderr,
+    )
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module."""
+    monkeypatch.syspath_prepend(FOLDER)
+    spec = importlib.util.spec_from_file_location("imdb_distilbert", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.csv", None, r"dataset '.+none.csv' cannot be loaded: .*none.csv"),
+        ("none", None, r"dataset '.+none' .*(cannot be loaded|nor in the cache)"),
+        (
+            "a.csv",
+            "review,label\ngood,1\n",
+            r"text_column is 'text', but .+\['review', 'label'\]; ",
+        ),
+        ("b.csv", "text\n1\n2\n", r"row 0 of 'text' in .+b.csv' is 1, not a str"),
+        ("c.txt", "same\n\nsame\n", r"has 1 distinct document\(s\); a split takes 2 or more"),
+        ("d.json", "not json", r"dataset '.+d.json' cannot be loaded: "),
+    ],
+)
+def test_a_dataset_that_does_not_fit(
+    script: ModuleType, tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
+    """One line says what is wrong."""
+    if content is not None:
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(SystemExit, match=message) as raised:
+        script.load_documents(str(tmp_path / name), "text")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["none", "empty"])
+def test_a_model_that_does_not_fit(script: ModuleType, tmp_path: Path, name: str) -> None:
+    """One line says what is wrong."""
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match=rf"model '.+{name}' [^\n]+\Z"):
+        script.load_model(str(tmp_path / name))
+
+
+def test_a_folder_of_files(script: ModuleType, tmp_path: Path) -> None:
+    """All files of a folder are read."""
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text(f"first of {name}\nsecond of {name}\n", encoding="utf-8")
+    assert len(script.load_documents(str(tmp_path), "text")) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], {"learning_rate": 5e-5, "weight_decay": 0.0, "num_train_epochs": 3.0}),
+        (["--loop", "trainer"], {"learning_rate": 2e-5, "weight_decay": 0.01}),
+        (["--loop=trainer", "--learning_rate=1e-4"], {"learning_rate": 1e-4}),
+        (["--demo", "--max_steps", "7"], {"max_steps": 7, "overwrite": True}),
+    ],
+)
+def test_defaults_are_those_of_the_loop(
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    expected: dict[str, Any],
+) -> None:
+    """The recipe has other settings for `Trainer`; what is said on the command line wins."""
+    monkeypatch.setattr(sys, "argv", ["imdb_distilbert.py", *options])
+    _, config = script.parse_arguments()
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("option", ["--chunk_size=0", "--train_size=0", "--max_steps=0"])
+def test_settings_out_of_range(
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+) -> None:
+    """The usage message names the option, the value and what is required."""
+    monkeypatch.setattr(sys, "argv", ["imdb_distilbert.py", option])
+    with pytest.raises(SystemExit, match="2"):
+        script.parse_arguments()
+    name = option[2:].partition("=")[0]
+    assert re.search(rf"error: {name} is 0; it must be .*[01]", capsys.readouterr().err)
+
+
+def test_the_demo(script: ModuleType, tmp_path: Path) -> None:
+    """A tenth of the steps is enough to see the domain being learned."""
+    import demo_corpus
+
+    run = adapt(tmp_path, "--demo", "--max_steps", 30, HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    assert run.perplexities[-1] < 0.85 * run.perplexities[0]
+    assert len(re.findall(r"____.*\n +before +[\d.]+%.*\n +after +[\d.]+%", run.output)) == 5
+    assert "Next" in run.output
+    assert len(run.output.splitlines()) < 60
+    assert not (tmp_path / "cache").exists()
+
+    # The tokenizer is the same in every process, so that a seed gives the same figures.
+    domain = demo_corpus.read_domain()
+    general = demo_corpus.read_general(domain)
+    tokenizer = demo_corpus.train_tokenizer(general, vocab_size=5_000)
+    saved = pipeline("fill-mask", model=str(run.model)).tokenizer
+    assert saved.get_vocab() == tokenizer.get_vocab()
+
+    # What is held out stands nowhere else.
+    sentences = [
+        sentence for text in [*domain, *general] for sentence in demo_corpus.split_sentences(text)
+    ]
+    assert len(sentences) == len({*sentences}) > 10_000
+
+
+@pytest.mark.data
+def test_real_reviews(data_dir: Path, tmp_path: Path) -> None:
+    """A real model gains on real reviews within 32 steps, with the recipe's settings."""
+    run = adapt(
+        tmp_path,
+        "--model",
+        data_dir / "models" / "bert-tiny-mlm",
+        "--dataset",
+        data_dir / "imdb" / "small" / "train.parquet",
+        "--masking=token",
+        "--train_size=2000",
+        "--test_size=300",
+        "--num_train_epochs=1",
+    )
+    before, after = run.perplexities
+    assert 95 < before < 120
+    assert after < 0.9 * before

@@ -214,8 +214,8 @@ def give_up(option: str, source: str, error: Exception) -> NoReturn:
     if huggingface_hub.is_offline_mode() and not Path(source).exists():
         sys.exit(
             f"{option} {source!r} is neither a local path nor in the cache, and the Hugging Face "
-            "hub cannot be reached: name local files (--model FOLDER --dataset FILE), or run --demo, "
-            "which downloads nothing."
+            "hub cannot be reached: name local files (--model FOLDER --dataset FILE), or run "
+            "--demo, which downloads nothing."
         )
     reason = str(error).partition("\n")[0].rstrip(".")
     sys.exit(f"{option} {source!r} cannot be loaded: {reason}.")
@@ -259,7 +259,7 @@ def make_collator(masking: str, tokenizer: PreTrainedTokenizerBase, *, seed: int
     return transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15, seed=seed)
 
 
-def train_with_trainer(  # noqa: PLR0917  # what a run is made of
+def train_with_trainer(
     model: PreTrainedModel,
     train_rows: Dataset,
     frozen: Dataset,

@@ -43,9 +43,8 @@ class Run(NamedTuple):
             self.output,
         )
         names = ("documents", "tokens", "kept", "dropped", "rows", "chunk_size", "used")
-        return [
-            dict(zip(names, (int(n.replace(",", "")) for n in line), strict=True)) for line in lines
-        ]
+        counts = [[int(number.replace(",", "")) for number in line] for line in lines]
+        return [dict(zip(names, line, strict=True)) for line in counts]
 
 
 def start(*options: object, command: tuple[str, ...] = (sys.executable,), **env: str) -> Any:
@@ -122,7 +121,6 @@ def test_both_loops_measure_the_same(runs: dict[Any, Run]) -> None:
     for masking in ("whole-word", "token"):
         ours, theirs = runs["accelerate", masking], runs["trainer", masking]
         assert ours.perplexities[0] == theirs.perplexities[0]
-    assert runs["accelerate", "token"].perplexities[0] != ours.perplexities[0] or True
 
 
 def test_no_token_is_lost_silently(runs: dict[Any, Run]) -> None:
@@ -198,14 +196,14 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.csv", None, r"dataset '.+none.csv' cannot be loaded: .*none.csv"),
-        ("none", None, r"dataset '.+none' .*(cannot be loaded|nor in the cache)"),
+        ("none.csv", None, r"dataset '.+none.csv' is neither a local path nor in the cache, "),
+        ("none", None, r"dataset '.+none' is neither a local path nor in the cache, "),
         (
             "a.csv",
             "review,label\ngood,1\n",
-            r"text_column is 'text', but .+\['review', 'label'\]; ",
+            r"text_column is 'text', but .+a.csv' has the columns \['review', 'label'\]: name",
         ),
-        ("b.csv", "text\n1\n2\n", r"row 0 of 'text' in .+b.csv' is 1, not a str"),
+        ("b.csv", "text\n1\n2\n", r"row 0 of 'text' in .+b.csv' is 1, which is no text"),
         ("c.txt", "same\n\nsame\n", r"has 1 distinct document\(s\); a split takes 2 or more"),
         ("d.json", "not json", r"dataset '.+d.json' cannot be loaded: "),
     ],

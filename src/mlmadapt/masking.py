@@ -196,36 +196,50 @@ class WholeWordMaskingCollator:
         )
         tokens, word_ids = masked["input_ids"], masked.pop("word_ids")
         self._check_ids(tokens, lengths)
-        is_real = masked.setdefault("attention_mask", np.ones_like(tokens)) != 0
-        is_text = is_real & (word_ids >= 0) & ~self._is_special[tokens]
+        is_text = ~self._is_special[tokens]
         if "special_tokens_mask" in masked:
             is_text &= masked.pop("special_tokens_mask") == 0
-        masked["input_ids"], masked["labels"] = tokens.copy(), np.full_like(tokens, -100)
-        # Padding that is in the rows already plays no part.
-        places = np.flatnonzero(is_real)
-        bounds = np.searchsorted(places, np.append(0, np.cumsum(lengths)))
-        for rows in _blocks(bounds):
-            block = places[rows[0] : rows[-1]]
-            targets, instead = self._choose_tokens(
-                tokens[block], word_ids[block], is_text[block], rows - rows[0], key
+        if "attention_mask" not in masked:
+            masked["attention_mask"] = np.ones_like(tokens)
+        is_real = masked["attention_mask"] != 0
+        words = np.where(is_text, word_ids, -1)
+        bounds = np.append(0, np.cumsum(lengths))
+        labels = np.full_like(tokens, -100)
+        if is_real.all():
+            inputs = self._mask_blocks(tokens, words, bounds, key, labels)
+        else:
+            # Rows can come padded already. That is left out, so that it plays no part.
+            bounds = np.searchsorted(np.flatnonzero(is_real), bounds)
+            inputs, real_labels = tokens.copy(), labels[is_real]
+            inputs[is_real] = self._mask_blocks(
+                tokens[is_real], words[is_real], bounds, key, real_labels
             )
-            targets = block[targets]
-            masked["labels"][targets] = tokens[targets]
-            masked["input_ids"][targets] = instead
-        return masked, lengths
+            labels[is_real] = real_labels
+        return {**masked, "input_ids": inputs, "labels": labels}, lengths
+
+    def _mask_blocks(self, tokens: Ints, words: Ints, bounds: Ints, key: int, labels: Ints) -> Ints:
+        """Return the tokens with masks, and write the targets into `labels`."""
+        inputs = tokens.copy()
+        for rows in _blocks(bounds):
+            block = slice(rows[0], rows[-1])
+            targets, instead = self._choose_tokens(tokens[block], words[block], rows - rows[0], key)
+            targets += rows[0]
+            labels[targets] = tokens[targets]
+            inputs[targets] = instead
+        return inputs
 
     def _choose_tokens(
-        self, tokens: Ints, word_ids: Ints, is_text: Bools, bounds: Ints, key: int
+        self, tokens: Ints, words: Ints, bounds: Ints, key: int
     ) -> tuple[Ints, Ints]:
         """Return which tokens of some rows are targets, and what stands there instead."""
-        first, size = _find_words(word_ids, is_text, bounds)
-        words_in_row = np.diff(np.searchsorted(first, bounds))
-        self._warn_if_collapsed(size, words_in_row)
+        first, size = _find_words(words, bounds)
+        words_before = np.searchsorted(first, bounds)
+        self._warn_if_collapsed(size, words_before)
         weights = None
         if self._weights is not None:
-            weights = self._weights.weigh(tokens[is_text], size, words_in_row)
+            weights = self._weights.weigh(tokens[words >= 0], size, np.diff(words_before))
         row_keys = hash_rows(tokens, bounds, key)
-        chosen, fate = self._choose_words(words_in_row, row_keys, weights)
+        chosen, fate = self._choose_words(words_before, row_keys, weights)
 
         size = size[chosen]
         targets = np.arange(size.sum()) + np.repeat(first[chosen] - np.cumsum(size) + size, size)
@@ -242,14 +256,15 @@ class WholeWordMaskingCollator:
         return targets, instead
 
     def _choose_words(
-        self, words_in_row: Ints, row_keys: Hashes, weights: Floats | None
+        self, words_before: Ints, row_keys: Hashes, weights: Floats | None
     ) -> tuple[Ints, Floats]:
-        """Return the words that are targets, and the fate in [0, 1) of each."""
-        rows = len(words_in_row)
-        row_of_word = np.repeat(np.arange(rows), words_in_row)
-        first_of_row = np.cumsum(words_in_row) - words_in_row
-        place = np.arange(len(row_of_word)) - first_of_row[row_of_word]
-        keys = row_keys[row_of_word]
+        """Return the words that are targets, and the fate in [0, 1) of each.
+
+        `words_before` counts the words before each row, and at its end all words.
+        """
+        words_in_row = np.diff(words_before)
+        place = np.arange(words_before[-1]) - np.repeat(words_before[:-1], words_in_row)
+        keys = np.repeat(row_keys, words_in_row)
         urgency = draw = to_unit(hash_counters(keys, 2 * place))
         if weights is not None:
             # An exponential race: who comes first is chosen in proportion to its weight.
@@ -258,29 +273,20 @@ class WholeWordMaskingCollator:
 
         if self.budget == "exact":
             share = self.wwm_probability * words_in_row
-            rounding = to_unit(hash_counters(row_keys, np.full(rows, -1)))
+            rounding = to_unit(hash_counters(row_keys, np.full(len(row_keys), -1)))
             quota = np.maximum(np.floor(share) + (rounding < share % 1), 1)
-            rank = np.empty_like(place)
-            # As lexsort((urgency, row_of_word)) does in six times the time: NumPy has a radix sort,
-            # for small integers.
-            order = np.argsort(urgency)
-            rows_in_order = row_of_word[order].astype(np.min_scalar_type(rows))
-            rank[order[np.argsort(rows_in_order, kind="stable")]] = place
             # A word of weight 0 has an infinite urgency, and is not there to fill a quota.
-            is_chosen = (rank < quota[row_of_word]) & np.isfinite(urgency)
+            is_chosen = _rank(urgency, words_in_row) < np.repeat(quota, words_in_row)
+            is_chosen &= np.isfinite(urgency)
         elif weights is None:
             is_chosen = draw < self.wwm_probability
         else:
-            rates = spread_rate(self.wwm_probability, weights, words_in_row)
-            is_chosen = draw < rates
-        without = (words_in_row > 0) & (np.bincount(row_of_word[is_chosen], minlength=rows) == 0)
-        if without.any():
-            soonest = np.full(rows, np.inf)
-            has_words = words_in_row > 0
-            soonest[has_words] = np.minimum.reduceat(urgency, first_of_row[has_words])
-            is_chosen |= without[row_of_word] & (urgency == soonest[row_of_word])
-
+            is_chosen = draw < spread_rate(self.wwm_probability, weights, words_in_row)
         chosen = np.flatnonzero(is_chosen)
+        without = (np.diff(np.searchsorted(chosen, words_before)) == 0) & (words_in_row > 0)
+        if without.any():
+            is_chosen |= np.repeat(without, words_in_row) & (_rank(urgency, words_in_row) == 0)
+            chosen = np.flatnonzero(is_chosen)
         return chosen, to_unit(hash_counters(keys[chosen], 2 * place[chosen] + 1))
 
     def _check_ids(self, tokens: Ints, lengths: Ints) -> None:
@@ -294,12 +300,12 @@ class WholeWordMaskingCollator:
                 "and make the collator after adding tokens"
             )
 
-    def _warn_if_collapsed(self, size: Ints, words_in_row: Ints) -> None:
+    def _warn_if_collapsed(self, size: Ints, words_before: Ints) -> None:
         # A mean over the row, since a single word can be as long as it likes.
         if self._warned or size.max(initial=0) < _TOO_LONG:
             return
-        row_of_word = np.repeat(np.arange(len(words_in_row)), words_in_row)
-        tokens_in_row = np.bincount(row_of_word, size, len(words_in_row)).astype(np.int64)
+        words_in_row = np.diff(words_before)
+        tokens_in_row = np.diff(np.append(0, np.cumsum(size))[words_before])
         collapsed = np.flatnonzero(tokens_in_row >= _TOO_LONG * np.maximum(words_in_row, 1))
         if collapsed.size:
             self._warned = True
@@ -309,7 +315,7 @@ class WholeWordMaskingCollator:
                 "a row, each masked as a whole: they come from a tokenizer that does not split "
                 "words. Tokenize with tokenize_with_word_ids, and pass word_boundaries for a "
                 "language without spaces",
-                stacklevel=6,
+                stacklevel=7,
             )
 
 
@@ -347,13 +353,26 @@ def _blocks(bounds: Ints) -> list[Ints]:
     return [bounds[a : b + 1] for a, b in pairwise(edges)]
 
 
-def _find_words(word_ids: Ints, is_text: Bools, bounds: Ints) -> tuple[Ints, Ints]:
-    """Return the first token and the size of each word: a run of one number within a row."""
-    starts_row = np.zeros(len(word_ids) + 1, bool)
-    starts_row[bounds] = True
-    is_same = is_text[1:] & is_text[:-1] & (word_ids[1:] == word_ids[:-1]) & ~starts_row[1:-1]
-    begins, ends = is_text.copy(), is_text.copy()
-    begins[1:] &= ~is_same
-    ends[:-1] &= ~is_same
-    first = np.flatnonzero(begins)
-    return first, np.flatnonzero(ends) - first + 1
+def _find_words(words: Ints, bounds: Ints) -> tuple[Ints, Ints]:
+    """Return the first token and the size of each word: a run of one number, 0 or more, in a row."""
+    changes = np.ones(len(words) + 1, bool)
+    np.not_equal(words[1:], words[:-1], out=changes[1:-1])
+    changes[bounds] = True
+    edges = np.flatnonzero(changes)
+    is_word = words[edges[:-1]] >= 0
+    return edges[:-1][is_word], np.diff(edges)[is_word]
+
+
+def _rank(urgency: Floats, words_in_row: Ints) -> Ints:
+    """Return the place of each word in its row when the row is sorted by urgency."""
+    rows = len(words_in_row)
+    row_of_word = np.repeat(np.arange(rows, dtype=np.min_scalar_type(rows)), words_in_row)
+    # As lexsort((urgency, row_of_word)) does in six times the time: NumPy has a radix sort, for
+    # small integers.
+    order = np.argsort(urgency)
+    order = order[np.argsort(row_of_word[order], kind="stable")]
+    rank = np.empty(len(urgency), np.int64)
+    rank[order] = np.arange(len(urgency)) - np.repeat(
+        np.cumsum(words_in_row) - words_in_row, words_in_row
+    )
+    return rank

@@ -4,10 +4,11 @@
 builds lists first. Here no token is looked at in Python.
 """
 
+import struct
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -97,22 +98,10 @@ def join_rows(columns: Mapping[str, Any]) -> tuple[dict[str, Ints], Ints]:
     joined = {}
     for name, rows in columns.items():
         own = _lengths(rows)
-        if len(own) != len(lengths):
-            raise ValueError(
-                f"column {name!r} has {len(own)} rows, 'input_ids' has {len(lengths)}; all columns "
-                "must come from the same dataset"
-            )
-        wrong = np.flatnonzero((own != lengths) | (own < 0))
-        if wrong.size:
-            row = int(wrong[0])
-            seen = f"{own[row]} values" if own[row] >= 0 else f"{rows[row]!r:.40}, not a list,"
-            raise ValueError(
-                f"column {name!r} of row {row} has {seen} for {max(lengths[row], 0)} input_ids; "
-                f"each column must hold one number a token. Remove {name!r} from the dataset if it "
-                "is not an input of the model"
-            )
-        joined[name] = _join(name, rows, int(lengths.sum()))
-    return joined, lengths
+        if own != lengths or -1 in own:
+            _refuse_lengths(name, rows, own, lengths)
+        joined[name] = _join(name, rows)
+    return joined, np.array(lengths, np.int64)
 
 
 def split_rows(joined: Ints, lengths: Ints) -> Ints | list[Ints]:
@@ -175,25 +164,40 @@ def pad_rows(
     return batch
 
 
-def _lengths(rows: Any) -> Ints:
+def _lengths(rows: Any) -> list[int]:
     """Return the number of values in each row, -1 for a row that has no length."""
     try:
-        return np.fromiter(map(len, rows), np.int64, len(rows))
+        return list(map(len, rows))
     except TypeError:
-        return np.array([len(row) if np.ndim(row) else -1 for row in rows])
+        return [len(row) if np.ndim(row) else -1 for row in rows]
 
 
-def _join(name: str, rows: Any, total: int) -> Ints:
+def _refuse_lengths(name: str, rows: Any, own: list[int], lengths: list[int]) -> NoReturn:
+    if len(own) != len(lengths):
+        raise ValueError(
+            f"column {name!r} has {len(own)} rows, 'input_ids' has {len(lengths)}; all columns "
+            "must come from the same dataset"
+        )
+    row = next(i for i, n in enumerate(own) if n != lengths[i] or n < 0)
+    seen = f"{own[row]} values" if own[row] >= 0 else f"{rows[row]!r:.40}, not a list,"
+    raise ValueError(
+        f"column {name!r} of row {row} has {seen} for {max(lengths[row], 0)} input_ids; each "
+        f"column must hold one number a token. Remove {name!r} from the dataset if it is not an "
+        "input of the model"
+    )
+
+
+def _join(name: str, rows: Any) -> Ints:
     try:
-        values = _concatenate(rows, total)
+        values = _concatenate(name, rows)
         if name == "word_ids" and values.dtype.kind in "Of":
             # None, as BatchEncoding.word_ids() says it; arrays and tensors can only say NaN.
             words = np.array(values, np.float64)
             words[np.isnan(words)] = -1
             values = words.astype(np.int64) if (words % 1 == 0).all() else words
-        seen = f"{values.dtype} of shape {values.shape} for {total} tokens"
-        is_right = values.ndim == 1 and (values.dtype.kind in "iub" or not total)
-    except (OverflowError, TypeError, ValueError) as error:
+        seen = f"{values.dtype} of shape {values.shape}"
+        is_right = values.ndim == 1 and (values.dtype.kind in "iub" or not values.size)
+    except (TypeError, ValueError) as error:
         seen, is_right = f"something else ({error})", False
     if not is_right:
         raise ValueError(
@@ -203,16 +207,23 @@ def _join(name: str, rows: Any, total: int) -> Ints:
     return values.astype(np.int64, copy=False)
 
 
-def _concatenate(rows: Any, total: int) -> npt.NDArray[Any]:
+def _concatenate(name: str, rows: Any) -> npt.NDArray[Any]:
     if not all(isinstance(row, list) for row in rows):
         arrays = [np.atleast_1d(np.asarray(row)) for row in rows if len(row)]
         return np.concatenate(arrays or [np.empty(0, np.int64)])
+    # Faster than NumPy reads lists, flags three times; and nothing but whole numbers gets through,
+    # where NumPy would cut floats down to them.
     with suppress(TypeError, ValueError):
-        # Flags, three times as fast as NumPy reads them; the first larger number ends the attempt.
         return np.frombuffer(b"".join(map(bytes, rows)), np.uint8)
-    # NumPy reads a list twice as fast when it is told the type, and would then cut floats down to
-    # whole numbers; so it meets the first row untold.
-    if np.array(next(filter(None, rows), [0])).dtype.kind in "iub":
-        with suppress(TypeError, ValueError):  # None or NaN in another row
-            return np.fromiter(chain.from_iterable(rows), np.int64, total)
+    with suppress(struct.error):
+        return _pack(rows)
+    if name == "word_ids":
+        with suppress(struct.error):
+            return _pack([[-1 if word is None else word for word in row] for row in rows])
     return np.array(list(chain.from_iterable(rows)))
+
+
+def _pack(rows: list[list[int]]) -> Ints:
+    # A bytearray, since arrays over bytes cannot be written, which tensors have to be.
+    packed = bytearray().join([struct.pack(f"{len(row)}q", *row) for row in rows])
+    return np.frombuffer(packed, np.int64)

@@ -80,7 +80,9 @@ def hash_rows(tokens: Ints, bounds: Ints, key: int) -> Hashes:
     """
     lengths = np.diff(bounds)
     places = np.arange(len(tokens)) - np.repeat(bounds[:-1], lengths)
-    hashes = _mix((places << 32 | tokens).astype(np.uint64))
+    places <<= 32
+    places |= tokens
+    hashes = _mix(places.view(np.uint64))
     totals = np.zeros(len(lengths), np.uint64)
     totals[lengths > 0] = np.add.reduceat(hashes, bounds[:-1][lengths > 0])
     return _mix(totals ^ np.uint64(key))
@@ -88,7 +90,7 @@ def hash_rows(tokens: Ints, bounds: Ints, key: int) -> Hashes:
 
 def hash_counters(keys: Hashes, counters: Ints) -> Hashes:
     """Return 64 random-looking bits for each pair of a key and a counter."""
-    return _mix(keys + counters.astype(np.uint64) * _GOLDEN)
+    return _mix(counters.astype(np.uint64) * _GOLDEN + keys)
 
 
 def to_unit(hashes: Hashes) -> npt.NDArray[np.float64]:

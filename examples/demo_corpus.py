@@ -94,7 +94,7 @@ def starting_point(config: TrainingConfig, chunk_size: int) -> tuple[Any, BertTo
             config=replace(
                 config,
                 output_dir=folder,
-                max_steps=max(3 * config.max_steps, -1),
+                max_steps=max(2 * config.max_steps, -1),
                 learning_rate=3e-3,
             ),
         )

@@ -69,7 +69,7 @@ def adapt(folder: Path, *options: object, **kwargs: Any) -> Run:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
-    """Options that name a tiny model, a text file with a document twice, and how to learn from it."""
+    """Options that name a tiny model, a text file with a document twice, and how to learn."""
     folder = tmp_path_factory.mktemp("inputs")
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder / "model")

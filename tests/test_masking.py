@@ -15,6 +15,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from torch.utils.data import DataLoader
@@ -391,6 +393,10 @@ print(json.dumps([digest.hexdigest(), fingerprint, Hasher.hash(foreign)]))
 """
 
 
+@pytest.mark.skipif(
+    Version(datasets.__version__) < Version("5.2"),
+    reason="datasets 4.0 takes a used tokenizer for another one (datasets#7982)",
+)
 def test_processes_agree() -> None:
     """Three separate processes make the same masks and the same fingerprint of the collator."""
     processes = [

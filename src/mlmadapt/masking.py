@@ -354,7 +354,7 @@ def _blocks(bounds: Ints) -> list[Ints]:
 
 
 def _find_words(words: Ints, bounds: Ints) -> tuple[Ints, Ints]:
-    """Return the first token and the size of each word: a run of one number, 0 or more, in a row."""
+    """Return the first token and the size of each word: a run of one number, 0 or more."""
     changes = np.ones(len(words) + 1, bool)
     np.not_equal(words[1:], words[:-1], out=changes[1:-1])
     changes[bounds] = True

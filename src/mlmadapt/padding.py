@@ -68,12 +68,14 @@ def to_columns(features: Features) -> dict[str, list[Any]]:
                 f"row {row} of the batch is {feature!r:.40}, a {type(feature).__name__}; each row "
                 "must be a dict of its columns, as a dataset gives it"
             )
-        if feature.keys() != features[0].keys():
+    names = features[0].keys()
+    for row, feature in enumerate(features):
+        if feature.keys() != names:
             raise ValueError(
-                f"row {row} of the batch has columns {list(feature)}, row 0 has "
-                f"{list(features[0])}; all rows of a batch must have the same columns"
+                f"row {row} of the batch has columns {list(feature)}, row 0 has {list(names)}; all "
+                "rows of a batch must have the same columns"
             )
-    return {name: [feature[name] for feature in features] for name in features[0]}
+    return {name: [feature[name] for feature in features] for name in names}
 
 
 def join_rows(columns: Mapping[str, Any]) -> tuple[dict[str, Ints], Ints]:
@@ -139,11 +141,12 @@ def pad_rows(
     width = int(lengths.max())
     if pad_to_multiple_of:
         width += -width % pad_to_multiple_of
-    is_filled = np.arange(width) < lengths[:, None]
-    if tokenizer.padding_side == "left":
-        is_filled = is_filled[:, ::-1]
-    is_full = bool(is_filled.all())
-    if not is_full and tokenizer.pad_token_id is None:
+    if (lengths == width).all():
+        batch = {name: values.reshape(-1, width) for name, values in joined.items()}
+        if "attention_mask" not in batch:
+            batch["attention_mask"] = np.ones_like(batch["input_ids"])
+        return batch
+    if tokenizer.pad_token_id is None:
         raise ValueError(
             f"rows of {lengths.min()} to {lengths.max()} tokens need padding to {width}, but the "
             "tokenizer has no padding token; set tokenizer.pad_token"
@@ -153,13 +156,13 @@ def pad_rows(
         "labels": -100,
         "token_type_ids": tokenizer.pad_token_type_id,
     }
+    is_filled = np.arange(width) < lengths[:, None]
+    if tokenizer.padding_side == "left":
+        is_filled = is_filled[:, ::-1]
     batch = {}
     for name, values in joined.items():
-        if is_full:
-            batch[name] = values.reshape(is_filled.shape)
-        else:
-            batch[name] = np.full(is_filled.shape, fills.get(name, 0), np.int64)
-            batch[name][is_filled] = values
+        batch[name] = np.full(is_filled.shape, fills.get(name, 0), np.int64)
+        batch[name][is_filled] = values
     batch.setdefault("attention_mask", is_filled.astype(np.int64))
     return batch
 
@@ -208,7 +211,7 @@ def _join(name: str, rows: Any) -> Ints:
 
 
 def _concatenate(name: str, rows: Any) -> npt.NDArray[Any]:
-    if not all(isinstance(row, list) for row in rows):
+    if not set(map(type, rows)) <= {list}:
         arrays = [np.atleast_1d(np.asarray(row)) for row in rows if len(row)]
         return np.concatenate(arrays or [np.empty(0, np.int64)])
     # Faster than NumPy reads lists, flags three times; and nothing but whole numbers gets through,
@@ -224,6 +227,8 @@ def _concatenate(name: str, rows: Any) -> npt.NDArray[Any]:
 
 
 def _pack(rows: list[list[int]]) -> Ints:
+    lengths = set(map(len, rows))
+    pack = {length: struct.Struct(f"{length}q").pack for length in lengths}
     # A bytearray, since arrays over bytes cannot be written, which tensors have to be.
-    packed = bytearray().join([struct.pack(f"{len(row)}q", *row) for row in rows])
+    packed = bytearray().join([pack[len(row)](*row) for row in rows])
     return np.frombuffer(packed, np.int64)

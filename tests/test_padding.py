@@ -62,6 +62,7 @@ def test_whole_numbers_of_every_kind(values: Any, expected: list[int]) -> None:
     """Flags, small and large, negative, and of several types in one column."""
     joined, _ = join_rows({"input_ids": [[5, 6], [7, 8]], "extra": values})
     assert joined["extra"].tolist() == expected
+    assert joined["extra"].flags.writeable  # or torch warns of the tensor it makes
 
 
 @pytest.mark.parametrize("nothing", [None, float("nan")])

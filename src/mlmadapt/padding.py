@@ -142,7 +142,7 @@ def pad_rows(
     if pad_to_multiple_of:
         width += -width % pad_to_multiple_of
     if (lengths == width).all():
-        batch = {name: values.reshape(-1, width) for name, values in joined.items()}
+        batch = {name: values.reshape(len(lengths), width) for name, values in joined.items()}
         if "attention_mask" not in batch:
             batch["attention_mask"] = np.ones_like(batch["input_ids"])
         return batch

@@ -201,7 +201,10 @@ class Claim:
         elif self.at_most < math.inf:
             target = f"at most {self.at_most:,g}"
         if target:
-            verdict = "yes" if self.at_least <= median <= self.at_most else "**no**"
+            # By both clocks: wall time on a busy machine is hard on long calls, kind to short ones.
+            medians = [median] if self.cpu is None else [median, float(np.median(self.cpu))]
+            met = all(self.at_least <= each <= self.at_most for each in medians)
+            verdict = "yes" if met else "**no**"
         return self.name, _figure(median), spread, cpu, target, verdict
 
 

@@ -53,6 +53,9 @@ DEFAULTS: dict[str, Any] = {
 def starting_point(config: TrainingConfig, chunk_size: int) -> tuple[Any, BertTokenizer, Dataset]:
     """Train a tiny model on general text, and return it with its tokenizer and the domain."""
     say = PartialState().print
+    # The same figures on any number of cores; more threads hardly help a model of this size, and
+    # beside other work they take three times as long.
+    torch.set_num_threads(1)
     domain = read_domain()
     general = read_general(domain)
     tokenizer = train_tokenizer(general, vocab_size=5_000)
@@ -233,6 +236,7 @@ def fill_gaps(gaps: list[Gap], model: Any, tokenizer: BertTokenizer) -> list[str
 def show_gaps(gaps: list[Gap], before: list[str], after: list[str]) -> None:
     """Show each gap's true word, its probability, and the five likeliest words."""
     say = PartialState().print
+    say("\n  Held-out sentences, drawn at random: how likely the true word, and the likeliest five")
     for gap, guess_before, guess_after in zip(gaps, before, after, strict=True):
         say(f"\n  {gap.sentence}   ({gap.word})")
         say(f"    before {guess_before}\n    after  {guess_after}")

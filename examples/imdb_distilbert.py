@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, load_dataset
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, pipeline
 
@@ -71,6 +72,8 @@ class Arguments:
 def main() -> None:
     """Tell the story from the first fill-mask to the last."""
     args, config = parse_arguments()
+    # Whoever asks first decides on the device, and PartialState does not read this by itself.
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     transformers.set_seed(config.seed)
     # No bars for what takes a blink; what chunking drops is said below.
     transformers.utils.logging.disable_progress_bar()
@@ -129,7 +132,7 @@ def main() -> None:
             demo_corpus.show_gaps(gaps, guesses, demo_corpus.fill_gaps(gaps, fill.model, tokenizer))
         say(f'\n  Yours from now on: pipeline("fill-mask", model="{config.output_dir}")')
         if args.demo:
-            say("  Next, to your own text, a document a line or row:\n")
+            say("  Next, to your own text, a document a line or row:")
             say(f"  python {sys.argv[0]} --dataset FILE --text_column COLUMN --output_dir FOLDER")
 
 
@@ -271,10 +274,13 @@ def train_with_trainer(
     known = {option.name for option in fields(TrainingArguments)}
     precision = config.mixed_precision or ("fp16" if torch.cuda.is_available() else "no")
     arguments = TrainingArguments(
-        **{name: value for name, value in asdict(config).items() if name in known},
+        # The names are the same. What is off goes unsaid: saying so of a renamed one warns.
+        **{n: v for n, v in asdict(config).items() if n in known and v is not False},
         fp16=precision == "fp16",
         bf16=precision == "bf16",
         eval_on_start=True,
+        logging_strategy=config.eval_strategy,
+        dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,  # or the collator never sees the word_ids
     )
     # Trainer gives the labels either to the model, for sparse_prediction, or to a loss function,
@@ -344,14 +350,14 @@ def show_parameters(model: PreTrainedModel) -> None:
 
 def show_fill_mask(fill: FillMaskPipeline, sentence: str) -> None:
     """Show the five likeliest fillings of a sentence."""
-    say(f"  {sentence}")
-    for guess in fill(sentence.replace("[MASK]", fill.tokenizer.mask_token), top_k=5):
-        say(f"    {guess['score']:6.1%}  {guess['token_str'].strip()}")
+    guesses = fill(sentence.replace("[MASK]", fill.tokenizer.mask_token), top_k=5)
+    words = [f"{guess['token_str'].strip()} {guess['score']:.1%}" for guess in guesses]
+    say(f"  {sentence}\n    {', '.join(words)}")
 
 
 def show_history(history: list[dict[str, float]]) -> None:
     """Show what was measured on the held-out rows, and the training loss up to there."""
-    say("\n  on held-out rows   perplexity   right   among five   training loss")
+    say("  on held-out rows   perplexity   right   among five   training loss")
     loss = ""
     for entry in history:
         loss = f"{entry['loss']:.3f}" if "loss" in entry else loss

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from mlmadapt import checkpoints
 
@@ -249,7 +250,7 @@ def test_a_failed_first_save_says_that_there_is_no_other(
     """An error without a number, as safetensors raises for a full disk, is put as well."""
 
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("I/O error: No space left on device")
+        raise SafetensorError("I/O error: No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_file", fail)
     message = (

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 logger = logging.getLogger(__name__)
@@ -55,14 +56,16 @@ def write_checkpoint(
             shutil.rmtree(target)
         building.rename(target)
         _flush(output_dir)
-    except Exception as error:
-        shutil.rmtree(building, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         kept = [path.name for path in find_checkpoints(output_dir)]
         message = f"{target.name} could not be written to {str(output_dir)!r} ({error}); " + (
             f"{kept[0]} is intact" if kept else "there is no earlier checkpoint"
         )
         number = getattr(error, "errno", None)  # safetensors raises an error of its own
         raise (OSError(message) if number is None else OSError(number, message)) from error
+    finally:
+        # Gone already when all went well: whatever went wrong, nothing half done is left.
+        shutil.rmtree(building, ignore_errors=True)
     return target
 
 

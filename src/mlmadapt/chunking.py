@@ -124,10 +124,12 @@ def _group_column(
     pieces = [chunk.flatten() for chunk in column.chunks]
     value_type = column.type.value_type
     if words:
-        flat = pa.chunked_array(pieces, value_type).cast(pa.int64()).fill_null(-1)
-        numbers = _number_words(flat.to_numpy(), lengths, chunk_size, kept)
         if value_type != pa.int32():  # numbers up to `chunk_size` do not fit every type
             value_type = pa.int64()
+        flat = pa.chunked_array(pieces, column.type.value_type).cast(value_type)
+        if flat.null_count:  # it would copy
+            flat = flat.fill_null(-1)
+        numbers = _number_words(flat.to_numpy(), lengths, chunk_size, kept)
         pieces = [pa.array(numbers, value_type)]
     list_type = pa.large_list if pa.types.is_large_list(column.type) else pa.list_
     return pa.chunked_array(
@@ -172,20 +174,34 @@ def _lay_rows(
 
 
 def _number_words(
-    word_ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], chunk_size: int, kept: int
-) -> npt.NDArray[np.int64]:
+    word_ids: npt.NDArray[np.signedinteger[Any]],
+    lengths: npt.NDArray[np.int64],
+    chunk_size: int,
+    kept: int,
+) -> npt.NDArray[np.int32]:
     """Number the words of each row from 0, a new one where the id changes or a document begins."""
     word_ids = word_ids[:kept]
-    begins = np.ones(kept, bool)
-    begins[1:] = word_ids[1:] != word_ids[:-1]
+    is_no_word = word_ids < 0
+    padded = np.zeros(kept + -kept % 8, bool)
+    begins = padded[:kept]
+    np.not_equal(word_ids[1:], word_ids[:-1], out=begins[1:])
     documents = np.cumsum(lengths) - lengths
     begins[documents[documents < kept]] = True
     begins[::chunk_size] = True
-    begins &= word_ids >= 0
-    numbers = np.cumsum(begins)
-    before_row = (numbers - begins)[::chunk_size]
-    numbers -= np.repeat(before_row, chunk_size)[:kept] + 1
-    numbers[word_ids < 0] = -1
+    begins &= ~is_no_word
+    # np.cumsum(begins), in less than half the time: multiplied by 0x0101..., each byte of eight
+    # becomes the sum of itself and those before it.
+    eights = padded.view("<u8") * np.uint64(0x0101010101010101)
+    totals = (eights >> np.uint64(56)).astype(np.int32)
+    numbers = np.repeat(np.cumsum(totals, dtype=np.int32) - totals, 8)
+    numbers += eights.astype("<u8", copy=False).view(np.uint8)
+    numbers = numbers[:kept]
+    before_row = numbers[::chunk_size] - begins[::chunk_size]
+    whole = kept - kept % chunk_size
+    rows = numbers[:whole].reshape(-1, chunk_size)
+    rows -= before_row[: len(rows), None] + 1
+    numbers[whole:] -= before_row[len(rows) :] + 1
+    numbers[is_no_word] = -1
     return numbers
 
 

@@ -33,7 +33,7 @@ def group_texts(
     """Join a batch of tokenized documents and cut it into rows of `chunk_size` tokens.
 
     For ``dataset.map(group_texts, batched=True)``. What is left after the last whole chunk is lost
-    once a **batch**: with `map`'s 1,000 documents that is 0.02 % of IMDb at 128 tokens a chunk,
+    once a **batch**: with `map`'s 1,000 documents that is 0.03 % of IMDb at 128 tokens a chunk,
     with 10 short documents it can be everything. ``batch_size=None`` makes one pass of the whole
     dataset; ``remainder="keep"`` keeps every token. What is dropped is counted and logged, at first
     as a warning; a batch of which nothing is left warns.
@@ -181,27 +181,26 @@ def _number_words(
 ) -> npt.NDArray[np.int32]:
     """Number the words of each row from 0, a new one where the id changes or a document begins."""
     word_ids = word_ids[:kept]
-    is_no_word = word_ids < 0
-    padded = np.zeros(kept + -kept % 8, bool)
-    begins = padded[:kept]
-    np.not_equal(word_ids[1:], word_ids[:-1], out=begins[1:])
+    rows = -(-kept // chunk_size)
+    begins = np.zeros(rows * chunk_size, bool)
+    np.not_equal(word_ids[1:], word_ids[:-1], out=begins[1:kept])
     documents = np.cumsum(lengths) - lengths
     begins[documents[documents < kept]] = True
     begins[::chunk_size] = True
-    begins &= ~is_no_word
-    # np.cumsum(begins), in less than half the time: multiplied by 0x0101..., each byte of eight
-    # becomes the sum of itself and those before it.
+    is_word = word_ids >= 0
+    begins[:kept] &= is_word
+
+    # np.cumsum(begins) along the rows, in half the time: multiplied by 0x0101..., each byte of
+    # eight becomes the sum of itself and those before it.
+    padded = np.zeros((rows, chunk_size + -chunk_size % 8), bool)
+    padded[:, :chunk_size] = begins.reshape(rows, chunk_size)
     eights = padded.view("<u8") * np.uint64(0x0101010101010101)
     totals = (eights >> np.uint64(56)).astype(np.int32)
-    numbers = np.repeat(np.cumsum(totals, dtype=np.int32) - totals, 8)
-    numbers += eights.astype("<u8", copy=False).view(np.uint8)
-    numbers = numbers[:kept]
-    before_row = numbers[::chunk_size] - begins[::chunk_size]
-    whole = kept - kept % chunk_size
-    rows = numbers[:whole].reshape(-1, chunk_size)
-    rows -= before_row[: len(rows), None] + 1
-    numbers[whole:] -= before_row[len(rows) :] + 1
-    numbers[is_no_word] = -1
+    before = np.cumsum(totals, axis=1, dtype=np.int32) - totals - 1
+    numbers = np.repeat(before.ravel(), 8)
+    numbers += eights.astype("<u8", copy=False).ravel().view(np.uint8)
+    numbers = numbers.reshape(padded.shape)[:, :chunk_size].ravel()[:kept]
+    numbers[~is_word] = -1
     return numbers
 
 

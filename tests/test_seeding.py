@@ -86,3 +86,10 @@ def test_rows_that_differ_have_other_hashes() -> None:
     tokens = np.array([token for row in rows for token in row])
     assert len(set(hash_rows(tokens, bounds, 0).tolist())) == len(rows)
     assert to_unit(np.array([0, 2**64 - 1], np.uint64)).tolist() == [0, 1 - 2**-53]
+
+
+def test_a_float_is_refused_after_its_whole_number_was_taken() -> None:
+    """Keys are remembered, and 1.0 equals 1."""
+    derive_key(1, "order")
+    with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+        derive_key(1.0, "order")  # type: ignore[arg-type]

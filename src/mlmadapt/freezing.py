@@ -39,7 +39,7 @@ def insert_random_mask(
         examples: A batch of rows: a dict of lists, or a ``pyarrow.Table`` (datasets with format
             "arrow", which `map` reads and masks twice as fast).
         data_collator: `WholeWordMaskingCollator`, or another library's. That one is called row by
-            row (about 0.3 ms each) with the global generators seeded from (seed, row), and they are
+            row (about 0.4 ms each) with the global generators seeded from (seed, row), and they are
             restored.
         seed: Seed of the masks.
         prefix: Put before the names of the new columns; ``""`` keeps the names.

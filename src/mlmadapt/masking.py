@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from mlmadapt.padding import Features, join_rows, pad_rows, to_columns
-from mlmadapt.seeding import derive_key, hash_counters, hash_rows, to_unit
+from mlmadapt.seeding import derive_key, hash_counters, hash_rows, spread_keys, to_unit
 from mlmadapt.tokenization import special_token_ids
 from mlmadapt.weighting import WordWeights, spread_rate
 
@@ -141,6 +141,7 @@ class WholeWordMaskingCollator:
         self._is_special = np.zeros(size, bool)
         self._is_special[list(special_token_ids(self.tokenizer))] = True
         self._pool = _replacement_pool(self.tokenizer)
+        self._mask_id: int = self.tokenizer.mask_token_id
         if self.random_replace_prob and not self._pool.size:
             raise ValueError(
                 f"random_replace_prob is {self.random_replace_prob}, but the tokenizer has no "
@@ -196,14 +197,15 @@ class WholeWordMaskingCollator:
         )
         tokens, word_ids = masked["input_ids"], masked.pop("word_ids")
         self._check_ids(tokens, lengths)
-        is_text = ~self._is_special[tokens]
+        is_special = self._is_special.take(tokens)
         if "special_tokens_mask" in masked:
-            is_text &= masked.pop("special_tokens_mask") == 0
+            is_special |= masked.pop("special_tokens_mask") != 0
         if "attention_mask" not in masked:
             masked["attention_mask"] = np.ones_like(tokens)
         is_real = masked["attention_mask"] != 0
-        words = np.where(is_text, word_ids, -1)
-        bounds = np.append(0, np.cumsum(lengths))
+        words = np.where(is_special, -1, word_ids)
+        bounds = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=bounds[1:])
         labels = np.full_like(tokens, -100)
         if is_real.all():
             inputs = self._mask_blocks(tokens, words, bounds, key, labels)
@@ -245,7 +247,7 @@ class WholeWordMaskingCollator:
         targets = np.arange(size.sum()) + np.repeat(first[chosen] - np.cumsum(size) + size, size)
         fate = np.repeat(fate, size)
         instead = tokens[targets]
-        instead[fate < self.mask_replace_prob] = self.tokenizer.mask_token_id
+        instead[fate < self.mask_replace_prob] = self._mask_id
         is_random = fate >= self.mask_replace_prob
         is_random &= fate < self.mask_replace_prob + self.random_replace_prob
         if is_random.any():
@@ -263,9 +265,8 @@ class WholeWordMaskingCollator:
         `words_before` counts the words before each row, and at its end all words.
         """
         words_in_row = np.diff(words_before)
-        place = np.arange(words_before[-1]) - np.repeat(words_before[:-1], words_in_row)
-        keys = np.repeat(row_keys, words_in_row)
-        urgency = draw = to_unit(hash_counters(keys, 2 * place))
+        keys = spread_keys(row_keys, words_in_row, step=2)
+        urgency = draw = to_unit(hash_counters(keys, 0))
         if weights is not None:
             # An exponential race: who comes first is chosen in proportion to its weight.
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -273,7 +274,7 @@ class WholeWordMaskingCollator:
 
         if self.budget == "exact":
             share = self.wwm_probability * words_in_row
-            rounding = to_unit(hash_counters(row_keys, np.full(len(row_keys), -1)))
+            rounding = to_unit(hash_counters(row_keys, -1))
             quota = np.maximum(np.floor(share) + (rounding < share % 1), 1)
             # A word of weight 0 has an infinite urgency, and is not there to fill a quota.
             is_chosen = _rank(urgency, words_in_row) < np.repeat(quota, words_in_row)
@@ -287,11 +288,11 @@ class WholeWordMaskingCollator:
         if without.any():
             is_chosen |= np.repeat(without, words_in_row) & (_rank(urgency, words_in_row) == 0)
             chosen = np.flatnonzero(is_chosen)
-        return chosen, to_unit(hash_counters(keys[chosen], 2 * place[chosen] + 1))
+        return chosen, to_unit(hash_counters(keys[chosen], 1))
 
     def _check_ids(self, tokens: Ints, lengths: Ints) -> None:
         size = len(self._is_special)
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < size:
+        if tokens.view(np.uint64).max(initial=0) >= size:  # negative ids are large ones
             place = np.flatnonzero((tokens < 0) | (tokens >= size))[0]
             row = np.searchsorted(np.cumsum(lengths), place, side="right")
             raise ValueError(
@@ -359,8 +360,9 @@ def _find_words(words: Ints, bounds: Ints) -> tuple[Ints, Ints]:
     np.not_equal(words[1:], words[:-1], out=changes[1:-1])
     changes[bounds] = True
     edges = np.flatnonzero(changes)
-    is_word = words[edges[:-1]] >= 0
-    return edges[:-1][is_word], np.diff(edges)[is_word]
+    runs = np.flatnonzero(words.take(edges[:-1]) >= 0)
+    first = edges.take(runs)
+    return first, edges.take(runs + 1) - first
 
 
 def _rank(urgency: Floats, words_in_row: Ints) -> Ints:

@@ -62,8 +62,9 @@ def to_columns(features: Features) -> dict[str, list[Any]]:
     """
     if not len(features):
         raise ValueError("features is empty; a batch needs at least one row")
-    for row, feature in enumerate(features):
-        if not isinstance(feature, Mapping):
+    for kind in set(map(type, features)):
+        if not issubclass(kind, Mapping):
+            row, feature = next((i, each) for i, each in enumerate(features) if type(each) is kind)
             raise TypeError(
                 f"row {row} of the batch is {feature!r:.40}, a {type(feature).__name__}; each row "
                 "must be a dict of its columns, as a dataset gives it"
@@ -198,22 +199,24 @@ def _join(name: str, rows: Any) -> Ints:
             words = np.array(values, np.float64)
             words[np.isnan(words)] = -1
             values = words.astype(np.int64) if (words % 1 == 0).all() else words
+        if values.ndim == 1 and (values.dtype.kind in "iub" or not values.size):
+            return values.astype(np.int64, copy=False)
         seen = f"{values.dtype} of shape {values.shape}"
-        is_right = values.ndim == 1 and (values.dtype.kind in "iub" or not values.size)
-    except (TypeError, ValueError) as error:
-        seen, is_right = f"something else ({error})", False
-    if not is_right:
-        raise ValueError(
-            f"column {name!r} holds {seen}; it must hold one whole number a token. Remove {name!r} "
-            "from the dataset if it is not an input of the model"
-        )
-    return values.astype(np.int64, copy=False)
+    except (RuntimeError, TypeError, ValueError) as error:  # a tensor may have no truth
+        seen = f"something else ({error})"
+    raise ValueError(
+        f"column {name!r} holds {seen}; it must hold one whole number a token. Remove {name!r} "
+        "from the dataset if it is not an input of the model"
+    )
 
 
 def _concatenate(name: str, rows: Any) -> npt.NDArray[Any]:
     if not set(map(type, rows)) <= {list}:
         arrays = [np.atleast_1d(np.asarray(row)) for row in rows if len(row)]
         return np.concatenate(arrays or [np.empty(0, np.int64)])
+    # An attention mask, which comes with every batch, is mostly nothing but ones.
+    if name == "attention_mask" and all(row.count(1) == len(row) for row in rows):
+        return np.ones(sum(map(len, rows)), np.int64)
     # Faster than NumPy reads lists, flags three times; and nothing but whole numbers gets through,
     # where NumPy would cut floats down to them.
     with suppress(TypeError, ValueError):

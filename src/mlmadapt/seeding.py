@@ -11,6 +11,7 @@ import operator
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
 
+@lru_cache(typed=True)  # asked for with each batch; typed, so that 1.0 is not taken for 1
 def derive_key(*parts: int | str) -> int:
     """Return 63 random-looking bits that depend on `parts` alone.
 
@@ -79,18 +81,38 @@ def hash_rows(tokens: Ints, bounds: Ints, key: int) -> Hashes:
         (np.True_, np.False_)
     """
     lengths = np.diff(bounds)
-    places = np.arange(len(tokens)) - np.repeat(bounds[:-1], lengths)
+    places = np.arange(len(tokens))
+    places -= np.repeat(bounds[:-1], lengths)
     places <<= 32
     places |= tokens
     hashes = _mix(places.view(np.uint64))
     totals = np.zeros(len(lengths), np.uint64)
-    totals[lengths > 0] = np.add.reduceat(hashes, bounds[:-1][lengths > 0])
+    filled = np.flatnonzero(lengths)
+    totals[filled] = np.add.reduceat(hashes, bounds[filled])
     return _mix(totals ^ np.uint64(key))
 
 
-def hash_counters(keys: Hashes, counters: Ints) -> Hashes:
+def hash_counters(keys: Hashes, counters: Ints | int) -> Hashes:
     """Return 64 random-looking bits for each pair of a key and a counter."""
-    return _mix(counters.astype(np.uint64) * _GOLDEN + keys)
+    bits = np.atleast_1d(counters).astype(np.uint64)
+    bits *= _GOLDEN
+    return _mix(bits + keys)
+
+
+def spread_keys(keys: Hashes, counts: Ints, *, step: int) -> Hashes:
+    """Return `counts` keys for each key, that count on from it `step` counters at a time.
+
+    Examples:
+        >>> key = np.array([7], np.uint64)
+        >>> third = spread_keys(key, np.array([3]), step=10)[2:]
+        >>> hash_counters(third, 1) == hash_counters(key, 21)
+        array([ True])
+    """
+    before = (np.cumsum(counts) - counts).view(np.uint64)
+    stride = np.uint64(step * int(_GOLDEN) % 2**64)
+    spread: Hashes = np.repeat(keys - before * stride, counts)
+    spread += np.arange(len(spread), dtype=np.uint64) * stride
+    return spread
 
 
 def to_unit(hashes: Hashes) -> npt.NDArray[np.float64]:
@@ -100,7 +122,7 @@ def to_unit(hashes: Hashes) -> npt.NDArray[np.float64]:
         >>> to_unit(np.array([0, 2**63], np.uint64))
         array([0. , 0.5])
     """
-    units = (hashes >> np.uint64(11)).astype(np.float64)
+    units: npt.NDArray[np.float64] = (hashes >> np.uint64(11)).astype(np.float64)
     units *= 2.0**-53
     return units
 
@@ -110,9 +132,10 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 divided by the golden ratio, as
 
 def _mix(bits: Hashes) -> Hashes:
     """Finalise as splitmix64 does; multiplication wraps at 2**64, as it should."""
-    bits = bits ^ (bits >> np.uint64(30))
-    bits *= np.uint64(0xBF58476D1CE4E5B9)
-    bits ^= bits >> np.uint64(27)
-    bits *= np.uint64(0x94D049BB133111EB)
-    bits ^= bits >> np.uint64(31)
-    return bits
+    mixed = bits >> np.uint64(30)
+    mixed ^= bits
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed

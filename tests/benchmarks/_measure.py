@@ -124,7 +124,7 @@ def synthetic_reviews(count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Contender:
-    """A function to time on an input that is made anew, untimed, for every call."""
+    """A function to time on an input that is made anew, untimed, right before every call."""
 
     run: Callable[[Any], object]
     prepare: Callable[[], Any]
@@ -159,14 +159,14 @@ def take_turns(
 
 def _take_turn(contender: Contender, repeats: int) -> tuple[float, float]:
     """Return the medians of wall and CPU time, so that a call put off by another process is out."""
-    inputs = [contender.prepare() for _ in range(repeats)]
     run, clock, cpu_clock = contender.run, time.perf_counter, time.process_time
     calls = []
     gc.collect()
     gc.disable()
     try:
-        for each in inputs:
-            wall, cpu = clock(), cpu_clock()
+        for _ in range(repeats):
+            each = contender.prepare()
+            cpu, wall = cpu_clock(), clock()
             run(each)
             calls.append((clock() - wall, cpu_clock() - cpu))
     finally:

@@ -1,6 +1,8 @@
 """Measure `WholeWordMaskingCollator` against the recipe's and transformers' whole-word collators.
 
-All get lists, as a dataset without a format hands them out, and make tensors. The recipe's rows
+All get lists, fresh from Arrow, as a dataset without a format hands them out, and make tensors.
+Rows that lie about for longer are read slower, by all alike: their numbers are strewn over memory.
+The recipe's rows
 have word ids with None and labels; transformers' have offsets, and the mask of special tokens,
 without which it is slower.
 """
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import _measure as measure
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from _recipe import whole_word_masking
 from transformers import DataCollatorForLanguageModeling
 
@@ -87,26 +90,27 @@ class Corpus:
         self.ours = tokens.select(["input_ids", "attention_mask", "word_ids"])
         encoding = tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True)
         names = ("input_ids", "attention_mask", "offset_mapping", "special_tokens_mask")
-        self.theirs = {name: list(chain.from_iterable(encoding[name])) for name in names}
+        self.theirs = pa.table({name: list(chain.from_iterable(encoding[name])) for name in names})
         ours = chain.from_iterable(self.ours["input_ids"].to_pylist())
-        assert self.theirs["input_ids"] == list(ours)
+        assert self.theirs["input_ids"].to_pylist() == list(ours)
 
     def contenders(self, *, rows: int, length: int) -> dict[str, measure.Contender]:
-        """Make rows for each collator, and anew for the recipe's, which changes them."""
-        ours = group_texts(self.ours, chunk_size=length, labels=False).slice(0, rows).to_pylist()
+        """Make the rows that each collator is given."""
+        ours = group_texts(self.ours, chunk_size=length, labels=False).slice(0, rows)
         assert len(ours) == rows, f"the texts are too short for {rows} rows of {length} tokens"
-        with_none = [
-            {**row, "word_ids": [None if word < 0 else word for word in row["word_ids"]]}
-            for row in ours
-        ]
-        theirs = [
-            {name: column[start : start + length] for name, column in self.theirs.items()}
-            for start in range(0, rows * length, length)
-        ]
-
-        def copies_for_recipe() -> Rows:
-            rows = [{**row, "labels": row["input_ids"]} for row in with_none]
-            return [{name: column.copy() for name, column in row.items()} for row in rows]
+        words = ours["word_ids"].combine_chunks()
+        flat = words.flatten()
+        flat = pc.if_else(pc.less(flat, 0), None, flat)
+        words = pa.ListArray.from_arrays(pa.array(range(0, len(flat) + 1, length)), flat)
+        with_none = ours.set_column(ours.column_names.index("word_ids"), "word_ids", words)
+        for_recipe = with_none.append_column("labels", with_none["input_ids"])
+        offsets = pa.array(range(0, rows * length + 1, length), pa.int32())
+        theirs = pa.table(
+            {
+                name: pa.ListArray.from_arrays(offsets, column.combine_chunks())
+                for name, column in zip(self.theirs.column_names, self.theirs.columns, strict=True)
+            }
+        )
 
         collator = WholeWordMaskingCollator(self.tokenizer, seed=0)
         with warnings.catch_warnings():
@@ -115,16 +119,16 @@ class Corpus:
                 self.tokenizer, whole_word_mask=True, mlm_probability=0.2
             )
         contenders = {
-            "ours": measure.Contender(collator, lambda: ours),
-            "ours, None": measure.Contender(collator, lambda: with_none),
+            "ours": measure.Contender(collator, ours.to_pylist),
+            "ours, None": measure.Contender(collator, with_none.to_pylist),
             "recipe": measure.Contender(
-                lambda features: whole_word_masking(features, self.tokenizer), copies_for_recipe
+                lambda features: whole_word_masking(features, self.tokenizer), for_recipe.to_pylist
             ),
         }
         if length <= LONGEST_FOR_TRANSFORMERS:
-            contenders["transformers"] = measure.Contender(transformers, lambda: theirs)
+            contenders["transformers"] = measure.Contender(transformers, theirs.to_pylist)
         if length <= LENGTHS[0]:
-            self.check(ours, contenders)
+            self.check(ours.to_pylist(), contenders)
         return contenders
 
     def check(self, rows: Rows, contenders: dict[str, measure.Contender]) -> None:

@@ -40,6 +40,8 @@ from mlmadapt import TrainingConfig
         ("save_strategy", "best", "'no', 'epoch' or 'steps'"),
         ("mixed_precision", "fp8", "None, 'no', 'bf16' or 'fp16'"),
         ("lr_scheduler_type", "lineal", "one of .*'linear'"),
+        ("lr_scheduler_kwargs", "min_lr=1", "a dict, or JSON of one"),
+        ("lr_scheduler_kwargs", "[1]", "a dict, or JSON of one"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_is_required(

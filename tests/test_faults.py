@@ -53,7 +53,8 @@ def test_a_signal_lets_the_step_end_and_leaves_a_checkpoint(
     folder = tmp_path / "left"
     ended = start("train", folder=str(folder), at_step={"2": [[name, world - 1]]}, **settings)
     assert [each.code for each in ended] == [code] * world
-    assert last_step(folder) in {3, 4}
+    # Several processes hear of it with the counts of the next step.
+    assert last_step(folder) == 3 if world == 1 else last_step(folder) in {3, 4}
     assert outcome(folder, resume_from_checkpoint=True, **settings) == whole
 
 
@@ -338,8 +339,9 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(
         setup.more["optimizer"] = Failing(setup.model.parameters(), lr=0.1)
         if place == "schedule":
             monkeypatch.setattr("mlmadapt.training.make_scheduler", fail)
+        # The second time without `overwrite`: what failed before a checkpoint left nothing behind.
         with pytest.raises(ArithmeticError, match="on purpose"):
-            setup.train(overwrite=True)
+            setup.train()
         assert count_hooks(setup.model) == hooks
         assert setup.model.training == training
         assert setup.model.forward == forward

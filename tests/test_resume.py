@@ -6,6 +6,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from mlmadapt import TrainingConfig, WholeWordMaskingCollator, accelerate_train
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
@@ -200,6 +201,8 @@ class Swapped:
         self.tokenizer = tiny_tokenizer()
         self.model = tiny_model(self.tokenizer)
         self.rows = self.tokenize(tiny_corpus(8))
+        self.eval_rows = self.rows[:4]
+        self.optimizer: torch.optim.Optimizer | None = None
         self.probability = 0.2
         self.settings: dict[str, Any] = {
             "output_dir": str(folder),
@@ -220,11 +223,13 @@ class Swapped:
         accelerate_train(
             self.model,
             self.rows,
+            self.eval_rows,
             tokenizer=self.tokenizer,
             data_collator=WholeWordMaskingCollator(
                 self.tokenizer, wwm_probability=self.probability
             ),
             config=TrainingConfig(**self.settings),
+            optimizer=self.optimizer,
         )
 
 
@@ -243,6 +248,8 @@ class Swapped:
         ("tokenizer", r"tokenizer was '475 tokens \w+', is '476 tokens \w+'"),
         ("model", r"model was 'BertForMaskedLM \w+', is 'DistilBertForMaskedLM \w+'"),
         ("collator", r"data_collator was '.*0\.2.*', is '.*0\.3"),
+        ("optimizer", "optimizer was 'AdamW', is 'SGD'"),
+        ("evaluation", r"eval was '4 rows \w+', is '5 rows \w+'"),
     ],
 )
 def test_another_run_is_refused_by_name_and_values(
@@ -264,6 +271,10 @@ def test_another_run_is_refused_by_name_and_values(
         run.model.resize_token_embeddings(len(run.tokenizer), mean_resizing=False)
     elif change == "model":
         run.model = tiny_model(run.tokenizer, architecture="distilbert")
+    elif change == "optimizer":
+        run.optimizer = torch.optim.SGD(run.model.parameters(), lr=5e-5)
+    elif change == "evaluation":
+        run.eval_rows = run.rows[:5]
     else:
         run.probability = 0.3
     with pytest.raises(ValueError, match=rf"checkpoint-2 is of another run: .*{expected}"):

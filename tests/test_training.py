@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import accelerate.tracking
+import peft
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from packaging.version import Version
-from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling, pipeline
+from transformers import (
+    AutoModelForMaskedLM,
+    DataCollatorForLanguageModeling,
+    get_scheduler,
+    pipeline,
+)
 
 from mlmadapt import (
     TrainingConfig,
@@ -194,6 +202,62 @@ def test_schedules_are_those_of_transformers(run: Run, kind: str) -> None:
         scheduler.step()
         expected.append(scheduler.get_last_lr()[0])
     assert logged(result, "learning_rate") == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("cosine_with_min_lr", {"min_lr": 1e-4}),
+        ("cosine_warmup_with_min_lr", '{"min_lr_rate": 0.1}'),
+        ("warmup_stable_decay", {"num_decay_steps": 1}),
+    ],
+)
+def test_a_schedule_gets_its_own_arguments(run: Run, kind: str, arguments: Any) -> None:
+    """A dict in Python, JSON on a command line; without them, the error says what is missing."""
+    settings = {"lr_scheduler_type": kind, "warmup_steps": 1}
+    with pytest.raises(
+        ValueError, match=f"lr_scheduler_kwargs is None, which .* '{kind}' does not"
+    ):
+        run.train(**settings)
+    result = run.train(**settings, lr_scheduler_kwargs=arguments)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    given = json.loads(arguments) if isinstance(arguments, str) else arguments
+    scheduler = get_scheduler(kind, optimizer, 1, 3, scheduler_specific_kwargs=given)
+    expected = []
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step()
+        expected.append(scheduler.get_last_lr()[0])
+    assert logged(result, "learning_rate") == expected
+
+
+def test_a_schedule_that_waits_for_a_metric_gets_the_evaluations(run: Run) -> None:
+    """The loss of the first set, once an evaluation, and never a step."""
+    arguments = {"mode": "max", "patience": 0, "factor": 0.5}  # a falling loss is no gain
+    plateau: dict[str, Any] = {
+        "lr_scheduler_type": "reduce_lr_on_plateau",
+        "lr_scheduler_kwargs": arguments,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    with pytest.raises(ValueError, match=r"ReduceLROnPlateau.* goes by evaluations, .* 0 sets"):
+        run.train(**plateau)
+    with pytest.raises(ValueError, match="eval_strategy 'no', 1 sets"):
+        run.train(run.rows[:4], **{**plateau, "eval_strategy": "no"})
+    result = run.train(run.rows[:4], **plateau)
+    losses = logged(result, "eval_loss")
+    assert losses == sorted(losses, reverse=True)
+    # The first is the best so far; each later one halves the rate, and is logged after its step.
+    assert logged(result, "learning_rate") == [1e-3, 1e-3, 5e-4]
+
+
+def test_a_schedule_of_another_optimizer_is_refused(run: Run) -> None:
+    """It would set the learning rate of nothing."""
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for passed in (None, torch.optim.SGD(run.model.parameters(), lr=0.5)):
+        with pytest.raises(ValueError, match=r"lr_scheduler sets .* pass that one as optimizer"):
+            run.train(optimizer=passed, lr_scheduler=schedule)
 
 
 @pytest.mark.parametrize(
@@ -432,17 +496,6 @@ def test_a_stream_that_can_be_read_once_is_an_error(run: Run) -> None:
         run.train(max_steps=30)
 
 
-def test_peft_models_are_trained_and_their_adapter_saved(run: Run) -> None:
-    """The base model stays as it was."""
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["query", "value"])
-    base = weights(run.model)
-    run.model = peft.get_peft_model(run.model, config)
-    run.train()
-    assert (run.folder / "adapter_model.safetensors").exists()
-    assert equal(weights(run.model.unload()), base)
-
-
 def test_the_saved_model_predicts_masks(run: Run) -> None:
     """Model and tokenizer lie in the folder itself, as `pipeline` wants them."""
     run.train()
@@ -517,3 +570,43 @@ def test_a_map_style_dataset_trains_as_its_rows_do(run: Run, tmp_path: Path) -> 
             [{name: list(map(int, values)) for name, values in row.items()} for row in run.rows]
         ).with_format(kind)
         assert again.train().history == expected
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("architecture", ["bert", "distilbert", "roberta"])
+def test_of_a_peft_model_the_adapter_is_trained_and_saved(run: Run, architecture: str) -> None:
+    """The base stays as it was; base and adapter together predict what was trained, to the bit."""
+    run.model = tiny_model(run.tokenizer, architecture=architecture)
+    base = copy.deepcopy(run.model)
+    targets = "q_lin" if architecture == "distilbert" else "query"
+    run.model = peft.get_peft_model(run.model, peft.LoraConfig(target_modules=[targets], r=2))
+    before = run.model.state_dict()
+    before = {name: values.clone() for name, values in before.items()}
+    frozen = freeze(run.rows)
+    result = run.train(frozen, learning_rate=0.1, save_strategy="no")
+    after = run.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "lora" in name}
+    assert {path.name for path in run.folder.glob("*.safetensors")} == {"adapter_model.safetensors"}
+    loaded = peft.PeftModel.from_pretrained(base, str(run.folder))
+    assert evaluate_mlm(loaded, frozen, tokenizer=run.tokenizer) == result.final
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_peft_model_resumes_to_the_bit(tmp_path: Path) -> None:
+    """From the checkpoint of the first epoch, with a new adapter on a new model."""
+
+    def train(folder: Path, *, resume: bool = False) -> dict[str, torch.Tensor]:
+        again = Run(folder)
+        config = peft.LoraConfig(target_modules=["query"], r=2)
+        with torch.random.fork_rng():
+            torch.manual_seed(int(resume))  # other weights, unless they are loaded
+            again.model = peft.get_peft_model(again.model, config)
+        again.train(num_train_epochs=2, learning_rate=0.1, resume_from_checkpoint=resume or None)
+        state: dict[str, torch.Tensor] = again.model.state_dict()
+        return state
+
+    whole = train(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    resumed = train(tmp_path / "out", resume=True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -1,13 +1,16 @@
 """The settings of a training run, checked once, where they are made."""
 
+import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     _Checkpoint: TypeAlias = str | Literal[True] | None
+    _Arguments: TypeAlias = dict[str, Any] | str | None
 else:
-    _Checkpoint = str | None  # all that HfArgumentParser can read; it gives "true" for True
+    # All that HfArgumentParser can read; it gives "true" for True, and JSON for arguments.
+    _Checkpoint = _Arguments = str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,10 @@ class TrainingConfig:
         learning_rate: Peak learning rate.
         weight_decay: Of weight matrices; not of biases and norms.
         max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
-        lr_scheduler_type: A name that `transformers.get_scheduler` takes.
+        lr_scheduler_type: A name that `transformers.get_scheduler` takes. Those that wait for a
+            metric get the loss of the first evaluation set, after each evaluation.
+        lr_scheduler_kwargs: Further arguments of that schedule, as a dict or its JSON:
+            ``{"min_lr": 1e-6}`` for ``"cosine_with_min_lr"``.
         warmup_steps: Optimizer steps of warm-up; below 1, their share of all steps.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; None leaves it to ``accelerate
             launch``.
@@ -75,6 +81,7 @@ class TrainingConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     lr_scheduler_type: str = "linear"
+    lr_scheduler_kwargs: _Arguments = None
     warmup_steps: float = 0
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     seed: int = 42
@@ -125,12 +132,24 @@ class TrainingConfig:
         )
         if self.load_best_model_at_end:
             self._check_best()
+        self._read_scheduler_kwargs()
         from transformers import SchedulerType  # noqa: PLC0415  # a second to load
 
         schedules = [each.value for each in SchedulerType]
         self._require(
             "lr_scheduler_type", self.lr_scheduler_type in schedules, f"one of {schedules}"
         )
+
+    def _read_scheduler_kwargs(self) -> None:
+        given = self.lr_scheduler_kwargs
+        try:
+            read = json.loads(given) if isinstance(given, str) else given
+        except ValueError:
+            read = given
+        self._require(
+            "lr_scheduler_kwargs", read is None or isinstance(read, dict), "a dict, or JSON of one"
+        )
+        object.__setattr__(self, "lr_scheduler_kwargs", read)
 
     def _check_best(self) -> None:
         together = self.eval_strategy == self.save_strategy != "no"

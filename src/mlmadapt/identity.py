@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mlmadapt.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -42,7 +44,8 @@ def describe_run(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     data_collator: Any,
-    train_dataset: Any,
+    optimizer: torch.optim.Optimizer,
+    datasets: Mapping[str, Any],
     rows_per_step: int,
 ) -> dict[str, Any]:
     """Return what decides the outcome of a run, as JSON can hold it."""
@@ -53,7 +56,8 @@ def describe_run(
         "model": f"{type(model).__name__} {_digest(shapes)}",
         "tokenizer": f"{len(tokenizer)} tokens {_digest(sorted(tokenizer.get_vocab().items()))}",
         "data_collator": _describe_collator(data_collator),
-        "train_dataset": _describe_rows(train_dataset),
+        "optimizer": type(optimizer).__name__,
+        **{name: _describe_rows(rows) for name, rows in datasets.items()},
     }
 
 
@@ -99,7 +103,8 @@ def _describe_rows(dataset: Any) -> str:
         return f"a stream, {type(dataset).__name__}"
     # Rows spread over the whole: reading all of a large dataset would take longer than the resume.
     places = sorted({i * (len(dataset) - 1) // _ROWS_LOOKED_AT for i in range(_ROWS_LOOKED_AT + 1)})
-    rows = [[int(token) for token in dataset[place]["input_ids"]] for place in places]
+    column = "input_ids" if "input_ids" in dataset[0] else "masked_input_ids"
+    rows = [[int(token) for token in dataset[place][column]] for place in places]
     return f"{len(dataset)} rows {_digest(rows)}"
 
 

@@ -1,6 +1,8 @@
 """The optimizer and the schedule that the settings ask for."""
 
+import inspect
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,16 +30,32 @@ def make_scheduler(
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """Return the schedule, with its warm-up in steps.
 
+    Raises:
+        ValueError: If the schedule needs other arguments than ``lr_scheduler_kwargs``.
+
     Examples:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         >>> make_scheduler(optimizer, TrainingConfig(warmup_steps=0.5), 4).get_last_lr()
         [0.0]
     """
     warmup = config.warmup_steps
-    scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
-        config.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=math.ceil(warmup * total_steps) if warmup < 1 else int(warmup),
-        num_training_steps=total_steps,
-    )
+    arguments: Any = config.lr_scheduler_kwargs or {}
+    try:
+        scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+            config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=math.ceil(warmup * total_steps) if warmup < 1 else int(warmup),
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=arguments,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs is {config.lr_scheduler_kwargs!r}, which lr_scheduler_type "
+            f"{config.lr_scheduler_type!r} does not take: {error}"
+        ) from error
     return scheduler
+
+
+def waits_for_metric(scheduler: torch.optim.lr_scheduler.LRScheduler) -> bool:
+    """Tell whether a schedule goes by evaluations (`ReduceLROnPlateau`), not by steps."""
+    return "metrics" in inspect.signature(scheduler.step).parameters

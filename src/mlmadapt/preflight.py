@@ -122,7 +122,8 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool) -> None:
             f"output_dir is {str(output_dir)!r}, which cannot be written ({error.strerror}); name "
             "a folder that can"
         ) from error
-    if not overwrite and any(folder.iterdir()):
+    # A run that failed before its first checkpoint leaves its lock, and nothing to lose.
+    if not overwrite and any(path.name != ".lock" for path in folder.iterdir()):
         raise FileExistsError(
             f"output_dir is {str(output_dir)!r}, which holds files of another run; name an empty "
             "folder, or pass overwrite=True"

@@ -30,7 +30,7 @@ from mlmadapt.folder import own_folder, save_model
 from mlmadapt.freezing import DataCollator
 from mlmadapt.identity import describe_run
 from mlmadapt.interruption import Interruption
-from mlmadapt.optimization import make_optimizer, make_scheduler
+from mlmadapt.optimization import make_optimizer, make_scheduler, waits_for_metric
 from mlmadapt.prediction import SparsePrediction, masked_logits, try_sparse
 from mlmadapt.preflight import check_run
 from mlmadapt.processes import (
@@ -97,7 +97,8 @@ def accelerate_train(
         data_collator: `WholeWordMaskingCollator`, or another library's.
         config: Settings; `TrainingConfig()` by default.
         optimizer: In place of AdamW with the settings' learning rate and weight decay.
-        lr_scheduler: In place of the settings' schedule; stepped once an optimizer step.
+        lr_scheduler: In place of the settings' schedule, of the `optimizer` that is passed;
+            stepped once an optimizer step.
         accelerator: In place of one made from the settings.
 
     Returns:
@@ -155,6 +156,8 @@ def accelerate_train(
             while not run.is_done:
                 for batches, ends_epoch in _tell_last(run.epoch_batches()):
                     run.train_step(batches, stop_signal=interruption.noted)
+                    if accelerator.num_processes == 1:  # several agree within the next step
+                        run.stop_signal = interruption.noted
                     run.end_step(ends_epoch=ends_epoch)
                     if run.stop_signal:
                         interruption.noted = run.stop_signal
@@ -214,6 +217,11 @@ class _Run:
     ) -> None:
         """Fit the model out for training; `release` undoes it, however far this has come."""
         config, accelerator = self.config, self.accelerator
+        if lr_scheduler is not None and lr_scheduler.optimizer is not optimizer:
+            raise ValueError(
+                "lr_scheduler sets the learning rate of an optimizer that is not the one passed; "
+                "pass that one as optimizer, or leave lr_scheduler out"
+            )
         start_trackers(accelerator, config)
         probe = next(self.epoch_batches(), None)
         if probe is None:
@@ -232,13 +240,21 @@ class _Run:
         reshard(self.bare_model)  # the optimizer must hold the shards
         optimizer = optimizer or make_optimizer(self.bare_model, config)
         scheduler = lr_scheduler or make_scheduler(optimizer, config, self.total_steps)
+        self.waits_for_metric = waits_for_metric(scheduler)
+        if self.waits_for_metric and (not self.eval_sets or config.eval_strategy == "no"):
+            raise ValueError(
+                f"the schedule ({type(scheduler).__name__}) goes by evaluations, but there are "
+                f"none (eval_strategy {config.eval_strategy!r}, {len(self.eval_sets)} sets); pass "
+                "eval_dataset, or choose another lr_scheduler_type"
+            )
         self.trained = Trained(self.bare_model, optimizer, scheduler, accelerator.scaler)
         self.identity = describe_run(
             config,
             model=self.bare_model,
             tokenizer=self.tokenizer,
             data_collator=self.data_collator,
-            train_dataset=self.train_dataset,
+            optimizer=optimizer,
+            datasets={"train_dataset": self.train_dataset, **self.eval_sets},
             rows_per_step=self.plan.rows_per_step,
         )
         self.optimizer = optimizer
@@ -299,7 +315,8 @@ class _Run:
             logger.warning(
                 "step %d has no masked token on any process; nothing is updated", state.step
             )
-        self.trained.scheduler.step()
+        if not self.waits_for_metric:
+            self.trained.scheduler.step()
         self.optimizer.zero_grad()
         state.loss_sum += loss_sum
         state.loss_tokens += masked
@@ -389,6 +406,8 @@ class _Run:
             self._log(as_log(metrics, name))
             if place == 0:
                 self.state.evaluations.append((self.state.step, metrics))
+                if self.waits_for_metric and self.state.step:
+                    self.trained.scheduler.step(metrics.loss)  # type: ignore[arg-type]
 
     def _log(self, entry: Mapping[str, float]) -> None:
         steps_per_epoch = math.inf if self.is_stream else self.plan.steps_per_epoch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sybil import Sybil
@@ -11,7 +12,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.fixture(name="hub_like_folder")
@@ -29,12 +30,20 @@ def _hub_like_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_blocks_run_and_print_what_they_say(document: Path, hub_like_folder: Path) -> None:
-    """Each Python block of a document runs after those above it."""
+def execute(document: Path) -> dict[str, Any]:
+    """Run the Python blocks of a document one after the other; return the names they made."""
     parsed = Sybil(parsers=[PythonCodeBlockParser()]).parse(document)
     for example in parsed.examples():
         example.evaluate()
+    return parsed.namespace
+
+
+@pytest.mark.parametrize(
+    "document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix()
+)
+def test_blocks_run_and_print_what_they_say(document: Path, hub_like_folder: Path) -> None:
+    """Each Python block of a document runs after those above it."""
+    execute(document)
 
 
 def test_documents_are_read_from_the_tree() -> None:

@@ -22,6 +22,7 @@ html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_show_copyright = False
 html_copy_source = False
+pygments_dark_style = "github-dark"
 exclude_patterns = ["_build"]
 templates_path: list[str] = []
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FOLDER = Path(__file__).parent
-WIDTH, LEFT, HEIGHT, GAP = 640, 112, 26, 6  # pixels
+LEFT, HEIGHT, GAP = 96, 26, 6  # pixels
 CHARACTER = 7.3  # pixels, of a monospace 12 px
 KINDS = {
     "wordpiece": "WordPiece: BERT, DistilBERT",
@@ -99,7 +99,7 @@ def tokenize_one(sentence: str, tokenizer: PreTrainedTokenizerFast) -> dict[str,
 
 def draw(lanes: Iterator[Lane] | list[Lane], title: str) -> str:
     """Return the SVG of lanes below each other."""
-    shapes, top = [], GAP
+    shapes, top, width = [], GAP, 0.0
     for lane in lanes:
         if lane.heading:
             shapes.append(text(0, top + 24, lane.label, 'font-weight="600"'))
@@ -107,9 +107,12 @@ def draw(lanes: Iterator[Lane] | list[Lane], title: str) -> str:
             continue
         shapes.append(text(0, top + 17, lane.label, 'opacity="0.75"'))
         shapes += boxes(lane, top)
+        words = len(list(groupby(lane.word_ids)))
+        width = max(width, LEFT + sum(map(width_of, lane.tokens)) + words * GAP)
         top += HEIGHT + GAP
     return "\n".join([
-        f'<svg viewBox="0 0 {WIDTH} {top}" role="img" aria-label="{escape(title)}"',
+        f'<svg viewBox="0 0 {width:.0f} {top}" style="max-width: {width * 1.15:.0f}px"',
+        f' role="img" aria-label="{escape(title)}"',
         ' fill="currentColor" font-size="12" font-family="system-ui, sans-serif"',
         ' xmlns="http://www.w3.org/2000/svg">',
         *shapes,
@@ -122,7 +125,7 @@ def boxes(lane: Lane, top: int) -> Iterator[str]:
     left = float(LEFT)
     for _, group in groupby(zip(lane.word_ids, lane.tokens, strict=True), key=lambda pair: pair[0]):
         tokens = [token for _, token in group]
-        widths = [CHARACTER * len(token) + 9 for token in tokens]
+        widths = [*map(width_of, tokens)]
         masked = all(token == "[MASK]" for token in tokens)  # noqa: S105  # no password
         color = 'fill="#c2410c" stroke="none"' if masked else BOX
         yield rectangle(left, top, sum(widths), color)
@@ -138,6 +141,11 @@ def boxes(lane: Lane, top: int) -> Iterator[str]:
             yield text(left + width / 2, top + 17, token, f'text-anchor="middle" {style}')
             left += width
         left += GAP
+
+
+def width_of(token: str) -> float:
+    """Return the width of a token with its margins."""
+    return CHARACTER * len(token) + 9
 
 
 BOX = 'fill="#3b82f6" fill-opacity="0.14" stroke="#3b82f6" stroke-opacity="0.7"'

@@ -3,9 +3,9 @@
     python examples/shards.py --tokenizer FOLDER_OR_NAME --output_dir rows corpus/*.parquet
     python examples/shards.py --tokenizer FOLDER_OR_NAME --output_dir rows corpus/*.parquet --ray
 
-The unit of work is a file. `group_texts` joins documents, so its rows depend on where a batch is cut:
-an engine that cuts where it likes gives other rows with each number of workers. A file always gives the
-same file, whoever works on it and however often; what is there already is not made again.
+The unit of work is a file. `group_texts` joins documents, so its rows depend on where a batch is
+cut: an engine that cuts where it likes gives other rows with each number of workers. A file always
+gives the same file, whoever works on it and however often; what is there is not made again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Draw what the pages show: ``python docs/pictures/draw.py`` writes the pictures beside this file.
 
-They are made of what the tokenizers and collators return, and a test compares the files with it. Text
-takes the page's color and fills are translucent, so that one file is right on light and on dark.
+They are made of what the tokenizers and collators return, and a test compares the files with it.
+Text takes the page's color and fills are translucent, so that one file is right on light and dark.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mlmadapt import WholeWordMaskingCollator, tokenize_with_word_ids
 from mlmadapt.testing import tiny_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from transformers import PreTrainedTokenizerFast
 
@@ -38,8 +38,8 @@ class Lane(NamedTuple):
     """A line of a picture: tokens in the boxes of their words, or a heading over such lines."""
 
     label: str
-    tokens: list[str] = []
-    word_ids: list[int] = []
+    tokens: Sequence[str] = ()
+    word_ids: Sequence[int] = ()
     heading: bool = False
 
 
@@ -97,7 +97,7 @@ def tokenize_one(sentence: str, tokenizer: PreTrainedTokenizerFast) -> dict[str,
     return {name: rows[0].tolist() for name, rows in columns.items()}
 
 
-def draw(lanes: Iterator[Lane] | list[Lane], title: str) -> str:
+def draw(lanes: Iterable[Lane], title: str) -> str:
     """Return the SVG of lanes below each other."""
     shapes, top, width = [], GAP, 0.0
     for lane in lanes:
@@ -110,14 +110,16 @@ def draw(lanes: Iterator[Lane] | list[Lane], title: str) -> str:
         words = len(list(groupby(lane.word_ids)))
         width = max(width, LEFT + sum(map(width_of, lane.tokens)) + words * GAP)
         top += HEIGHT + GAP
-    return "\n".join([
-        f'<svg viewBox="0 0 {width:.0f} {top}" style="max-width: {width * 1.15:.0f}px"',
-        f' role="img" aria-label="{escape(title)}"',
-        ' fill="currentColor" font-size="12" font-family="system-ui, sans-serif"',
-        ' xmlns="http://www.w3.org/2000/svg">',
-        *shapes,
-        "</svg>\n",
-    ])
+    return "\n".join(
+        [
+            f'<svg viewBox="0 0 {width:.0f} {top}" style="max-width: {width * 1.15:.0f}px"',
+            f' role="img" aria-label="{escape(title)}"',
+            ' fill="currentColor" font-size="12" font-family="system-ui, sans-serif"',
+            ' xmlns="http://www.w3.org/2000/svg">',
+            *shapes,
+            "</svg>\n",
+        ]
+    )
 
 
 def boxes(lane: Lane, top: int) -> Iterator[str]:
@@ -137,7 +139,7 @@ def boxes(lane: Lane, top: int) -> Iterator[str]:
                 color = "#fff" if masked else "currentColor"
                 line = f'y1="{top + 5}" y2="{top + HEIGHT - 5}" stroke="{color}" opacity="0.35"'
                 yield f'<line x1="{left:.1f}" x2="{left:.1f}" {line}/>'
-            style = f'{MONOSPACE} {white if token == "[MASK]" else ""}'  # noqa: S105
+            style = f"{MONOSPACE} {white if token == '[MASK]' else ''}"  # noqa: S105
             yield text(left + width / 2, top + 17, token, f'text-anchor="middle" {style}')
             left += width
         left += GAP

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
 from docutils import nodes
 from sphinx.util.docutils import SphinxRole
@@ -61,6 +62,17 @@ class Name(SphinxRole):
         return role("py:obj", self.rawtext, text, self.lineno, self.inliner, {}, [])
 
 
+def shorten(*event: Any) -> tuple[str, str] | None:
+    """Say ArrayLike, as the source does, and not all that NumPy means by it."""
+    *_, arguments, returns = event
+    if "_SupportsArray" not in (arguments or ""):
+        return None
+    return re.sub(
+        r"word_weights: .*? \| (?=\S*Callable)", "word_weights: ArrayLike | ", arguments
+    ), returns
+
+
 def setup(app: Sphinx) -> None:
-    """Tell Sphinx of it."""
+    """Tell Sphinx of both."""
     app.add_role("name", Name())
+    app.connect("autodoc-process-signature", shorten)

@@ -106,9 +106,14 @@ def accelerate_train(
     Raises:
         ValueError: If rows, tokenizer and model do not fit together, or a checkpoint is of another
             run.
+        TypeError: If a dataset is a dict of splits.
         OSError: If `output_dir` cannot be used, is in use, or a checkpoint cannot be written.
+        RuntimeError: If a launcher started several processes and each trains alone.
         FloatingPointError: If the loss or the gradient is not finite, before the update it would
             spoil.
+
+    Source:
+        Gururangan et al. 2020, arXiv:2004.10964 (adapting to a domain before the task).
 
     Examples:
         >>> import tempfile

@@ -79,6 +79,14 @@ def test_links_and_tests_are_there(document: Path) -> None:
             assert f"def {name}(" in path.read_text(encoding="utf-8"), f"{name} is not in {target}"
 
 
+def test_every_file_is_in_the_readme() -> None:
+    """Its tour of the source leaves none out."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    source = Path(mlmadapt.__file__).parent
+    files = {path.name for path in source.glob("*.py") if not path.name.startswith("_")}
+    assert files - set(re.findall(r"`(\w+\.py)`", readme)) == set()
+
+
 def test_every_public_name_is_in_the_reference() -> None:
     """One by one, or as a member of its module."""
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")

@@ -105,7 +105,8 @@ def evaluate_mlm(
 
     Args:
         model: A masked language model; its mode and device are left as they are.
-        dataset: Rows from `insert_random_mask`, with its prefix or without, of any lengths.
+        dataset: Rows from `insert_random_mask`, with its prefix or without, of any lengths; each
+            column of shape ``(sequence,)``.
         tokenizer: Pads the rows.
         batch_size: Rows a process and forward pass.
         accelerator: Shares the rows out over its processes and sums over them.

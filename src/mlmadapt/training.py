@@ -88,8 +88,8 @@ def accelerate_train(
     Args:
         model: A masked language model of transformers, or a PEFT model of one (its adapter is
             saved).
-        train_dataset: Rows as `data_collator` wants them; a stream (`IterableDataset`) needs
-            ``max_steps``.
+        train_dataset: Rows as `data_collator` wants them, each column of shape ``(sequence,)``; a
+            stream (`IterableDataset`) needs ``max_steps``.
         eval_dataset: Rows from `insert_random_mask`, taken as they are, or rows like the training
             ones, which are frozen with `data_collator`; a dict names several sets, and the first is
             the one that `TrainingResult`, the best model and early stopping go by.

@@ -121,3 +121,10 @@ def docs(session: nox.Session) -> None:
     """Build the documentation; a broken reference is an error."""
     install(session, ".", *nox.project.dependency_groups(PYPROJECT, "docs"))
     session.run("sphinx-build", "-n", "-W", "--keep-going", "docs", "docs/_build", *session.posargs)
+
+
+@nox.session
+def ray(session: nox.Session) -> None:
+    """Test the example that prepares a corpus on Ray, which is too large for the other sessions."""
+    install(session, "-e.", *nox.project.dependency_groups(PYPROJECT, "ray"))
+    session.run("python", "-m", "pytest", "tests/test_shards.py", *session.posargs)

@@ -1,17 +1,36 @@
-"""README and documentation are executed, block by block, as a reader would."""
+"""README and documentation are executed, block by block, as a reader would, and say what is so."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
+import re
+import socket
+import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
+import mlmadapt
+from mlmadapt import TrainingConfig, WholeWordMaskingCollator, accelerate_train, identity, testing
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
 
+from .scripts.processes import run_script
+
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    *(path for path in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in path.parts),
+]
+documents = pytest.mark.parametrize(
+    "document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix()
+)
 
 
 @pytest.fixture(name="hub_like_folder")
@@ -29,7 +48,12 @@ def _hub_like_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def blocks(document: Path) -> list[str]:
+    """Return the Python blocks of a document."""
+    return re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@documents
 def test_blocks_run_and_print_what_they_say(document: Path, hub_like_folder: Path) -> None:
     """Each Python block of a document runs after those above it."""
     parsed = Sybil(parsers=[PythonCodeBlockParser()]).parse(document)
@@ -40,3 +64,150 @@ def test_blocks_run_and_print_what_they_say(document: Path, hub_like_folder: Pat
 def test_documents_are_read_from_the_tree() -> None:
     """The list of documents is not empty, which would test nothing."""
     assert {path.name for path in DOCUMENTS} >= {"README.md", "whole-word-masking.md"}
+
+
+@documents
+def test_links_and_tests_are_there(document: Path) -> None:
+    """Each relative link leads to a file, and each test that is named is in the file linked to."""
+    text = document.read_text(encoding="utf-8")
+    for label, target in re.findall(r"\[([^\]]+)\]\(([^)]+)\)", text):
+        if target.startswith(("https://", "#")):
+            continue
+        path = document.parent / target.partition("#")[0]
+        assert path.exists(), f"{label} leads to {target}"
+        for name in re.findall(r"\btest_\w+(?!\.py)\b", label):
+            assert f"def {name}(" in path.read_text(encoding="utf-8"), f"{name} is not in {target}"
+
+
+def test_every_file_is_in_the_readme() -> None:
+    """Its tour of the source leaves none out."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    source = Path(mlmadapt.__file__).parent
+    files = {path.name for path in source.glob("*.py") if not path.name.startswith("_")}
+    assert files - set(re.findall(r"`(\w+\.py)`", readme)) == set()
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    """One by one, or as a member of its module."""
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\.\. auto(?:class|data|function):: (\S+)$", page, re.MULTILINE))
+    wholly = re.findall(r"^\.\. automodule:: (\S+)\n   :members:$", page, re.MULTILINE)
+    assert wholly in ([], ["mlmadapt.testing"])
+    public = {f"mlmadapt.{name}" for name in mlmadapt.__all__}
+    if not wholly:
+        public |= {f"mlmadapt.testing.{name}" for name in testing.__all__}
+    assert public == named
+
+
+def test_what_may_change_in_a_resumed_run_is_listed() -> None:
+    """Every setting is in one column of the table: refused, or free to change."""
+    page = (ROOT / "docs" / "how-to" / "resume.md").read_text(encoding="utf-8")
+    table = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| ")]
+    settings = {each.name for each in fields(TrainingConfig)}
+    rows = table[: next(i for i, row in enumerate(table) if "SIGTERM" in row[0])]
+    refused, free = (settings & set(re.findall(r"`(\w+)`", str(each))) for each in zip(*rows))  # noqa: B905
+    assert free == identity._FREE
+    assert refused == settings - free
+
+
+def test_pictures_are_what_the_script_draws() -> None:
+    """No picture is edited by hand, or left behind when masks or words change."""
+    folder = ROOT / "docs" / "pictures"
+    spec = importlib.util.spec_from_file_location("draw", folder / "draw.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    committed = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.svg")}
+    assert script.pictures() == committed
+
+
+# 16 rows a step, so that their order is of no account, and no dropout, which goes by it.
+STEPS = """
+def losses_of(batch_size, accumulation):
+    model = tiny_model(tokenizer)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    settings = {"epochs": 3, "lr": 1e-3, "batch_size": batch_size, "accumulation": accumulation}
+    return train(model, rows[:16], frozen, tokenizer, collator, **settings)
+"""
+SEVERAL = """
+import json
+made = [losses_of(8, 1), losses_of(4, 2), losses_of(2, 4)]
+if Accelerator().is_main_process:
+    print("losses", json.dumps(made))
+"""
+
+
+@pytest.fixture(name="own_loop")
+def _own_loop(tmp_path: Path) -> tuple[str, list[float]]:
+    """Return the loop of the page, ready to be called, and the losses of `accelerate_train`."""
+    loop, setup, _ = blocks(ROOT / "docs" / "how-to" / "your-own-loop.md")
+    script = loop + setup + STEPS
+    names: dict[str, Any] = {}
+    exec(script, names)  # noqa: S102  # what the page says
+    model = tiny_model(names["tokenizer"])
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    result = accelerate_train(
+        model,
+        names["rows"][:16],
+        tokenizer=names["tokenizer"],
+        data_collator=WholeWordMaskingCollator(names["tokenizer"], seed=42),
+        config=TrainingConfig(
+            output_dir=str(tmp_path / "ours"),
+            per_device_train_batch_size=16,
+            learning_rate=1e-3,
+            logging_steps=1,
+            save_strategy="no",
+        ),
+    )
+    losses = [entry["loss"] for entry in result.history if "loss" in entry]
+    assert len(losses) == 3
+    return script, losses
+
+
+@pytest.mark.parametrize("cut", [(16, 1), (8, 2), (5, 4)], ids=str)
+def test_the_loop_of_ones_own_is_exact(
+    own_loop: tuple[str, list[float]], cut: tuple[int, int]
+) -> None:
+    """The loop on the page has the losses of `accelerate_train`, however a step is cut up."""
+    script, expected = own_loop
+    names: dict[str, Any] = {}
+    exec(script, names)  # noqa: S102
+    assert names["losses_of"](*cut) == pytest.approx(expected, abs=1e-5)
+
+
+def launch(folder: Path, script: str) -> str:
+    """Run a script on two processes, as users do; return what it prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    (folder / "train.py").write_text(script, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--master_port", port]
+    command += ["--nproc_per_node", "2", str(folder / "train.py")]
+    ended = run_script(command, ACCELERATE_USE_CPU="1", PYTHONPATH=os.pathsep.join(sys.path))
+    assert ended.returncode == 0, ended.stdout
+    return ended.stdout
+
+
+@pytest.mark.distributed
+def test_the_loop_of_ones_own_is_exact_on_two_processes(
+    own_loop: tuple[str, list[float]], tmp_path: Path
+) -> None:
+    """The same under torchrun."""
+    script, expected = own_loop
+    found = re.search(r"^losses (.*)$", launch(tmp_path, script + SEVERAL), re.MULTILINE)
+    assert found is not None
+    for losses in json.loads(found[1]):
+        assert losses == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.distributed
+def test_the_script_for_several_processes_runs_on_two(hub_like_folder: Path) -> None:
+    """Half as many steps as on one, told once."""
+    (script,) = blocks(ROOT / "docs" / "how-to" / "several-processes.md")
+    told = re.findall(r"(\d+) steps, perplexity \d+", launch(hub_like_folder, script))
+    assert told == ["4"]

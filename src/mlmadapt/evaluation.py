@@ -62,7 +62,17 @@ class MaskedLMMetrics:
     def from_sums(
         cls, *, loss: float, correct: float, top5_correct: float, masked_tokens: int
     ) -> "MaskedLMMetrics":
-        """Divide sums over masked tokens by their number."""
+        """Divide sums over masked tokens by their number.
+
+        Args:
+            loss: Sum of the negative log-likelihoods, in nats.
+            correct: How many first guesses are right.
+            top5_correct: How many tokens are among the first five guesses.
+            masked_tokens: How many tokens the sums are over.
+
+        Raises:
+            ValueError: If there are none.
+        """
         if not masked_tokens:
             raise ValueError(
                 "the evaluation set has no masked token (labels other than -100); freeze masks "
@@ -95,10 +105,14 @@ def evaluate_mlm(
 
     Args:
         model: A masked language model; its mode and device are left as they are.
-        dataset: Rows from `insert_random_mask`, with its prefix or without, of any lengths.
+        dataset: Rows from `insert_random_mask`, with its prefix or without, of any lengths; each
+            column of shape ``(sequence,)``.
         tokenizer: Pads the rows.
         batch_size: Rows a process and forward pass.
         accelerator: Shares the rows out over its processes and sums over them.
+
+    Returns:
+        The figures over all masked tokens of all processes, the same on each.
 
     Raises:
         ValueError: If there are no rows, they are not frozen, nothing in them is masked, or they do

@@ -88,8 +88,8 @@ def accelerate_train(
     Args:
         model: A masked language model of transformers, or a PEFT model of one (its adapter is
             saved).
-        train_dataset: Rows as `data_collator` wants them; a stream (`IterableDataset`) needs
-            ``max_steps``.
+        train_dataset: Rows as `data_collator` wants them, each column of shape ``(sequence,)``; a
+            stream (`IterableDataset`) needs ``max_steps``.
         eval_dataset: Rows from `insert_random_mask`, taken as they are, or rows like the training
             ones, which are frozen with `data_collator`; a dict names several sets, and the first is
             the one that `TrainingResult`, the best model and early stopping go by.
@@ -107,9 +107,14 @@ def accelerate_train(
     Raises:
         ValueError: If rows, tokenizer and model do not fit together, or a checkpoint is of another
             run.
+        TypeError: If a dataset is a dict of splits.
         OSError: If `output_dir` cannot be used, is in use, or a checkpoint cannot be written.
+        RuntimeError: If a launcher started several processes and each trains alone.
         FloatingPointError: If the loss or the gradient is not finite, before the update it would
             spoil.
+
+    Source:
+        Gururangan et al. 2020, arXiv:2004.10964 (adapting to a domain before the task).
 
     Examples:
         >>> import tempfile

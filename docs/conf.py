@@ -1,0 +1,78 @@
+"""How Sphinx builds the documentation: ``nox -s docs``."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from docutils import nodes
+from sphinx.util.docutils import SphinxRole
+
+import mlmadapt
+import mlmadapt.testing
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+project = "mlmadapt"
+author = "the mlmadapt contributors"
+release = mlmadapt.__version__
+html_title = f"mlmadapt {release}"
+html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_show_copyright = False
+html_copy_source = False
+pygments_dark_style = "github-dark"
+exclude_patterns = ["_build"]
+templates_path: list[str] = []
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+napoleon_custom_sections = ["Source"]
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+
+# Names of other libraries lead nowhere: without a network there are no inventories to look them up.
+# And what a type variable stands for is said in the text.
+nitpick_ignore_regex = [("py:.*", r"(?!mlmadapt).*"), ("py:class", r".*\.Batch")]
+
+# What single backticks may mean.
+NAMES = {name: f"mlmadapt.{name}" for name in mlmadapt.__all__}
+NAMES |= {name: f"mlmadapt.testing.{name}" for name in mlmadapt.testing.__all__}
+default_role = "name"
+
+
+class Name(SphinxRole):
+    """A name in single backticks: a link where it is public here, code where it is not."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        """Return the nodes."""
+        target = NAMES.get(self.text)
+        if target is None:
+            return [nodes.literal(self.rawtext, self.text)], []
+        role = self.env.domains.python_domain.role("obj")
+        text = f"{self.text} <{target}>"
+        return role("py:obj", self.rawtext, text, self.lineno, self.inliner, {}, [])
+
+
+def shorten(*event: Any) -> tuple[str, str] | None:
+    """Say ArrayLike, as the source does, and not all that NumPy means by it."""
+    *_, arguments, returns = event
+    if "_SupportsArray" not in (arguments or ""):
+        return None
+    return re.sub(
+        r"word_weights: .*? \| (?=\S*Callable)", "word_weights: ArrayLike | ", arguments
+    ), returns
+
+
+def setup(app: Sphinx) -> None:
+    """Tell Sphinx of both."""
+    app.add_role("name", Name())
+    app.connect("autodoc-process-signature", shorten)

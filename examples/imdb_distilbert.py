@@ -15,6 +15,7 @@ import logging
 import ssl
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from contextlib import nullcontext
@@ -134,6 +135,10 @@ def main() -> None:
         if args.demo:
             say("  Next, to your own text, a document a line or row:")
             say(f"  python {sys.argv[0]} --dataset FILE --text_column COLUMN --output_dir FOLDER")
+
+    # Processes that end in their group, or leave it right after a collective, may abort or hang.
+    time.sleep(0.2)
+    PartialState().destroy_process_group()
 
 
 def parse_arguments() -> tuple[Arguments, TrainingConfig]:

@@ -133,10 +133,14 @@ def losses_of(batch_size, accumulation):
     return train(model, rows[:16], frozen, tokenizer, collator, **settings)
 """
 SEVERAL = """
-import json
+import json, time
 made = [losses_of(8, 1), losses_of(4, 2), losses_of(2, 4)]
-if Accelerator().is_main_process:
+accelerator = Accelerator()
+if accelerator.is_main_process:
     print("losses", json.dumps(made))
+accelerator.wait_for_everyone()
+time.sleep(0.2)
+accelerator.end_training()
 """
 
 

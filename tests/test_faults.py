@@ -373,6 +373,16 @@ def test_torchrun_hands_on_a_sigterm_and_the_run_goes_on(tmp_path: Path) -> None
     assert resumed == outcome(tmp_path / "whole", world=2, **settings)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_processes_of_torchrun_end_well(tmp_path: Path) -> None:
+    """Twenty times in a row: none aborts or hangs as Python ends (``pytest -m slow``)."""
+    for place in range(20):
+        settings = {"folder": str(tmp_path / str(place)), "rows": 8, "num_train_epochs": 1}
+        ended = torchrun(tmp_path, json.dumps(settings))
+        assert ended.returncode == 0, ended.stdout
+
+
 def torchrun(folder: Path, arguments: str, **environment: str) -> Any:
     """Start two processes as users do."""
     with socket.socket() as free:

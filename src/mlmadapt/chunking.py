@@ -55,6 +55,9 @@ def group_texts(
         ValueError: If `chunk_size` or `remainder` is out of range, a column is not a column of
             tokens, or columns differ in length.
 
+    Source:
+        The recipe's step of this name: the Hugging Face course, chapter 7.3.
+
     Examples:
         >>> documents = {"input_ids": [[5, 6, 7], [8, 9]], "word_ids": [[0, 0, 1], [0, 1]]}
         >>> rows = group_texts(documents, chunk_size=4, remainder="keep", labels=False)

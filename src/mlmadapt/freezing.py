@@ -45,12 +45,15 @@ def insert_random_mask(
         prefix: Put before the names of the new columns; ``""`` keeps the names.
 
     Returns:
-        The model's inputs and ``labels``: of each column, the rows as arrays of shape
-        ``(sequence,)``, in one array if they are of one length, in a list if not.
+        The model's inputs and ``labels`` by their new names. A column is one array of shape
+        ``(batch, sequence)`` if all rows are of one length, and a list of arrays if not.
 
     Raises:
         ValueError: If the collator returns no ``labels`` or rows of another length, and as the
             collator does.
+
+    Source:
+        The recipe's function of this name: the Hugging Face course, chapter 7.3.
 
     Examples:
         >>> from mlmadapt import tokenize_with_word_ids

@@ -71,6 +71,7 @@ class WholeWordMaskingCollator:
     Raises:
         ValueError: If the tokenizer has no mask token or an argument is out of range; at the call,
             if a row has no ``word_ids`` or a column is not one number a token.
+        TypeError: At the call, if a row is not a dict.
 
     Source:
         Devlin et al. 2019 (80/10/10); Cui et al. 2019, arXiv:1906.08101 (whole words).
@@ -159,6 +160,11 @@ class WholeWordMaskingCollator:
 
         All have shape ``(batch, sequence)``; ``labels`` is -100 where nothing is to be predicted. A
         column ``labels`` of the rows is not used, and the rows are not changed.
+
+        Args:
+            features: Rows of columns: lists, arrays or tensors of one whole number a token, and
+                ``word_ids``, in which None and -1 both say "no word".
+            return_tensors: In place of the collator's own, for this call.
         """
         return_tensors = return_tensors or self.return_tensors
         _check_choice("return_tensors", return_tensors, ("pt", "np"))
@@ -172,7 +178,11 @@ class WholeWordMaskingCollator:
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the masks of an epoch, as samplers choose their order."""
+        """Choose the masks of an epoch, as samplers choose their order.
+
+        Args:
+            epoch: Any whole number; equal ones give equal masks.
+        """
         if self._owner != os.getpid():
             # A training process of several that were handed one collator: each counts for itself.
             self._epoch, self._owner = RawValue("q"), os.getpid()

@@ -4,8 +4,12 @@ Collective calls wait for every process, so a process that fails alone leaves th
 until a time-out of half an hour. What one process checks, all hear of.
 """
 
+import atexit
+import functools
 import logging
 import os
+import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -73,6 +77,23 @@ def check_launcher(accelerator: Accelerator) -> None:
             "one process trains alone: 'accelerate launch --cpu' starts one, whatever "
             "--num_processes says; use ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N"
         )
+
+
+@functools.cache
+def leave_group_at_exit() -> None:
+    """Take the process out of its group when Python ends, which nobody else does.
+
+    Threads of gloo that still run then abort the process: on a busy machine, 10 of 25 scripts whose
+    two processes end after a collective ended with code -6, and none of 25 with this.
+    """
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    # After an error the others may wait for this process, and leaving could wait for them.
+    if torch.distributed.is_initialized() and not hasattr(sys, "last_value"):
+        time.sleep(0.2)  # right after the last collective, leaving can deadlock
+        torch.distributed.destroy_process_group()
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> None:

@@ -154,6 +154,10 @@ def phrases(units: Iterable[str], *, ignore_case: bool = True) -> WordBoundaries
         units: The phrases, such as ``"New York"``.
         ignore_case: Match ``"new york"`` too.
 
+    Returns:
+        A callable from a text to the ``(start, end)`` character spans of its phrases, in order; it
+        can be pickled, for `map`'s processes and fingerprint.
+
     Raises:
         TypeError: If the phrases are one string.
         ValueError: If a phrase holds no word.

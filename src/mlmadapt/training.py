@@ -37,6 +37,7 @@ from mlmadapt.processes import (
     check_launcher,
     freeze_unused,
     is_sharded,
+    leave_group_at_exit,
     make_accelerator,
     on_main_process,
     reshard,
@@ -137,6 +138,7 @@ def accelerate_train(
     config = config or TrainingConfig()
     accelerator = accelerator or make_accelerator(config)
     check_launcher(accelerator)
+    leave_group_at_exit()
     eval_sets = _name_sets(eval_dataset)
     check_run(model, train_dataset, eval_sets, tokenizer=tokenizer, config=config)
     was_training = model.training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -148,6 +149,50 @@ def test_processes_killed_at_any_step_end_the_same(
         kills = [{"at_step": {str(step): [["kill", step % world]]}}]
         ended = resume_until_done(tmp_path / f"killed at {step}", kills=kills, **settings)
         assert ended == whole, step
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_processes_killed_at_any_moment_end_the_same(
+    tmp_path: Path, world: int, precision: str, workers: int
+) -> None:
+    """Killed from outside by the clock, three times over, wherever they are (``-m slow``).
+
+    The moments differ with the machine, and are in the message of a failure.
+    """
+    settings = {
+        "rows": 23,
+        "per_device_train_batch_size": 3,
+        "world": world,
+        "mixed_precision": precision,
+        "dataloader_num_workers": workers,
+        "save_total_limit": 2,
+    }
+    whole = outcome(tmp_path / "whole", **settings)
+    before = time.monotonic()
+    assert outcome(tmp_path / "timed", **settings) == whole
+    seconds = time.monotonic() - before
+    generator = random.Random(f"{world} {precision} {workers}")  # noqa: S311
+    killed = 0
+    for number in range(4):
+        folder = tmp_path / f"killed {number}"
+        moments = [seconds * generator.random() for _ in range(3)]
+        for moment in moments:
+            ended = start(
+                "train",
+                folder=str(folder),
+                kill_after=moment,
+                **settings,
+                resume_from_checkpoint=True,
+            )
+            assert {each.code for each in ended} <= {0, -9}, [each.log for each in ended]
+            killed += any(each.code == -9 for each in ended)
+        ended = outcome(folder, **settings, resume_from_checkpoint=True)
+        assert ended == whole, moments
+    assert killed >= 4
 
 
 @pytest.mark.distributed

@@ -45,15 +45,23 @@ class Ended:
 
 
 def start(
-    function: str, *, world: int = 1, seconds: float = SECONDS, **arguments: Any
+    function: str,
+    *,
+    world: int = 1,
+    seconds: float = SECONDS,
+    kill_after: float | None = None,
+    **arguments: Any,
 ) -> list[Ended]:
     """Call a function of `short_run` in as many processes and return how each ended.
+
+    Those that still run `kill_after` so many seconds are killed, workers included.
 
     Raises:
         TimeoutError: If they have not ended in time; they are killed.
     """
     server = _server()
     request = {"function": function, "world": world, "seconds": seconds, "arguments": arguments}
+    request["kill_after"] = kill_after
     server.stdin.write(json.dumps(request) + "\n")
     server.stdin.flush()
     answer = json.loads(server.stdout.readline())
@@ -138,7 +146,9 @@ def _fork(function: Any, request: dict[str, Any], folder: Path) -> list[dict[str
         if child == 0:
             _work(function, request["arguments"], folder, rank=rank, world=world, port=port)
         children[child] = rank
-    codes = _wait(list(children), time.monotonic() + request["seconds"])
+    now, kill_after = time.monotonic(), request["kill_after"]
+    kill_at = None if kill_after is None else now + kill_after
+    codes = _wait(list(children), now + request["seconds"], kill_at)
     if codes is None:
         return None
     answers = []
@@ -150,10 +160,14 @@ def _fork(function: Any, request: dict[str, Any], folder: Path) -> list[dict[str
     return answers
 
 
-def _wait(children: list[int], deadline: float) -> dict[int, int] | None:
+def _wait(children: list[int], deadline: float, kill_at: float | None) -> dict[int, int] | None:
     """Return the exit codes, or None if one was late; nothing of them is left running."""
     codes: dict[int, int] = {}
     while len(codes) < len(children) and time.monotonic() < deadline:
+        if kill_at is not None and time.monotonic() >= kill_at:
+            kill_at = None
+            for child in set(children) - set(codes):
+                os.killpg(child, signal.SIGKILL)
         for child in set(children) - set(codes):
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid:

@@ -706,6 +706,8 @@ def loop(
         optimizer.step()
         step += 1
         history.append({"loss": loss.item(), "seconds": time.perf_counter()})
+        if "started" in saves:
+            history[-1]["started"] = time.perf_counter()
         if step % 2 == 0:
             weights, moments = model.state_dict(), optimizer.state_dict()
             state = {"step": step, "history": history, "weights": weights, "moments": moments}
@@ -735,6 +737,8 @@ def test_runs_that_resume_exactly_pass(tmp_path: Path, monkeypatch: pytest.Monke
     for at_step in (None, 2, 3, 8):
         assert_resumes_exactly(loop, at_step=at_step)
     assert_resumes_exactly(loop, by="SIGTERM")
+    started = functools.partial(loop, saves="weights moments started")
+    assert_resumes_exactly(started, ignore=["started"])
     assert list(tmp_path.iterdir()) == []
     assert multiprocessing.active_children() == []
 
@@ -751,10 +755,10 @@ UNLIKE: dict[str, tuple[str, dict[str, Any], str]] = {
         {"at_step": 1},
         "before step 1 of 9 and resumed, the run took 9 steps: it began again",
     ),
-    "seconds": (
-        "weights moments",
-        {"ignore": ()},
-        r"9 of 20 .* first '\[1\].history\[0\].seconds', \d+\.\d+ uninter",
+    "times": (
+        "weights moments started",
+        {},
+        r"9 of 20 .* first '\[1\].history\[0\].started', \d+\.\d+ uninter",
     ),
 }
 
@@ -844,7 +848,7 @@ def test_values_are_found_wherever_they_are() -> None:
         "max": tuple(output),
         "no": None,
     }
-    assert list(dict(runs._flatten(value, "", runs.TIMINGS))) == [
+    assert list(dict(runs._flatten(value, "", runs._TIMINGS))) == [
         "model.weight",
         "model.bias",
         "rows[0]",

@@ -296,6 +296,18 @@ def test_mistakes_are_named(mistake: Callable[[BrokenBatch], None]) -> None:
         assert_whole_words_masked(broken.batch, broken.features, tokenizer=broken.tokenizer)
 
 
+def test_special_tokens_written_in_a_text_are_no_words(wordpiece: PreTrainedTokenizerFast) -> None:
+    """Tokenizers give them word ids; with the tokenizer at hand, they must not be targets."""
+    encoded = wordpiece("the [SEP] film")
+    features = [{"input_ids": encoded["input_ids"], "word_ids": encoded.word_ids()}]
+    assert features[0]["word_ids"] == [None, 0, 1, 2, None]
+    batch = {"input_ids": [list(encoded["input_ids"])], "labels": [[-100, -100, 3, -100, -100]]}
+    batch["input_ids"][0][2] = wordpiece.mask_token_id
+    assert_whole_words_masked(batch, features)
+    with pytest.raises(AssertionError, match=r"row 0: position 2, token 3 \('\[SEP\]'\), is of no"):
+        assert_whole_words_masked(batch, features, tokenizer=wordpiece)
+
+
 def test_positions_are_those_of_the_batch() -> None:
     """With padding on the left, a position counts it."""
     broken = BrokenBatch()
@@ -364,6 +376,10 @@ class Forgetful:
 
 def test_seeded_collators_pass(tokenizer: PreTrainedTokenizerFast) -> None:
     """Ours does in each family and epoch and on each side, and leaves random state where it was."""
+    features = tokenize(tokenizer)
+    features = [
+        row | {"word_ids": [np.nan if w < 0 else w for w in row["word_ids"]]} for row in features
+    ]
     for side in ("left", "right"):
         tokenizer.padding_side = side
         collator = WholeWordMaskingCollator(
@@ -371,7 +387,7 @@ def test_seeded_collators_pass(tokenizer: PreTrainedTokenizerFast) -> None:
         )
         collator.set_epoch(3)
         states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
-        assert_masks_reproducible(collator, tokenize(tokenizer), tokenizer=tokenizer)
+        assert_masks_reproducible(collator, features, tokenizer=tokenizer)
         assert random.getstate() == states[0]
         assert torch.equal(torch.get_rng_state(), states[1])
         assert np.random.get_state()[1].tolist() == states[2]  # noqa: NPY002
@@ -698,6 +714,8 @@ def loop(
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     elif resume and fault == "fails to resume":
         raise ValueError("on purpose")
+    elif fault == "exits":
+        raise SystemExit(3)
     while step < 9:
         inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
         loss = model(inputs).square().mean()
@@ -705,9 +723,8 @@ def loop(
         loss.backward()
         optimizer.step()
         step += 1
-        history.append({"loss": loss.item(), "seconds": time.perf_counter()})
-        if "started" in saves:
-            history[-1]["started"] = time.perf_counter()
+        times = ["seconds", "started"] if "started" in saves else ["seconds"]
+        history.append({"loss": loss.item()} | dict.fromkeys(times, time.perf_counter()))
         if step % 2 == 0:
             weights, moments = model.state_dict(), optimizer.state_dict()
             state = {"step": step, "history": history, "weights": weights, "moments": moments}
@@ -801,6 +818,12 @@ NO_TEST: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         {"at_step": 1},
         RuntimeError,
         r"(?s)train failed:\nTraceback .*ValueError: on purpose",
+    ),
+    "exit": (
+        functools.partial(loop, fault="exits"),
+        {},
+        RuntimeError,
+        "process ended with exit code 3 and no result; its standard error may say why",
     ),
     "slow": (loop, {"timeout": 0.0}, TimeoutError, "train took over 0.0 s, and was killed"),
 }

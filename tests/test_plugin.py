@@ -46,7 +46,7 @@ def run(folder: Path, code: str, *arguments: str) -> str:
     """Run Python in a folder of its own and return what it printed."""
     paths = [str(Path(mlmadapt.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, "-W", "error::ImportWarning", "-c", code, *arguments],
+        [sys.executable, "-c", code, *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         stdout=subprocess.PIPE,

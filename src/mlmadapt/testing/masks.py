@@ -190,8 +190,8 @@ def _assert_some_target(rows: Sequence[FoundRow]) -> None:
 def _assert_unchanged(number: int, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     __tracebackhide__ = True
     for name in before.keys() | after.keys():
-        # As lists, in which None is equal to None.
-        ours, theirs = (to_array(row.get(name)).tolist() for row in (before, after))
+        # As text, in which NaN is equal to NaN.
+        ours, theirs = (repr(to_array(row.get(name)).tolist()) for row in (before, after))
         if ours != theirs:
             raise AssertionError(f"row {number}: the collator changes {name!r} of its own input")
 

@@ -69,7 +69,7 @@ def assert_resumes_exactly(
         AssertionError: With the name of what differs, by how much, and both values.
         ValueError: If `train` is a lambda or a function in a function, takes no optimizer step, or
             `at_step` is not one of its steps.
-        RuntimeError: If `train` fails, with its traceback.
+        RuntimeError: If `train` fails, with its traceback, or ends its process.
         TimeoutError: If a run takes too long.
 
     Examples:
@@ -174,7 +174,10 @@ def _run(
     if not file.exists():
         if at_step is not None:  # as it should
             return _Report(at_step, {})
-        raise RuntimeError(f"train ended its process, with exit code {process.exitcode}")
+        raise RuntimeError(
+            f"train's process ended with exit code {process.exitcode} and no result; its standard "
+            "error may say why"
+        )
     report: _Report = pickle.loads(file.read_bytes())  # noqa: S301 (written by `_work`)
     file.unlink()
     if report.error:

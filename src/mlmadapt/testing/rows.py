@@ -71,18 +71,14 @@ def find_rows(
                 f"{about} has {len(tokens)} tokens in features, but {len(inputs)} input_ids and "
                 f"{len(labels)} labels in the batch"
             )
-        is_real = np.ones(len(inputs), bool)
-        if "attention_mask" in batch:
-            is_real = to_array(batch["attention_mask"][place]) != 0
         # Padding is on the right or on the left: where less is wrong.
         fits = []
         for start in (0, room):
-            window = slice(start, start + len(tokens))
             expected = np.full(len(inputs), -1)
-            expected[window] = tokens
+            expected[start : start + len(tokens)] = tokens
             changed = (expected >= 0) & (inputs != expected)
             wrong = np.where(is_target, labels != expected, changed)
-            fits.append((int(wrong.sum() - is_real[window].sum()), start, wrong, expected))
+            fits.append((int(wrong.sum()), start, wrong, expected))
         _, start, wrong, expected = min(fits, key=lambda fit: fit[:2])
         if wrong.any():
             spot = int(wrong.argmax())

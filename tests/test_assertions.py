@@ -856,6 +856,7 @@ def test_what_cannot_be_tested_is_no_failure_of_a_run(name: str) -> None:
         (torch.tensor(0.0), torch.tensor(-0.0), False),
         (torch.tensor(1.0), torch.tensor([1.0]), False),
         (torch.ones(2), torch.ones(2, dtype=torch.float64), False),
+        (torch.zeros(2), torch.zeros(2, dtype=torch.int32), False),
         (torch.ones(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.bfloat16), True),
         (torch.tensor([True]), torch.tensor([False]), False),
         (torch.zeros(0), torch.zeros(0), True),

@@ -6,6 +6,7 @@ matters most is torch's: left open, it resolves to the newest CUDA build, severa
 
 from __future__ import annotations
 
+import re
 import shutil
 import tarfile
 import tempfile
@@ -15,7 +16,7 @@ from pathlib import Path
 import nox
 
 nox.options.default_venv_backend = "virtualenv"
-nox.options.sessions = ["lint", "typing", "tests", "minimums", "build", "demo"]
+nox.options.sessions = ["lint", "typing", "tests", "minimums", "build", "downstream", "demo"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 INSTALLED = "from mlmadapt import __file__ as file; assert 'site-packages' in file, file"
@@ -99,6 +100,29 @@ def build(session: nox.Session) -> None:
         with session.chdir(tree):
             session.run("python", "-c", INSTALLED)
             session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def downstream(session: nox.Session) -> None:
+    """Run the tests of a project that has nothing but the wheel and pytest.
+
+    They pass; with a collator that masks half a word they fail, and name the word.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        install(session, "pytest")
+        session.run("python", "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, ".")
+        (wheel,) = Path(folder).glob("*.whl")
+        install(session, str(wheel))
+        project = shutil.copytree("tests/downstream", Path(folder, "project"))
+        with session.chdir(project):
+            session.run("python", "-c", INSTALLED)
+            session.run("python", "-m", "pytest", *session.posargs)
+            broken = ["-k", "whole_words", "--collator", "HalfWords"]
+            said = session.run("python", "-m", "pytest", *broken, success_codes=[1], silent=True)
+    found = re.search(r"AssertionError: (row \d+: the word '\w+' .* masked in part.*)", str(said))
+    if not found:
+        session.error(f"The broken collator was found in other words:\n{said}")
+    session.log(found[1])
 
 
 @nox.session

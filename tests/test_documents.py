@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
 import json
 import os
@@ -55,15 +56,19 @@ def blocks(document: Path) -> list[str]:
 
 @documents
 def test_blocks_run_and_print_what_they_say(document: Path, hub_like_folder: Path) -> None:
-    """Each Python block of a document runs after those above it."""
-    parsed = Sybil(parsers=[PythonCodeBlockParser()]).parse(document)
+    """Each Python block of a document runs after those above it, and the tests in it pass."""
+    parser = PythonCodeBlockParser(doctest_optionflags=doctest.ELLIPSIS)
+    parsed = Sybil(parsers=[parser]).parse(document)
     for example in parsed.examples():
         example.evaluate()
+    for name, value in parsed.namespace.items():
+        if name.startswith("test_"):
+            value(mlmadapt_tokenizer=tiny_tokenizer())
 
 
 def test_documents_are_read_from_the_tree() -> None:
     """The list of documents is not empty, which would test nothing."""
-    assert {path.name for path in DOCUMENTS} >= {"README.md", "whole-word-masking.md"}
+    assert {path.name for path in DOCUMENTS} >= {"README.md", "whole-word-masking.md", "testing-your-project.md"}
 
 
 @documents

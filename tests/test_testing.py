@@ -14,8 +14,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from mlmadapt import testing
-from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_model, tiny_tokenizer
+from mlmadapt.testing import (
+    TOKENIZER_KINDS,
+    material,
+    tiny_corpus,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -143,7 +148,7 @@ def test_chinese_characters_are_words_of_their_own() -> None:
 
 def test_tokenizers_are_yours_to_change(tokenizer: PreTrainedTokenizerFast) -> None:
     """What is done to one tokenizer shows in no other of its kind."""
-    kind = next(kind for kind in TOKENIZER_KINDS if testing._train(kind) == _json(tokenizer))
+    kind = next(kind for kind in TOKENIZER_KINDS if material._train(kind) == _json(tokenizer))
     before = _json(tokenizer)
     tokenizer.add_tokens(["brandnew"])
     tokenizer.backend_tokenizer.enable_truncation(4)
@@ -169,10 +174,10 @@ def test_processes_agree_and_the_import_is_light() -> None:
         "import sys, hashlib\n"
         "from mlmadapt import testing\n"
         "heavy = {'torch', 'transformers', 'tokenizers', 'datasets', 'numpy'} & set(sys.modules)\n"
-        "trained = ''.join(map(testing._train, testing.TOKENIZER_KINDS))\n"
+        "trained = ''.join(map(testing.material._train, testing.TOKENIZER_KINDS))\n"
         "print(sorted(heavy), hashlib.sha256(trained.encode()).hexdigest())\n"
     )
-    here = "".join(map(testing._train, TOKENIZER_KINDS))
+    here = "".join(map(material._train, TOKENIZER_KINDS))
     for hash_seed in ("1", "2"):
         done = subprocess.run(
             [sys.executable, "-c", code],

@@ -5,7 +5,12 @@ from typing import Any, assert_type
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import (
+    DataCollatorForLanguageModeling,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+)
 
 from mlmadapt import (
     MaskedLMMetrics,
@@ -20,6 +25,17 @@ from mlmadapt import (
     phrases,
     sparse_prediction,
     tokenize_with_word_ids,
+)
+from mlmadapt.testing import (
+    TOKENIZER_KINDS,
+    assert_masks_reproducible,
+    assert_resumes_exactly,
+    assert_same_loss,
+    assert_tokens_kept,
+    assert_whole_words_masked,
+    tiny_corpus,
+    tiny_model,
+    tiny_tokenizer,
 )
 
 
@@ -114,3 +130,36 @@ def own_loop(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Trainer:
     kept = sparse_prediction(model)
     kept.remove()
     return Trainer(model=model, compute_loss_func=masked_lm_loss)
+
+
+def own_training(output_dir: str, resume: bool) -> list[float]:  # noqa: FBT001
+    """Train as `assert_resumes_exactly` calls it."""
+    return [float(resume), float(len(output_dir))]
+
+
+def own_tests(rows: Dataset) -> None:
+    """The material and the assertions, of rows in lists and in a dataset."""
+    assert_type(tiny_corpus(3, seed=1), list[str])
+    assert_type(TOKENIZER_KINDS[0], str)
+    tokenizer = tiny_tokenizer("byte_bpe")
+    model = tiny_model(tokenizer, architecture="roberta", seed=1)
+    assert_type(model, PreTrainedModel)
+    collator = WholeWordMaskingCollator(tokenizer, seed=0)
+    features = [{"input_ids": [2, 7, 3], "word_ids": [None, 0, None]}]
+    batch = collator(features)
+    assert_whole_words_masked(batch, features, tokenizer=tokenizer)
+    assert_masks_reproducible(collator, features, num_workers=1, tokenizer=tokenizer)
+    assert_masks_reproducible(DataCollatorForLanguageModeling(tokenizer), features)
+    columns = {"input_ids": [[2, 7, 3]]}
+    assert_tokens_kept(
+        columns, group_texts(columns, chunk_size=2), max_dropped=1, tokenizer=tokenizer
+    )
+    assert_tokens_kept(rows, features)
+
+    def compute_loss(
+        model: PreTrainedModel, batch: dict[str, torch.Tensor], num_items_in_batch: int
+    ) -> torch.Tensor:
+        return masked_lm_loss(model(**batch), batch["labels"], num_items_in_batch)
+
+    assert_same_loss(compute_loss, model, batch, gradients=False, rtol=1e-3, atol=1e-5)
+    assert_resumes_exactly(own_training, at_step=3, by="SIGTERM", ignore=["loss"], timeout=60)

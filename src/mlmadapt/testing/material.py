@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-__all__ = ["TOKENIZER_KINDS", "tiny_corpus", "tiny_model", "tiny_tokenizer"]
-
 TOKENIZER_KINDS = (
     "wordpiece",
     "chinese",

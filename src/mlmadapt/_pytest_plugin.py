@@ -1,0 +1,39 @@
+"""Fixtures for the tests of every project that has mlmadapt installed.
+
+pytest loads this file at its start, whether or not a test asks for a fixture. So nothing is
+imported here that is not there already: a fixture loads what it needs when it is asked for.
+"""
+# ruff: noqa: PLC0415
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+@pytest.fixture
+def mlmadapt_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    """Make a tiny tokenizer, WordPiece unless parametrized indirectly with another kind.
+
+    It is new for each test, yours to change; only its training is shared.
+    """
+    from mlmadapt.testing import tiny_tokenizer
+
+    return tiny_tokenizer(getattr(request, "param", "wordpiece"))
+
+
+@pytest.fixture
+def mlmadapt_model(
+    request: pytest.FixtureRequest, mlmadapt_tokenizer: PreTrainedTokenizerFast
+) -> PreTrainedModel:
+    """Make a tiny model for `mlmadapt_tokenizer`, BERT unless parametrized indirectly.
+
+    It is new for each test, yours to train, and has the same weights each time.
+    """
+    from mlmadapt.testing import tiny_model
+
+    return tiny_model(mlmadapt_tokenizer, architecture=getattr(request, "param", "bert"))

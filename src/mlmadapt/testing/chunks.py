@@ -1,0 +1,126 @@
+"""An assertion about chunks, for tests of any library's way to cut documents into rows."""
+# ruff: noqa: PLC0415 (numpy is loaded by the functions that need it)
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mlmadapt.testing.rows import name_token
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from transformers import PreTrainedTokenizerBase
+
+    Columns = dict[str, npt.NDArray[np.int64]]
+
+
+def assert_tokens_kept(
+    examples: Any,
+    chunks: Any,
+    *,
+    max_dropped: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Assert that chunking loses, adds and moves no token, and neither joins nor cuts a word.
+
+    ``input_ids`` are compared in order, ``token_type_ids`` too where both have them, and padding
+    (by ``attention_mask``) is left out. Where both have ``word_ids``, neighbors in a chunk must be
+    of one word after as before: the last word of a document and the first of the next are two,
+    though both may have number 0. Only the edge of a chunk may cut a word.
+
+    Args:
+        examples: What was chunked: a dict of columns, a list of rows, a `Dataset` or a
+            ``pyarrow.Table``.
+        chunks: What came of it, in order, as any of these.
+        max_dropped: Tokens that may be missing at the end: ``chunk_size - 1`` for a remainder that
+            is dropped after one pass over everything.
+        tokenizer: Names tokens in messages.
+
+    Raises:
+        AssertionError: With chunk, position, token and example of the first fault.
+        ValueError: If a column is not one whole number a token.
+
+    Examples:
+        >>> documents = {"input_ids": [[5, 6, 7], [8]], "word_ids": [[0, 0, 1], [0]]}
+        >>> chunks = {"input_ids": [[5, 6], [7, 8]], "word_ids": [[0, 0], [0, 1]]}
+        >>> assert_tokens_kept(documents, chunks)
+        >>> assert_tokens_kept(documents, {"input_ids": [[5, 6]]}, max_dropped=1)
+        Traceback (most recent call last):
+        AssertionError: the last 2 of 4 tokens are lost, from example 0, position 2, token 7 on; \
+max_dropped is 1
+    """
+    __tracebackhide__ = True
+    before, after = _join(examples), _join(chunks)
+    total, left = len(before["input_ids"]), len(after["input_ids"])
+    kept = min(total, left)
+
+    def name(kind: str, columns: Columns, place: int) -> str:
+        token = name_token(columns["input_ids"][place], tokenizer)
+        return f"{kind} {columns['row'][place]}, position {columns['position'][place]}, {token}"
+
+    for column in sorted({"input_ids", "token_type_ids"} & before.keys() & after.keys()):
+        differ = before[column][:kept] != after[column][:kept]
+        if differ.any():
+            place = int(differ.argmax())
+            raise AssertionError(
+                f"{name('chunk', after, place)}, is not {name('example', before, place)}, whose "
+                f"{column!r} should follow; of {total} tokens, {left} came out"
+            )
+    if left > kept:
+        raise AssertionError(f"{name('chunk', after, kept)} on: {left - kept} tokens of no example")
+    if total - kept > max_dropped:
+        raise AssertionError(
+            f"the last {total - kept} of {total} tokens are lost, from "
+            f"{name('example', before, kept)} on; max_dropped is {max_dropped}"
+        )
+    if "word_ids" in before and "word_ids" in after:
+        roles = [_roles(columns)[:kept] for columns in (before, after)]
+        # A word that the edge of a chunk cuts begins anew behind it.
+        roles[0][(after["position"][:kept] == 0) & (roles[0] == 2)] = 1
+        differ = roles[0] != roles[1]
+        if differ.any():
+            place = int(differ.argmax())
+            was, is_now = (_ROLES[role[place]] for role in roles)
+            raise AssertionError(
+                f"{name('chunk', after, place)}, is {is_now} by its word_ids, but "
+                f"{name('example', before, place)}, was {was}"
+            )
+
+
+_ROLES = ("of no word", "the first of a word", "of one word with the token before it")
+
+
+def _roles(columns: Columns) -> npt.NDArray[np.int64]:
+    """Return which of `_ROLES` each token has."""
+    import numpy as np
+
+    words, follows = columns["word_ids"], np.diff(columns["row"]) == 0
+    roles = np.ones(len(words), np.int64)
+    roles[1:][follows & (words[1:] == words[:-1])] = 2
+    roles[words < 0] = 0
+    return roles
+
+
+def _join(data: Any) -> Columns:
+    """Lay the rows of each token column end to end, with their numbers and without padding."""
+    import numpy as np
+
+    from mlmadapt.padding import join_rows, to_columns
+
+    names = data.column_names if hasattr(data, "column_names") else None
+    if names is None and not isinstance(data, Mapping):
+        data = to_columns(data)
+    columns = {}
+    for name in ("input_ids", "token_type_ids", "attention_mask", "word_ids"):
+        if name in (data if names is None else names):
+            rows = data[name]
+            columns[name] = rows.to_pylist() if hasattr(rows, "to_pylist") else list(rows)
+    joined, lengths = join_rows(columns)
+    joined["row"] = np.repeat(np.arange(len(lengths)), lengths)
+    joined["position"] = np.arange(len(joined["row"])) - np.repeat(
+        np.cumsum(lengths) - lengths, lengths
+    )
+    is_real = joined.pop("attention_mask", np.ones(len(joined["row"]))) != 0
+    return {name: values[is_real] for name, values in joined.items()}

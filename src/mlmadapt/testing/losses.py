@@ -1,0 +1,108 @@
+"""An assertion about a loss, for tests of any library's training steps and evaluations."""
+# ruff: noqa: PLC0415 (torch is loaded by the functions that need it)
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import torch
+
+
+def assert_same_loss(
+    compute_loss: Callable[[Any, dict[str, torch.Tensor], int], Any],
+    model: torch.nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    gradients: bool = True,
+    rtol: float = 1e-4,
+    atol: float = 1e-6,
+) -> None:
+    """Assert that a loss is the exact one, in nats a masked token, however a step is cut up.
+
+    The exact loss of a step is the sum of the negative log-likelihoods of its masked tokens divided
+    by their number. The batch is taken as a step, first whole and then a row at a time, as under
+    gradient accumulation: each row must give its share, or the sum over the step is not exact. Its
+    own mean is not its share (transformers#47688), nor is NaN that of a row without target.
+
+    Args:
+        compute_loss: From (model, part of the batch, masked tokens of the whole step) to the share
+            of the part in the step's loss, as ``Trainer.compute_loss`` is called.
+        model: Gives ``logits`` of shape ``(batch, sequence, vocabulary)``. Dropout is off for the
+            time; parameters, their ``.grad`` and the modes of modules are left as they were.
+        batch: The model's inputs and ``labels`` of shape ``(batch, sequence)``, -100 where nothing
+            is to be predicted, as tensors, arrays or lists.
+        gradients: Compare gradients too; False for an evaluation.
+        rtol: Tolerance relative to the loss, and to the norm of its gradient; for 32 bits.
+        atol: Absolute tolerance, of both.
+
+    Raises:
+        AssertionError: With the row, its loss and the exact one, or the worst parameter.
+        ValueError: If the batch has no masked token.
+
+    Examples:
+        >>> from mlmadapt import masked_lm_loss
+        >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
+        >>> model = tiny_model(tiny_tokenizer())
+        >>> batch = {"input_ids": [[2, 4, 8], [2, 9, 4]], "labels": [[-100, 7, 8], [-100, -100, 6]]}
+        >>> def compute_loss(model, batch, num_items_in_batch):
+        ...     return masked_lm_loss(model(**batch), batch["labels"], num_items_in_batch)
+        >>> assert_same_loss(compute_loss, model, batch)
+        >>> mean = lambda model, batch, _: model(**batch).loss
+        >>> assert_same_loss(mean, model, batch)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        AssertionError: row 0, 2 of the step's 3 masked tokens: the loss is 6.1..., the exact one \
+4.0...; it must be the sum over these tokens divided by 3
+    """
+    __tracebackhide__ = True
+    import torch
+
+    from mlmadapt.prediction import evaluation_mode, masked_logits
+
+    device = next(model.parameters()).device
+    step = {name: torch.as_tensor(values).to(device) for name, values in batch.items()}
+    count = int((step["labels"] != -100).sum())
+    if not count:
+        raise ValueError("the batch has no masked token: all its labels are -100")
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+
+    def exact_loss(model: Any, part: dict[str, torch.Tensor], count: int) -> torch.Tensor:
+        labels = part.pop("labels")
+        targets = labels[labels != -100]
+        logits = masked_logits(model, part, labels != -100, None)
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / count
+
+    def measure(loss_of: Any, part: dict[str, torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
+        loss = torch.as_tensor(loss_of(model, dict(part), count))
+        found: Sequence[torch.Tensor | None] = [None] * len(trained)
+        if gradients and loss.requires_grad:
+            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        filled = zip(found, trained.values(), strict=True)
+        return loss.item(), [torch.zeros_like(w) if g is None else g for g, w in filled]
+
+    parts = {f"row {row}": slice(row, row + 1) for row in range(len(step["labels"]))}
+    with evaluation_mode(model), torch.enable_grad():
+        model.training = True  # at the top alone, where hooks and heads look it up
+        for name, rows in {"the whole batch": slice(None), **parts}.items():
+            part = {column: values[rows] for column, values in step.items()}
+            (loss, found), (exact, expected) = (
+                measure(f, part) for f in (compute_loss, exact_loss)
+            )
+            masked = int((part["labels"] != -100).sum())
+            about = f"{name}, {masked} of the step's {count} masked tokens"
+            if not math.isclose(loss, exact, rel_tol=rtol, abs_tol=atol):
+                raise AssertionError(
+                    f"{about}: the loss is {loss:.7g}, the exact one {exact:.7g}; it must be the "
+                    f"sum over these tokens divided by {count}"
+                )
+            errors = [float((a - b).norm()) for a, b in zip(found, expected, strict=True)]
+            norm = math.hypot(*(float(each.norm()) for each in expected))
+            if gradients and not math.hypot(*errors) <= rtol * norm + atol:
+                worst = list(trained)[errors.index(max(errors))]
+                raise AssertionError(
+                    f"{about}: the loss is exact, its gradient is off by {math.hypot(*errors):.3g} "
+                    f"for a norm of {norm:.3g}, most of all for {worst!r}"
+                )

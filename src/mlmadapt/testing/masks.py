@@ -1,0 +1,216 @@
+"""Assertions about masks, for tests of any library's collators.
+
+They look at what a collator returns, never at how it is made.
+"""
+# ruff: noqa: PLC0415 (numpy and torch are loaded by the functions that need them)
+
+from __future__ import annotations
+
+import copy
+import random
+from contextlib import contextmanager
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from mlmadapt.testing.rows import column_of, find_rows, name_token, name_word, to_array
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from mlmadapt.padding import Features
+    from mlmadapt.testing.rows import FoundRow
+
+
+def assert_whole_words_masked(
+    batch: Mapping[str, Any],
+    features: Features,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Assert that each word of a batch is to be predicted as a whole or not at all.
+
+    Besides: labels are the row's own tokens, all else is unchanged, no token of no word and no
+    padding is a target, and some word is one. A word is a run of tokens of one word id; units of
+    several words pass too. Chance can make half a word look whole: give it rows enough, with some
+    dozens of words of several tokens.
+
+    Args:
+        batch: What a collator made of `features`, in their order: ``input_ids`` and ``labels``
+            (-100 where nothing is to be predicted) of shape ``(batch, sequence)``, as tensors,
+            arrays or lists.
+        features: The rows as the collator got them, with ``input_ids`` and ``word_ids`` (None, NaN
+            or -1 for a token of no word).
+        tokenizer: Names tokens and words in messages and tells special tokens. A target word must
+            then be hidden behind the mask token as a whole too, or not at all: 80/10/10 by token,
+            as in BERT's own code, leaves words half visible. To allow that, leave it out.
+
+    Raises:
+        AssertionError: With row, position in the batch, token and word of the first fault.
+        ValueError: If `features` are no rows with ``input_ids`` and ``word_ids``.
+
+    Examples:
+        >>> features = [{"input_ids": [2, 7, 8, 9, 3], "word_ids": [None, 0, 0, 1, None]}]
+        >>> batch = {"input_ids": [[2, 4, 4, 9, 3]], "labels": [[-100, 7, 8, -100, -100]]}
+        >>> assert_whole_words_masked(batch, features)
+        >>> batch = {"input_ids": [[2, 4, 8, 9, 3]], "labels": [[-100, 7, -100, -100, -100]]}
+        >>> assert_whole_words_masked(batch, features)
+        Traceback (most recent call last):
+        AssertionError: row 0: the word [7, 8] (positions 1 to 2) is masked in part: position 2, \
+token 8, is no target
+    """
+    __tracebackhide__ = True
+    import numpy as np
+
+    from mlmadapt.tokenization import special_token_ids
+
+    special = [] if tokenizer is None else list(special_token_ids(tokenizer))
+    word_rows = column_of(features, "word_ids")
+    rows = list(find_rows(batch, features, tokenizer, numbers=range(len(features))))
+    for row, words in zip(rows, word_rows, strict=True):
+        words[np.isin(row.tokens, special)] = -1
+        is_target = row.labels != -100
+        for word, group in groupby(range(len(words)), key=words.tolist().__getitem__):
+            run = np.array(list(group))
+            if not is_target[run].any():
+                continue
+            spot = run[is_target[run].argmin() if word >= 0 else is_target[run].argmax()]
+            where = f"position {row.start + spot}, {name_token(row.tokens[spot], tokenizer)},"
+            if word < 0:
+                raise AssertionError(f"row {row.number}: {where} is of no word, but a target")
+            about = (
+                f"row {row.number}: {name_word(row.tokens[run], tokenizer)} (positions "
+                f"{row.start + run[0]} to {row.start + run[-1]})"
+            )
+            if not is_target[run].all():
+                raise AssertionError(f"{about} is masked in part: {where} is no target")
+            is_hidden = row.inputs[run] == getattr(tokenizer, "mask_token_id", None)
+            if is_hidden.any() and not is_hidden.all():
+                spot = run[is_hidden.argmin()]
+                raise AssertionError(
+                    f"{about} is hidden in part: position {row.start + spot} of the input is "
+                    f"{name_token(row.inputs[spot], tokenizer)}, not the mask token"
+                )
+    _assert_some_target(rows)
+
+
+def assert_masks_reproducible(
+    collator: Callable[[Any], Mapping[str, Any]],
+    features: Features,
+    *,
+    num_workers: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Assert that a mask depends on its row alone, in the epoch that the collator is in.
+
+    The rows are collated together, again with all global generators seeded otherwise, in reverse
+    order, each alone, by a copy of the collator and, where asked, in worker processes: all must
+    give the same inputs and labels, and leave the rows as they were. Global random state is put
+    back.
+
+    Args:
+        collator: From a list of rows to a batch as `assert_whole_words_masked` takes it. One that
+            draws its masks fails, ours without a ``seed`` included.
+        features: Rows as `collator` wants them; with a single one, no company can matter.
+        num_workers: Worker processes of a `DataLoader` to collate in too.
+        tokenizer: Names tokens in messages.
+
+    Raises:
+        AssertionError: With row, position in the row and token of the first difference.
+        ValueError: If `features` are no rows with ``input_ids``.
+
+    Examples:
+        >>> def hide_one(features, place=0):
+        ...     inputs = [list(row["input_ids"]) for row in features]
+        ...     labels = [[-100] * len(row) for row in inputs]
+        ...     for row, target in zip(inputs, labels):
+        ...         row[place], target[place] = 4, row[place]
+        ...     return {"input_ids": inputs, "labels": labels}
+        >>> rows = [{"input_ids": [7, 8]}, {"input_ids": [6, 9]}]
+        >>> assert_masks_reproducible(hide_one, rows)
+        >>> assert_masks_reproducible(lambda rows: hide_one(rows, place=len(rows) - 1), rows)
+        Traceback (most recent call last):
+        AssertionError: row 0, position 0, token 7: input 7 and label -100 at first, input 4 and \
+label 7 as a batch of its own; a mask must depend on seed, epoch and the row's tokens alone
+    """
+    __tracebackhide__ = True
+    import torch
+
+    features = [dict(row) for row in features]
+
+    def collate_by_copy(rows: Any) -> Any:
+        return copy.deepcopy(collator)(rows)
+
+    def collate_in_workers(rows: Any) -> Any:
+        loader = torch.utils.data.DataLoader
+        return next(iter(loader(rows, len(rows), collate_fn=collator, num_workers=num_workers)))
+
+    def collate(own: Callable[[Any], Any], numbers: Sequence[int]) -> list[FoundRow]:
+        __tracebackhide__ = True
+        given = copy.deepcopy([features[number] for number in numbers])
+        batch = own(given)
+        for number, row in zip(numbers, given, strict=True):
+            _assert_unchanged(number, features[number], row)
+        rows = [features[number] for number in numbers]
+        return list(find_rows(batch, rows, tokenizer, numbers=numbers))
+
+    every = range(len(features))
+    ways = [
+        ("in a second call", collator, every),
+        ("in reverse order", collator, every[::-1]),
+        *(("as a batch of its own", collator, [number]) for number in every),
+        ("by a copy of the collator", collate_by_copy, every),
+        *([("in a worker", collate_in_workers, every)] if num_workers else []),
+    ]
+    with _randomness_put_back() as seed_all:
+        first = collate(collator, every)
+        _assert_some_target(first)
+        for seed, (way, own, numbers) in enumerate(ways):
+            seed_all(seed)
+            for row in collate(own, numbers):
+                before = first[row.number]
+                differ = (row.inputs != before.inputs) | (row.labels != before.labels)
+                if differ.any():
+                    at = int(differ.argmax())
+                    raise AssertionError(
+                        f"row {row.number}, position {at}, {name_token(row.tokens[at], tokenizer)}:"
+                        f" input {before.inputs[at]} and label {before.labels[at]} at first, input "
+                        f"{row.inputs[at]} and label {row.labels[at]} {way}; a mask must depend on "
+                        "seed, epoch and the row's tokens alone"
+                    )
+
+
+def _assert_some_target(rows: Sequence[FoundRow]) -> None:
+    __tracebackhide__ = True
+    if not any((row.labels != -100).any() for row in rows):
+        raise AssertionError("no token of the batch is a target: nothing is masked")
+
+
+def _assert_unchanged(number: int, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    __tracebackhide__ = True
+    for name in before.keys() | after.keys():
+        # As text, in which NaN is equal to NaN.
+        ours, theirs = (repr(to_array(row.get(name)).tolist()) for row in (before, after))
+        if ours != theirs:
+            raise AssertionError(f"row {number}: the collator changes {name!r} of its own input")
+
+
+@contextmanager
+def _randomness_put_back() -> Iterator[Callable[[int], None]]:
+    """Give a function that seeds all global generators, and put them back."""
+    import numpy as np
+    import torch
+
+    def seed_all(seed: int) -> None:
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 (what others draw from)
+        torch.manual_seed(seed)
+
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield seed_all
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002

@@ -61,6 +61,7 @@ def test_options_are_keyword_only() -> None:
     assert {name: names for name, names in positional.items() if len(names) > 2} == {
         "accelerate_train": ["model", "train_dataset", "eval_dataset"],
         "masked_lm_loss": ["outputs", "labels", "num_items_in_batch"],  # as `Trainer` calls it
+        "show_masks": ["batch", "tokenizer", "features"],
     }
 
 

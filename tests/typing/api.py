@@ -18,6 +18,7 @@ from mlmadapt import (
     insert_random_mask,
     masked_lm_loss,
     phrases,
+    show_masks,
     sparse_prediction,
     tokenize_with_word_ids,
 )
@@ -55,6 +56,7 @@ def mask(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     collator.set_epoch(1)
     batch = collator([{"input_ids": [2, 7, 3], "word_ids": [-1, 0, -1]}])
     assert_type(batch, dict[str, Any])
+    assert_type(str(show_masks(batch, tokenizer, features=None)), str)
     frozen = insert_random_mask({"input_ids": [[2, 7]]}, collator, seed=1, prefix="")
     assert_type(frozen, dict[str, Any])
     mapped: Dataset = rows.map(

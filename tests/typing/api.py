@@ -5,6 +5,7 @@ from typing import Any, assert_type
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from mlmadapt import (
@@ -86,6 +87,7 @@ def train(model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerB
     assert_type(result.best.perplexity if result.best else None, float | None)
     assert_type(result.global_step + result.tokens_seen + result.masked_tokens_seen, int)
     assert_type(result.seconds, float)
+    assert_type(result.plot(), Figure)
     return result.output_dir
 
 

@@ -32,6 +32,11 @@ _FREE = {
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "gradient_checkpointing",
+    "dataset_name",
+    "probes",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
 }
 _ROWS_LOOKED_AT = 64
 
@@ -86,10 +91,12 @@ def _describe_collator(data_collator: Any) -> str:
     name = getattr(data_collator, "__qualname__", type(data_collator).__qualname__)
     if not is_dataclass(data_collator):
         return str(name)
+    values = {each.name: getattr(data_collator, each.name) for each in fields(data_collator)}
+    plain = (int, float, str, type(None))
     settings = {
-        each.name: value
-        for each in fields(data_collator)
-        if isinstance(value := getattr(data_collator, each.name), (int, float, str, type(None)))
+        name: value if isinstance(value, plain) else type(value).__name__
+        for name, value in values.items()
+        if name != "tokenizer"
     }
     return f"{name} {json.dumps(settings, sort_keys=True)}"
 

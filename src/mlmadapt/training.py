@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -24,15 +23,18 @@ from torch.distributed.tensor import DTensor
 
 from mlmadapt import checkpoints
 from mlmadapt.batches import Batch, BatchPlan, training_batches
+from mlmadapt.card import write_card
 from mlmadapt.config import TrainingConfig
-from mlmadapt.evaluation import FrozenCollator, as_log, evaluate_rows, is_frozen
+from mlmadapt.evaluation import FrozenCollator, as_log, evaluate_rows, is_frozen, name_sets
 from mlmadapt.folder import own_folder, save_model
 from mlmadapt.freezing import DataCollator
+from mlmadapt.hub import make_repository, push
 from mlmadapt.identity import describe_run
 from mlmadapt.interruption import Interruption
 from mlmadapt.optimization import make_optimizer, make_scheduler
 from mlmadapt.prediction import SparsePrediction, masked_logits, try_sparse
 from mlmadapt.preflight import check_run
+from mlmadapt.probes import fill_probes
 from mlmadapt.processes import (
     check_launcher,
     freeze_unused,
@@ -46,7 +48,7 @@ from mlmadapt.processes import (
 )
 from mlmadapt.result import TrainingResult
 from mlmadapt.resumption import RunState, Trained, load_weights, read_run, write_run
-from mlmadapt.seeding import derive_key
+from mlmadapt.seeding import derive_key, own_randomness
 from mlmadapt.streaming import streaming_batches
 
 if TYPE_CHECKING:
@@ -101,7 +103,9 @@ def accelerate_train(
         accelerator: In place of one made from the settings.
 
     Returns:
-        Metrics before and after, and the history.
+        Metrics before and after, and the history. The output folder holds the model, the tokenizer
+        and a model card (``README.md``) of what is known here; ``huggingface_hub.ModelCard.load``
+        opens it for the license and all that only you know.
 
     Raises:
         ValueError: If rows, tokenizer and model do not fit together, or a checkpoint is of another
@@ -131,13 +135,15 @@ def accelerate_train(
     config = config or TrainingConfig()
     accelerator = accelerator or make_accelerator(config)
     check_launcher(accelerator)
-    eval_sets = _name_sets(eval_dataset)
+    eval_sets = name_sets(eval_dataset)
     check_run(model, train_dataset, eval_sets, tokenizer=tokenizer, config=config)
+    if config.push_to_hub:
+        on_main_process(accelerator, lambda: make_repository(config))
     was_training = model.training
     with (
         own_folder(accelerator, config),
         Interruption() as interruption,
-        _own_randomness(accelerator),
+        own_randomness(accelerator.device),
     ):
         run = _Run(
             model,
@@ -161,11 +167,14 @@ def accelerate_train(
                         interruption.leave()
                     if run.is_done:
                         break
-            run.save()
-            return run.result()
+            files = run.save()
+            result = run.result()
         finally:
             run.release()
             model.train(was_training)
+    if config.push_to_hub:
+        on_main_process(accelerator, lambda: push(config, files))
+    return result
 
 
 class _Run:
@@ -214,6 +223,8 @@ class _Run:
     ) -> None:
         """Fit the model out for training; `release` undoes it, however far this has come."""
         config, accelerator = self.config, self.accelerator
+        given = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
+        self.own = {name: type(each).__name__ for name, each in given.items() if each is not None}
         start_trackers(accelerator, config)
         probe = next(self.epoch_batches(), None)
         if probe is None:
@@ -389,6 +400,14 @@ class _Run:
             self._log(as_log(metrics, name))
             if place == 0:
                 self.state.evaluations.append((self.state.step, metrics))
+        if not self.state.step:
+            self.state.filled = self.fill_probes()
+
+    def fill_probes(self) -> dict[str, str]:
+        """Have the model fill in the masks of the probes, on every process."""
+        return fill_probes(
+            self.bare_model, self.config.probes, tokenizer=self.tokenizer, sparse=self.sparse
+        )
 
     def _log(self, entry: Mapping[str, float]) -> None:
         steps_per_epoch = math.inf if self.is_stream else self.plan.steps_per_epoch
@@ -448,12 +467,28 @@ class _Run:
         best = later.best()
         return None if best is None else best[0]
 
-    def save(self) -> None:
-        """Save the model, the best one where asked, and the tokenizer into the output folder."""
+    def save(self) -> list[str]:
+        """Save the model, the best one where asked, tokenizer and card; return the files' names."""
         best = self._best_checkpoint()
         if best is not None and best != self.state.step:
             load_weights(self.folder / f"checkpoint-{best}", self.bare_model)
-        save_model(self.folder, self.bare_model, self.tokenizer, self.accelerator)
+        files = save_model(self.folder, self.bare_model, self.tokenizer, self.accelerator)
+        filled = self.state.filled, self.fill_probes()
+        precision = self.accelerator.mixed_precision
+
+        def write() -> None:
+            write_card(
+                self.folder,
+                self.result(),
+                model=self.bare_model,
+                config=self.config,
+                settings={**self.identity, **self.own, "mixed_precision": precision},
+                step=best or self.state.step,
+                filled=filled,
+            )
+
+        on_main_process(self.accelerator, write)
+        return [*files, "README.md", "curves.png"]
 
     def release(self) -> None:
         """Leave the model as a plain one: no hooks, no wrapper, nothing frozen."""
@@ -493,22 +528,6 @@ class _Run:
             seconds=self.seconds,
             output_dir=self.config.output_dir,
         )
-
-
-def _name_sets(eval_dataset: Any) -> dict[str, Any]:
-    if eval_dataset is None:
-        return {}
-    if isinstance(eval_dataset, Mapping):
-        return {f"eval_{name}": rows for name, rows in eval_dataset.items()}
-    return {"eval": eval_dataset}
-
-
-@contextmanager
-def _own_randomness(accelerator: Accelerator) -> Iterator[None]:
-    """Put torch's global generators back after a run, which seeds them for dropout."""
-    device = accelerator.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
 
 
 def _tell_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:

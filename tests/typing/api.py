@@ -68,7 +68,16 @@ def mask(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
 def train(model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
     """The recipe's end, with everything that may be passed in."""
-    config = TrainingConfig(output_dir="adapted", learning_rate=2e-5, eval_strategy="epoch")
+    config = TrainingConfig(
+        output_dir="adapted",
+        learning_rate=2e-5,
+        eval_strategy="epoch",
+        dataset_name="stanfordnlp/imdb",
+        probes=["This is a great [MASK]."],
+        push_to_hub=True,
+        hub_model_id="me/adapted",
+        hub_private_repo=True,
+    )
     optimizer = torch.optim.AdamW(model.parameters())
     result = accelerate_train(
         model,

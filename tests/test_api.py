@@ -130,7 +130,7 @@ def test_source(path: Path) -> None:
 
 def test_source_stays_small() -> None:
     """The library can be read in an afternoon."""
-    assert sum(map(lines_of_code, FILES)) < 3000
+    assert sum(map(lines_of_code, FILES)) < 3300
 
 
 def imports(path: Path) -> set[str]:

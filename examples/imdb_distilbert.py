@@ -113,7 +113,7 @@ def main() -> None:
             remove_columns=test_rows.column_names,
             desc="freezing masks",
         )
-    say("\n  A held-out row, {as it is -> as the model sees it}\n")
+    say("  a held-out row, {as it is -> as the model sees it}:")
     say(textwrap.indent(str(show_masks(frozen[:1], tokenizer)), "  "))
     if args.demo:
         gaps = demo_corpus.choose_gaps(parts["test"], tokenizer)

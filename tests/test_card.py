@@ -6,6 +6,7 @@ import getpass
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import accelerate
@@ -341,10 +342,23 @@ def test_objects_of_the_callers_own_are_named(run: Run) -> None:
     assert training["num_train_epochs"] == "1"
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning")
+def test_an_adapter_is_called_one(run: Run) -> None:
+    """Its card takes the place of PEFT's, and names the library that loads it."""
+    peft = pytest.importorskip("peft")
+    run.model.name_or_path = "google-bert/bert-base-uncased"
+    run.model = peft.get_peft_model(run.model, peft.LoraConfig(target_modules=["query"]))
+    run.train(probes=PROBES)
+    assert run.card.data.library_name == "peft"
+    assert run.card.data.base_model == "google-bert/bert-base-uncased"
+    assert "An adapter of `BertForMaskedLM` of " in run.card.text
+
+
 def test_the_curves_are_there_if_matplotlib_is(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without it, the card is written all the same."""
+    """Without it, or where it cannot draw, the card is written all the same."""
     run.train()
     assert "](curves.png)" in run.card.text
     assert (run.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -354,3 +368,20 @@ def test_the_curves_are_there_if_matplotlib_is(
     assert "curves" not in without.card.text
     assert not (without.folder / "curves.png").exists()
     assert set(without.card.tables) == {"Masking", "Training", "Versions"}
+    assert "curves" not in caplog.text
+    broken = Run(tmp_path / "broken")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", Broken())
+    broken.train()
+    assert "curves" not in broken.card.text
+    assert "the model card has no curves: no LaTeX" in caplog.text
+
+
+class Broken(ModuleType):
+    """A matplotlib that is set up to draw text with a program that is not there."""
+
+    def __init__(self) -> None:
+        super().__init__("matplotlib.figure")
+
+    def Figure(self, **_: Any) -> None:  # noqa: N802
+        """Fail."""
+        raise RuntimeError("no LaTeX")

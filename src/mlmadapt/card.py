@@ -5,10 +5,10 @@ reads. A name is on it if the caller gave it or the hub knows it; a path of this
 """
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,8 @@ from mlmadapt.result import TrainingResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 _METRICS = {
     "perplexity": ".2f",
@@ -101,9 +103,12 @@ def write_card(
         for when, entry in zip(("before", "after"), entries, strict=True)
     ]
     curves = ""
-    with suppress(ImportError):  # without matplotlib, a card without curves
+    try:
         result.plot().savefig(folder / "curves.png")
         curves = "![Loss, perplexity and learning rate by step](curves.png)"
+    except Exception as error:  # noqa: BLE001  # a picture must not cost a training
+        level = logging.INFO if isinstance(error, ImportError) else logging.WARNING
+        logger.log(level, "the model card has no curves: %s", error)
     before, after = filled
     guesses = [(each, before.get(each, "(asked later)"), words) for each, words in after.items()]
     collator, _, masking = settings["data_collator"].partition(" ")

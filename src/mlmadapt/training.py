@@ -108,9 +108,10 @@ def accelerate_train(
         opens it for the license and all that only you know.
 
     Raises:
-        ValueError: If rows, tokenizer and model do not fit together, or a checkpoint is of another
-            run.
-        OSError: If `output_dir` cannot be used, is in use, or a checkpoint cannot be written.
+        ValueError: If rows, tokenizer and model do not fit together, a checkpoint is of another
+            run, or `push_to_hub` lacks a token.
+        OSError: If `output_dir` cannot be used, is in use, or a checkpoint cannot be written; if
+            the hub refuses, before the first step or when all is saved.
         FloatingPointError: If the loss or the gradient is not finite, before the update it would
             spoil.
 

@@ -99,6 +99,7 @@ def starting_point(config: TrainingConfig, chunk_size: int) -> tuple[Any, BertTo
                 output_dir=folder,
                 max_steps=max(2 * config.max_steps, -1),
                 learning_rate=3e-3,
+                push_to_hub=False,
             ),
         )
     say(f"  trained for {result.global_step} steps in {result.seconds:.0f} s")

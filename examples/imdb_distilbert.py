@@ -15,11 +15,12 @@ import logging
 import ssl
 import sys
 import tempfile
+import textwrap
 import time
 import urllib.error
 import urllib.request
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -41,6 +42,7 @@ from mlmadapt import (
     group_texts,
     insert_random_mask,
     masked_lm_loss,
+    show_masks,
     sparse_prediction,
     tokenize_with_word_ids,
 )
@@ -112,6 +114,8 @@ def main() -> None:
             remove_columns=test_rows.column_names,
             desc="freezing masks",
         )
+    say("  a held-out row, {as it is -> as the model sees it}:")
+    say(textwrap.indent(str(show_masks(frozen[:1], tokenizer)), "  "))
     if args.demo:
         gaps = demo_corpus.choose_gaps(parts["test"], tokenizer)
         guesses = demo_corpus.fill_gaps(gaps, model, tokenizer)
@@ -132,13 +136,15 @@ def main() -> None:
         if args.demo:
             demo_corpus.show_gaps(gaps, guesses, demo_corpus.fill_gaps(gaps, fill.model, tokenizer))
         say(f'\n  Yours from now on: pipeline("fill-mask", model="{config.output_dir}")')
+        if args.loop == "accelerate":
+            say(
+                f"  Its card, with curves if matplotlib is installed: {config.output_dir}/README.md"
+            )
         if args.demo:
             say("  Next, to your own text, a document a line or row:")
             say(f"  python {sys.argv[0]} --dataset FILE --text_column COLUMN --output_dir FOLDER")
 
-    # Processes that end in their group, or leave it right after a collective, may abort or hang.
-    time.sleep(0.2)
-    PartialState().destroy_process_group()
+    leave_group()
 
 
 def parse_arguments() -> tuple[Arguments, TrainingConfig]:
@@ -159,7 +165,10 @@ def parse_arguments() -> tuple[Arguments, TrainingConfig]:
     for name in ("chunk_size", "train_size", "test_size"):
         if getattr(args, name) < 1:
             parser.error(f"{name} is {getattr(args, name)}; it must be 1 or more")
-    return args, config
+    # What the model card tells, beside what the run knows of itself.
+    probes = config.probes or [args.sentence]
+    name = config.dataset_name or ("Python's documentation" if args.demo else args.dataset)
+    return args, replace(config, probes=probes, dataset_name=name)
 
 
 def trust_cache_if_hub_is_silent(*sources: str) -> None:
@@ -336,7 +345,7 @@ class ExactTrainer(Trainer):
         return logs
 
 
-def say(text: str) -> None:
+def say(text: object) -> None:
     """Print once, whatever the number of processes."""
     PartialState().print(text)
 
@@ -344,6 +353,12 @@ def say(text: str) -> None:
 def title(text: str) -> None:
     """Begin a section."""
     say(f"\n{text}\n{'-' * len(text)}")
+
+
+def leave_group() -> None:
+    """End as one of several: in the group, or right after a collective, Python may abort."""
+    time.sleep(0.2)
+    PartialState().destroy_process_group()
 
 
 def show_parameters(model: PreTrainedModel) -> None:

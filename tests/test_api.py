@@ -68,6 +68,7 @@ def test_options_are_keyword_only() -> None:
         "accelerate_train": ["model", "train_dataset", "eval_dataset"],
         "assert_same_loss": ["compute_loss", "model", "batch"],
         "masked_lm_loss": ["outputs", "labels", "num_items_in_batch"],  # as `Trainer` calls it
+        "show_masks": ["batch", "tokenizer", "features"],
     }
 
 
@@ -137,7 +138,7 @@ def test_source(path: Path) -> None:
 def test_source_stays_small() -> None:
     """The library can be read in an afternoon, and its help for tests in a coffee break."""
     for_tests = {path for path in FILES if noun_of(path) in {"testing", "_pytest_plugin"}}
-    assert sum(map(lines_of_code, set(FILES) - for_tests)) < 3000
+    assert sum(map(lines_of_code, set(FILES) - for_tests)) < 3250
     assert sum(map(lines_of_code, for_tests)) < 750
 
 

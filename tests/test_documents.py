@@ -68,7 +68,11 @@ def test_blocks_run_and_print_what_they_say(document: Path, hub_like_folder: Pat
 
 def test_documents_are_read_from_the_tree() -> None:
     """The list of documents is not empty, which would test nothing."""
-    assert {path.name for path in DOCUMENTS} >= {"README.md", "whole-word-masking.md", "testing-your-project.md"}
+    assert {path.name for path in DOCUMENTS} >= {
+        "README.md",
+        "whole-word-masking.md",
+        "testing-your-project.md",
+    }
 
 
 @documents

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mlmadapt.result import TrainingResult
     from mlmadapt.tokenization import phrases, tokenize_with_word_ids
     from mlmadapt.training import accelerate_train
+    from mlmadapt.view import show_masks
 
 __all__ = [
     "MaskedLMMetrics",
@@ -35,6 +36,7 @@ __all__ = [
     "insert_random_mask",
     "masked_lm_loss",
     "phrases",
+    "show_masks",
     "sparse_prediction",
     "tokenize_with_word_ids",
 ]
@@ -50,6 +52,7 @@ _HOME = {
     "insert_random_mask": "freezing",
     "masked_lm_loss": "prediction",
     "phrases": "tokenization",
+    "show_masks": "view",
     "sparse_prediction": "prediction",
     "tokenize_with_word_ids": "tokenization",
 }

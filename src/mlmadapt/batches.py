@@ -128,6 +128,13 @@ def epoch_collator(
     return partial(_collate_foreign, collator=purify(data_collator), seed=seed, epoch=epoch)
 
 
+def count_tokens(batch: Batch) -> int:
+    """Count the tokens of rows that have a target, which a filler does not."""
+    trained = (batch["labels"] != -100).any(1, keepdim=True)
+    tokens = batch.get("attention_mask", torch.ones_like(batch["labels"]))
+    return int((tokens * trained).sum())
+
+
 class _IndexedRows(torch.utils.data.Dataset[Any]):
     def __init__(self, dataset: "Dataset | Sequence[Row]") -> None:
         self.dataset = dataset

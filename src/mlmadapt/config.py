@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
@@ -60,6 +60,14 @@ class TrainingConfig:
             ``"wandb"``, several with commas, or ``"none"``.
         dataloader_num_workers: Processes that collate ahead; 0 collates in the training process.
         disable_tqdm: Show no progress bar.
+        dataset_name: What the model card calls the training data: its name on the hub, or any
+            words; of a path, the last part.
+        probes: Sentences with one ``[MASK]`` each; the model card tells how they are filled before
+            and after.
+        push_to_hub: Upload the model, tokenizer and card when all is saved, with the token of ``hf
+            auth login`` or `HF_TOKEN`. The repository is made before the first step.
+        hub_model_id: Name of the repository; that of the last folder of `output_dir` by default.
+        hub_private_repo: Whether a new repository is private; None takes the hub's default.
 
     Raises:
         ValueError: If a value is out of range.
@@ -97,6 +105,11 @@ class TrainingConfig:
     report_to: str = "none"
     dataloader_num_workers: int = 0
     disable_tqdm: bool = False
+    dataset_name: str | None = None
+    probes: list[str] = field(default_factory=list)
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool | None = None
 
     def __post_init__(self) -> None:
         at_least_one = (

@@ -181,6 +181,20 @@ def _is_masked(row: Row) -> bool:
     return labels.shape == tokens.shape and bool((labels != tokens).any())
 
 
+def name_sets(eval_dataset: Any) -> dict[str, Any]:
+    """Name the sets of a run as `Trainer` does.
+
+    Examples:
+        >>> list(name_sets({"domain": [], "general": []})), list(name_sets([]))
+        (['eval_domain', 'eval_general'], ['eval'])
+    """
+    if eval_dataset is None:
+        return {}
+    if isinstance(eval_dataset, Mapping):
+        return {f"eval_{name}": rows for name, rows in eval_dataset.items()}
+    return {"eval": eval_dataset}
+
+
 @dataclass(frozen=True)
 class FrozenCollator:
     """Pad frozen rows into a batch of tensors; their ``masked_`` prefix and ``word_ids`` go.

@@ -53,8 +53,8 @@ def save_model(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     accelerator: Accelerator,
-) -> None:
-    """Save model and tokenizer, whole or not at all.
+) -> list[str]:
+    """Save model and tokenizer, whole or not at all; return their files' names, on one process.
 
     Raises:
         OSError: If the model could not be saved, which `save_pretrained` alone does not always say.
@@ -63,6 +63,8 @@ def save_model(
     if is_sharded(model):  # gathering the shards takes every process
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(model, options=options)
+
+    names: list[str] = []
 
     def write() -> None:
         building = folder / ".model.tmp"
@@ -73,6 +75,8 @@ def save_model(
             raise OSError(f"{str(folder)!r} holds no weights after saving; the model was not saved")
         for path in building.iterdir():
             path.replace(folder / path.name)
+            names.append(path.name)
         building.rmdir()
 
     on_main_process(accelerator, write)
+    return names

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from mlmadapt.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -34,6 +32,11 @@ _FREE = {
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "gradient_checkpointing",
+    "dataset_name",
+    "probes",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
 }
 _ROWS_LOOKED_AT = 64
 
@@ -44,11 +47,14 @@ def describe_run(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     data_collator: Any,
-    optimizer: torch.optim.Optimizer,
+    own: Mapping[str, str],
     datasets: Mapping[str, Any],
     rows_per_step: int,
 ) -> dict[str, Any]:
-    """Return what decides the outcome of a run, as JSON can hold it."""
+    """Return what decides the outcome of a run, as JSON can hold it.
+
+    `own` names the classes of objects that the caller put in the place of settings.
+    """
     shapes = [(name, list(values.shape)) for name, values in model.state_dict().items()]
     return {
         **{name: value for name, value in asdict(config).items() if name not in _FREE},
@@ -56,7 +62,7 @@ def describe_run(
         "model": f"{type(model).__name__} {_digest(shapes)}",
         "tokenizer": f"{len(tokenizer)} tokens {_digest(sorted(tokenizer.get_vocab().items()))}",
         "data_collator": _describe_collator(data_collator),
-        "optimizer": type(optimizer).__name__,
+        **own,
         **{name: _describe_rows(rows) for name, rows in datasets.items()},
     }
 
@@ -75,9 +81,9 @@ def check_same_run(stored: Mapping[str, Any], given: Mapping[str, Any], *, check
         ValueError: checkpoint-5 is of another run: seed was 1, is 2; ...
     """
     differences = [
-        f"{name} was {stored.get(name)!r}, is {value!r}"
-        for name, value in given.items()
-        if stored.get(name) != value
+        f"{name} was {stored.get(name)!r}, is {given.get(name)!r}"
+        for name in {**given, **stored}
+        if stored.get(name) != given.get(name)
     ]
     if differences:
         raise ValueError(
@@ -90,10 +96,12 @@ def _describe_collator(data_collator: Any) -> str:
     name = getattr(data_collator, "__qualname__", type(data_collator).__qualname__)
     if not is_dataclass(data_collator):
         return str(name)
+    values = {each.name: getattr(data_collator, each.name) for each in fields(data_collator)}
+    plain = (int, float, str, type(None))
     settings = {
-        each.name: value
-        for each in fields(data_collator)
-        if isinstance(value := getattr(data_collator, each.name), (int, float, str, type(None)))
+        name: value if isinstance(value, plain) else type(value).__name__
+        for name, value in values.items()
+        if name != "tokenizer"
     }
     return f"{name} {json.dumps(settings, sort_keys=True)}"
 

@@ -59,3 +59,28 @@ def make_scheduler(
 def waits_for_metric(scheduler: torch.optim.lr_scheduler.LRScheduler) -> bool:
     """Tell whether a schedule goes by evaluations (`ReduceLROnPlateau`), not by steps."""
     return "metrics" in inspect.signature(scheduler.step).parameters
+
+
+def check_scheduler(
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    optimizer: torch.optim.Optimizer,
+    config: TrainingConfig,
+    *,
+    evaluation_sets: int,
+) -> None:
+    """Check that a schedule, the caller's perhaps, will have an effect.
+
+    Raises:
+        ValueError: If it is of another optimizer, or waits for evaluations that do not come.
+    """
+    if scheduler.optimizer is not optimizer:
+        raise ValueError(
+            "lr_scheduler sets the learning rate of an optimizer that is not the one passed; pass "
+            "that one as optimizer, or leave lr_scheduler out"
+        )
+    if waits_for_metric(scheduler) and (not evaluation_sets or config.eval_strategy == "no"):
+        raise ValueError(
+            f"the schedule ({type(scheduler).__name__}) goes by evaluations, but there are none "
+            f"(eval_strategy {config.eval_strategy!r}, {evaluation_sets} sets); pass eval_dataset, "
+            "or choose another lr_scheduler_type"
+        )

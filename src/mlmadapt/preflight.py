@@ -14,6 +14,7 @@ import datasets
 import pyarrow.compute as pc
 
 from mlmadapt.config import TrainingConfig
+from mlmadapt.probes import read_probes
 from mlmadapt.processes import is_sharded
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def check_run(
         )
     else:
         sets["train_dataset"] = list(islice(train_dataset, 100))
+    if config.probes:
+        sets["probes"] = read_probes(config.probes, tokenizer)
     for name, rows in sets.items():
         check_rows(name, rows, model=model, tokenizer=tokenizer)
     if (config.early_stopping_patience or config.load_best_model_at_end) and not eval_sets:

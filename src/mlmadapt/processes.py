@@ -96,7 +96,7 @@ def _leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> None:
+def on_main_process(accelerator: Accelerator, action: Callable[[], object]) -> None:
     """Do something once; an error of the main process is raised by every process."""
     errors: list[Exception | None] = [None]
     if accelerator.is_main_process:

@@ -34,6 +34,7 @@ class RunState:
         loss_tokens: Masked tokens of all processes since then.
         history: What was logged.
         evaluations: Step and metrics of each evaluation of the first set.
+        filled: By sentence, how the probes were filled before the first step.
     """
 
     step: int = 0
@@ -48,6 +49,7 @@ class RunState:
     loss_tokens: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[tuple[int, MaskedLMMetrics]] = field(default_factory=list)
+    filled: dict[str, str] = field(default_factory=dict)
 
     def best(self) -> tuple[int, MaskedLMMetrics] | None:
         """Return step and metrics of the evaluation with the lowest loss, the first of equals."""

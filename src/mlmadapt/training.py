@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -23,16 +22,24 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mlmadapt import checkpoints
-from mlmadapt.batches import Batch, BatchPlan, training_batches
+from mlmadapt.batches import Batch, BatchPlan, count_tokens, training_batches
+from mlmadapt.card import write_card
 from mlmadapt.config import TrainingConfig
-from mlmadapt.evaluation import FrozenCollator, as_log, evaluate_rows, is_frozen
+from mlmadapt.evaluation import FrozenCollator, as_log, evaluate_rows, is_frozen, name_sets
 from mlmadapt.folder import own_folder, save_model
 from mlmadapt.freezing import DataCollator
+from mlmadapt.hub import make_repository, push
 from mlmadapt.identity import describe_run
 from mlmadapt.interruption import Interruption
-from mlmadapt.optimization import make_optimizer, make_scheduler, waits_for_metric
+from mlmadapt.optimization import (
+    check_scheduler,
+    make_optimizer,
+    make_scheduler,
+    waits_for_metric,
+)
 from mlmadapt.prediction import SparsePrediction, masked_logits, try_sparse
 from mlmadapt.preflight import check_run
+from mlmadapt.probes import fill_probes
 from mlmadapt.processes import (
     check_launcher,
     freeze_unused,
@@ -47,7 +54,7 @@ from mlmadapt.processes import (
 )
 from mlmadapt.result import TrainingResult
 from mlmadapt.resumption import RunState, Trained, load_weights, read_run, write_run
-from mlmadapt.seeding import derive_key
+from mlmadapt.seeding import derive_key, own_randomness
 from mlmadapt.streaming import streaming_batches
 
 if TYPE_CHECKING:
@@ -103,13 +110,16 @@ def accelerate_train(
         accelerator: In place of one made from the settings.
 
     Returns:
-        Metrics before and after, and the history.
+        Metrics before and after, and the history. The output folder holds the model, the tokenizer
+        and a model card (``README.md``) of what is known here; ``huggingface_hub.ModelCard.load``
+        opens it for the license and all that only you know.
 
     Raises:
-        ValueError: If rows, tokenizer and model do not fit together, or a checkpoint is of another
-            run.
+        ValueError: If rows, tokenizer and model do not fit together, a checkpoint is of another
+            run, or `push_to_hub` lacks a token.
         TypeError: If a dataset is a dict of splits.
-        OSError: If `output_dir` cannot be used, is in use, or a checkpoint cannot be written.
+        OSError: If `output_dir` cannot be used, is in use, or a checkpoint cannot be written; if
+            the hub refuses, before the first step or when all is saved.
         RuntimeError: If a launcher started several processes and each trains alone.
         FloatingPointError: If the loss or the gradient is not finite, before the update it would
             spoil.
@@ -139,13 +149,15 @@ def accelerate_train(
     accelerator = accelerator or make_accelerator(config)
     check_launcher(accelerator)
     leave_group_at_exit()
-    eval_sets = _name_sets(eval_dataset)
+    eval_sets = name_sets(eval_dataset)
     check_run(model, train_dataset, eval_sets, tokenizer=tokenizer, config=config)
+    if config.push_to_hub:
+        on_main_process(accelerator, lambda: make_repository(config))
     was_training = model.training
     with (
         own_folder(accelerator, config),
         Interruption() as interruption,
-        _own_randomness(accelerator),
+        own_randomness(accelerator.device),
     ):
         run = _Run(
             model,
@@ -171,11 +183,14 @@ def accelerate_train(
                         interruption.leave()
                     if run.is_done:
                         break
-            run.save()
-            return run.result()
+            files = run.save()
+            result = run.result()
         finally:
             run.release()
             model.train(was_training)
+    if config.push_to_hub:
+        on_main_process(accelerator, lambda: push(config, files))
+    return result
 
 
 class _Run:
@@ -224,11 +239,8 @@ class _Run:
     ) -> None:
         """Fit the model out for training; `release` undoes it, however far this has come."""
         config, accelerator = self.config, self.accelerator
-        if lr_scheduler is not None and lr_scheduler.optimizer is not optimizer:
-            raise ValueError(
-                "lr_scheduler sets the learning rate of an optimizer that is not the one passed; "
-                "pass that one as optimizer, or leave lr_scheduler out"
-            )
+        given = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
+        own = {name: type(each).__name__ for name, each in given.items() if each is not None}
         start_trackers(accelerator, config)
         probe = next(self.epoch_batches(), None)
         if probe is None:
@@ -248,19 +260,14 @@ class _Run:
         optimizer = optimizer or make_optimizer(self.bare_model, config)
         scheduler = lr_scheduler or make_scheduler(optimizer, config, self.total_steps)
         self.waits_for_metric = waits_for_metric(scheduler)
-        if self.waits_for_metric and (not self.eval_sets or config.eval_strategy == "no"):
-            raise ValueError(
-                f"the schedule ({type(scheduler).__name__}) goes by evaluations, but there are "
-                f"none (eval_strategy {config.eval_strategy!r}, {len(self.eval_sets)} sets); pass "
-                "eval_dataset, or choose another lr_scheduler_type"
-            )
+        check_scheduler(scheduler, optimizer, config, evaluation_sets=len(self.eval_sets))
         self.trained = Trained(self.bare_model, optimizer, scheduler, accelerator.scaler)
         self.identity = describe_run(
             config,
             model=self.bare_model,
             tokenizer=self.tokenizer,
             data_collator=self.data_collator,
-            optimizer=optimizer,
+            own=own,
             datasets={"train_dataset": self.train_dataset, **self.eval_sets},
             rows_per_step=self.plan.rows_per_step,
         )
@@ -297,7 +304,7 @@ class _Run:
         accelerator, state = self.accelerator, self.state
         masked, tokens, self.stop_signal = self._agree(
             sum(int((batch["labels"] != -100).sum()) for batch in batches),
-            sum(_count_tokens(batch) for batch in batches),
+            sum(count_tokens(batch) for batch in batches),
             stop_signal,
         )
         # Dropout differs by process, and is the same again after a resume.
@@ -415,6 +422,14 @@ class _Run:
                 self.state.evaluations.append((self.state.step, metrics))
                 if self.waits_for_metric and self.state.step:
                     self.trained.scheduler.step(metrics.loss)  # type: ignore[arg-type]
+        if not self.state.step:
+            self.state.filled = self.fill_probes()
+
+    def fill_probes(self) -> dict[str, str]:
+        """Have the model fill in the masks of the probes, on every process."""
+        return fill_probes(
+            self.bare_model, self.config.probes, tokenizer=self.tokenizer, sparse=self.sparse
+        )
 
     def _log(self, entry: Mapping[str, float]) -> None:
         steps_per_epoch = math.inf if self.is_stream else self.plan.steps_per_epoch
@@ -474,12 +489,28 @@ class _Run:
         best = later.best()
         return None if best is None else best[0]
 
-    def save(self) -> None:
-        """Save the model, the best one where asked, and the tokenizer into the output folder."""
+    def save(self) -> list[str]:
+        """Save the model, the best one where asked, tokenizer and card; return the files' names."""
         best = self._best_checkpoint()
         if best is not None and best != self.state.step:
             load_weights(self.folder / f"checkpoint-{best}", self.bare_model)
-        save_model(self.folder, self.bare_model, self.tokenizer, self.accelerator)
+        files = save_model(self.folder, self.bare_model, self.tokenizer, self.accelerator)
+        filled = self.state.filled, self.fill_probes()
+        precision = self.accelerator.mixed_precision
+
+        def write() -> None:
+            write_card(
+                self.folder,
+                self.result(),
+                model=self.bare_model,
+                config=self.config,
+                settings={**self.identity, "mixed_precision": precision},
+                step=best or self.state.step,
+                filled=filled,
+            )
+
+        on_main_process(self.accelerator, write)
+        return [*files, "README.md", "curves.png"]
 
     def release(self) -> None:
         """Leave the model as a plain one: no hooks, no wrapper, nothing frozen."""
@@ -521,22 +552,6 @@ class _Run:
         )
 
 
-def _name_sets(eval_dataset: Any) -> dict[str, Any]:
-    if eval_dataset is None:
-        return {}
-    if isinstance(eval_dataset, Mapping):
-        return {f"eval_{name}": rows for name, rows in eval_dataset.items()}
-    return {"eval": eval_dataset}
-
-
-@contextmanager
-def _own_randomness(accelerator: Accelerator) -> Iterator[None]:
-    """Put torch's global generators back after a run, which seeds them for dropout."""
-    device = accelerator.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-
-
 def _tell_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
     """Yield each item and whether it is the last."""
     iterator = iter(items)
@@ -549,10 +564,3 @@ def _tell_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
         yield held, False
         held = item
     yield held, True
-
-
-def _count_tokens(batch: Batch) -> int:
-    """Count the tokens of rows that have a target, which a filler does not."""
-    trained = (batch["labels"] != -100).any(1, keepdim=True)
-    tokens = batch.get("attention_mask", torch.ones_like(batch["labels"]))
-    return int((tokens * trained).sum())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import random
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,10 @@ def warm_up() -> None:
     for architecture in ("bert", "deberta-v2"):
         tiny_model(tiny_tokenizer(), architecture=architecture)
     TrainingConfig()
+    with suppress(ImportError):
+        from matplotlib.figure import Figure
+
+        Figure().savefig(io.BytesIO())
     DataCollatorForLanguageModeling(tiny_tokenizer())
 
 

@@ -5,6 +5,7 @@ from typing import Any, assert_type
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from matplotlib.figure import Figure
 from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedModel,
@@ -23,6 +24,7 @@ from mlmadapt import (
     insert_random_mask,
     masked_lm_loss,
     phrases,
+    show_masks,
     sparse_prediction,
     tokenize_with_word_ids,
 )
@@ -71,6 +73,7 @@ def mask(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     collator.set_epoch(1)
     batch = collator([{"input_ids": [2, 7, 3], "word_ids": [-1, 0, -1]}])
     assert_type(batch, dict[str, Any])
+    assert_type(str(show_masks(batch, tokenizer, features=None)), str)
     frozen = insert_random_mask({"input_ids": [[2, 7]]}, collator, seed=1, prefix="")
     assert_type(frozen, dict[str, Any])
     mapped: Dataset = rows.map(
@@ -81,7 +84,16 @@ def mask(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
 def train(model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
     """The recipe's end, with everything that may be passed in."""
-    config = TrainingConfig(output_dir="adapted", learning_rate=2e-5, eval_strategy="epoch")
+    config = TrainingConfig(
+        output_dir="adapted",
+        learning_rate=2e-5,
+        eval_strategy="epoch",
+        dataset_name="stanfordnlp/imdb",
+        probes=["This is a great [MASK]."],
+        push_to_hub=True,
+        hub_model_id="me/adapted",
+        hub_private_repo=True,
+    )
     optimizer = torch.optim.AdamW(model.parameters())
     result = accelerate_train(
         model,
@@ -100,6 +112,7 @@ def train(model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerB
     assert_type(result.best.perplexity if result.best else None, float | None)
     assert_type(result.global_step + result.tokens_seen + result.masked_tokens_seen, int)
     assert_type(result.seconds, float)
+    assert_type(result.plot(), Figure)
     return result.output_dir
 
 

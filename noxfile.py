@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import tarfile
 import tempfile
 import zipfile
@@ -134,10 +135,13 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure; arguments go to every script."""
+    """Measure, and write docs/benchmarks.md; arguments go to every script."""
     install(session, ".", *nox.project.dependency_groups(PYPROJECT, "bench"))
-    for script in sorted(Path("tests/benchmarks").glob("*.py")):
-        session.run("python", str(script), *session.posargs)
+    with Path("docs/benchmarks.md").open("w", encoding="utf-8") as page:
+        page.write(Path("tests/benchmarks/README.md").read_text(encoding="utf-8"))
+        page.flush()
+        for script in sorted(Path("tests/benchmarks").glob("[a-z]*.py")):
+            session.run("python", str(script), *session.posargs, stdout=page, stderr=sys.stderr)
 
 
 @nox.session

@@ -33,10 +33,11 @@ SENTENCE = "This is a great [MASK]."
 
 
 class Run(NamedTuple):
-    """What a run printed, and where its model lies."""
+    """What a run printed, where its model lies, and what it left in the cache, with the times."""
 
     output: str
     model: Path
+    cache: dict[Path, int]
 
     @property
     def perplexities(self) -> list[float]:
@@ -68,12 +69,14 @@ def start(*options: object, command: tuple[str, ...] = (sys.executable,), **env:
     )
 
 
-def adapt(folder: Path, *options: object, **kwargs: Any) -> Run:
+def adapt(folder: Path, *options: object, cache: Path | None = None, **kwargs: Any) -> Run:
     """Run the script to its end."""
-    model = folder / "adapted"
-    process = start("--output_dir", model, "--disable_tqdm", "True", *options, **kwargs)
+    model, cache = folder / "adapted", cache or folder / "cache"
+    environment = {"HF_DATASETS_CACHE": str(cache), **kwargs}
+    process = start("--output_dir", model, "--disable_tqdm", "True", *options, **environment)
     assert process.returncode == 0, process.stderr
-    return Run(process.stdout, model)
+    files = {file: file.stat().st_mtime_ns for file in cache.rglob("*.arrow")}
+    return Run(process.stdout, model, files)
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +103,16 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
 
 @pytest.fixture(scope="module")
 def runs(inputs: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Run]:
-    """One run of each loop with each masking."""
-    return {
-        (loop, masking): adapt(
-            tmp_path_factory.mktemp("run"), *inputs, "--loop", loop, "--masking", masking
-        )
-        for loop in ("accelerate", "trainer")
+    """One run of each loop with each masking, one after the other with one cache."""
+    cache = tmp_path_factory.mktemp("cache")
+    options = {
+        (loop, masking): [*inputs, "--loop", loop, "--masking", masking]
         for masking in ("whole-word", "token")
+        for loop in ("accelerate", "trainer")
+    }
+    return {
+        key: adapt(tmp_path_factory.mktemp("run"), *each, cache=cache)
+        for key, each in options.items()
     }
 
 
@@ -148,28 +154,24 @@ def test_no_token_is_lost_silently(runs: dict[Any, Run]) -> None:
         assert sum(part["documents"] for part in run.ledger) == len({*tiny_corpus(120)})
 
 
-def test_a_second_run_finds_every_row_in_the_cache(
-    inputs: tuple[object, ...], tmp_path: Path
-) -> None:
+def test_a_second_run_finds_every_row_in_the_cache(runs: dict[Any, Run]) -> None:
     """No `map` writes anything new; with other masks one does, the freezing."""
-    cache = tmp_path / "cache"
-
-    def run(name: str, *options: object) -> dict[Path, int]:
-        adapt(tmp_path / name, *inputs, "--max_steps", 1, *options, HF_DATASETS_CACHE=str(cache))
-        return {file: file.stat().st_mtime_ns for file in cache.rglob("*.arrow")}
-
-    first = run("first")
+    first, second, third, fourth = (run.cache for run in runs.values())
     assert len(first) >= 6  # the text, two parts tokenized, cut into rows, and one frozen
-    assert run("second") == first
-    assert len(run("third", "--masking", "token")) == len(first) + 1
+    assert second == first
+    assert third.keys() > first.keys()
+    assert len(third) == len(first) + 1
+    assert fourth == third
 
 
 @pytest.mark.distributed
-def test_two_processes_tell_the_story_once(inputs: tuple[object, ...], tmp_path: Path) -> None:
+def test_two_processes_tell_the_story_once(
+    inputs: tuple[object, ...], runs: dict[Any, Run], tmp_path: Path
+) -> None:
     """Under torchrun the first process prints, and the figures are those of one process."""
     command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     environment = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    one = adapt(tmp_path / "one", *inputs)
+    one = runs["accelerate", "whole-word"]
     two = adapt(
         tmp_path / "two",
         *(4 if option == 8 else option for option in inputs),
@@ -321,7 +323,7 @@ def test_the_demo(script: ModuleType, tmp_path: Path) -> None:
     """A tenth of the steps is enough to see the domain being learned."""
     import demo_corpus
 
-    run = adapt(tmp_path, "--demo", "--max_steps", 30, HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    run = adapt(tmp_path, "--demo", "--max_steps", 30)
     assert run.perplexities[-1] < 0.85 * run.perplexities[0]
     assert len(re.findall(r"____.*\n +before +[\d.]+%.*\n +after +[\d.]+%", run.output)) == 5
     assert "Next" in run.output

@@ -188,6 +188,8 @@ def _work(
     function: Any, arguments: dict[str, Any], folder: Path, *, rank: int, world: int, port: int
 ) -> None:
     os.setpgid(0, 0)
+    # Ignored where the tests run in the background, and then left so by what is tested.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with (folder / f"{rank}.log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

@@ -77,7 +77,10 @@ def assert_resumes_exactly(
 
             def train(output_dir, resume):
                 config = TrainingConfig(
-                    output_dir, resume_from_checkpoint=resume, save_strategy="steps", save_steps=2
+                    output_dir=output_dir,
+                    resume_from_checkpoint=resume,
+                    save_strategy="steps",
+                    save_steps=2,
                 )
                 ...
                 result = accelerate_train(model, rows, ..., config=config)

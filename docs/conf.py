@@ -40,8 +40,8 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 # Names of other libraries lead nowhere: without a network there are no inventories to look them up.
-# And what a type variable stands for is said in the text.
-nitpick_ignore_regex = [("py:.*", r"(?!mlmadapt).*"), ("py:class", r".*\.Batch")]
+# And what a type variable stands for, or an object that is only looked at, is said in the text.
+nitpick_ignore_regex = [("py:.*", r"(?!mlmadapt).*"), ("py:class", r".*\.(Batch|MaskView)")]
 
 # What single backticks may mean.
 NAMES = {name: f"mlmadapt.{name}" for name in mlmadapt.__all__}

@@ -105,7 +105,8 @@ def test_every_public_name_is_in_the_reference() -> None:
     public = {f"mlmadapt.{name}" for name in mlmadapt.__all__}
     if not wholly:
         public |= {f"mlmadapt.testing.{name}" for name in testing.__all__}
-    assert public == named
+    # autodoc needs to be told of data that a module has from another.
+    assert public == {name for name in named if name.rpartition(".")[0] not in wholly}
 
 
 def test_what_may_change_in_a_resumed_run_is_listed() -> None:

@@ -373,6 +373,26 @@ def test_torchrun_hands_on_a_sigterm_and_the_run_goes_on(tmp_path: Path) -> None
     assert resumed == outcome(tmp_path / "whole", world=2, **settings)
 
 
+@pytest.mark.parametrize("error", ["", "raise ArithmeticError('on purpose')"])
+def test_a_process_leaves_its_group_as_python_ends(tmp_path: Path, error: str) -> None:
+    """Unless it failed: the others may wait for it then, and leaving could wait for them."""
+    script = f"""
+import atexit, torch
+from mlmadapt.processes import leave_group_at_exit
+
+atexit.register(lambda: print("still in it:", torch.distributed.is_initialized()))
+torch.distributed.init_process_group(
+    "gloo", init_method={(tmp_path / "group").as_uri()!r}, rank=0, world_size=1
+)
+leave_group_at_exit()
+leave_group_at_exit()
+{error}
+"""
+    ended = run_script([sys.executable, "-c", script], PYTHONPATH=os.pathsep.join(sys.path))
+    assert ended.returncode == bool(error), ended.stdout
+    assert f"still in it: {bool(error)}" in ended.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_processes_of_torchrun_end_well(tmp_path: Path) -> None:

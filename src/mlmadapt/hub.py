@@ -29,7 +29,7 @@ def make_repository(config: TrainingConfig) -> str:
         )
     try:
         made = HfApi().create_repo(name, private=config.hub_private_repo, exist_ok=True)
-    except Exception as error:
+    except Exception as error:  # the client's own, its HTTP library's, of a bad name
         raise OSError(
             f"push_to_hub is True, but the hub makes no repository {name!r} ({error}); set "
             "hub_model_id, or train without push_to_hub"
@@ -51,7 +51,7 @@ def push(config: TrainingConfig, files: Sequence[str]) -> None:
             allow_patterns=[pattern for name in files for pattern in (name, f"{name}/*")],
             commit_message="Adapt the model with mlmadapt",
         )
-    except Exception as error:
+    except Exception as error:  # as above: whatever it is, the model is saved
         raise OSError(
             f"the model is saved in {folder!r}, but was not pushed to the hub ({error}); "
             "call again with resume_from_checkpoint=True, or push it with 'hf upload'"

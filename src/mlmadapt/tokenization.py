@@ -308,7 +308,7 @@ def _unsplit_white_space(backend: "Tokenizer") -> list[str]:
 
 
 def _rows(flat: npt.NDArray[Any], cuts: list[tuple[int, int]]) -> npt.NDArray[np.object_]:
-    """Cut into an array of arrays, which `datasets` writes eight times as fast as a list."""
+    """Cut into an array of arrays, which `datasets` writes some ten times as fast as a list."""
     rows = np.empty(len(cuts), object)
     for row, (start, end) in enumerate(cuts):
         rows[row] = flat[start:end]

@@ -214,7 +214,7 @@ def _work(
     register_optimizer_step_pre_hook(count)
     try:
         report = _Report(0, dict(_flatten(train(output_dir, resume), "", ignore)))
-    except Exception:  # noqa: BLE001
+    except Exception:  # noqa: BLE001 (the parent process raises it)
         report = _Report(0, {}, traceback.format_exc())
     file.write_bytes(pickle.dumps(report._replace(steps=steps)))
 

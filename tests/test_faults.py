@@ -338,7 +338,7 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(
     for place in ("optimizer", "schedule"):
         setup.more["optimizer"] = Failing(setup.model.parameters(), lr=0.1)
         if place == "schedule":
-            monkeypatch.setattr("mlmadapt.training.make_scheduler", fail)
+            monkeypatch.setattr("mlmadapt.fitting.make_scheduler", fail)
         # The second time without `overwrite`: what failed before a checkpoint left nothing behind.
         with pytest.raises(ArithmeticError, match="on purpose"):
             setup.train()

@@ -34,7 +34,7 @@ class BatchPlan:
     """The batches of one process.
 
     Attributes:
-        rows: Rows of the training set.
+        rows: Rows of the training set, 0 for a stream.
         batch_size: Rows a process and forward pass.
         accumulation: Forward passes an optimizer step.
         seed: Decides the order of each epoch.
@@ -67,6 +67,20 @@ class BatchPlan:
     def _order(self, epoch: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(derive_key(self.seed, "order", epoch))
         return torch.randperm(self.rows, generator=generator)
+
+    def rows_of_step(self, epoch: int, step: int) -> str:
+        """Name the rows of a step over all processes.
+
+        Examples:
+            >>> BatchPlan(rows=0, batch_size=2, world=2).rows_of_step(0, 3)
+            '12 to 15 of the stream'
+        """
+        first, end = step * self.rows_per_step, (step + 1) * self.rows_per_step
+        if not self.rows:
+            return f"{first} to {end - 1} of the stream"
+        rows = self.order(epoch)[first:end]
+        more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+        return ", ".join(map(str, rows[:8])) + more
 
     def steps(self, epoch: int, *, start: int = 0) -> Iterator[list[list[tuple[int, bool]]]]:
         """Yield the forward passes of each optimizer step: pairs of a row and whether it counts.

@@ -10,8 +10,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 
 import torch
@@ -47,11 +47,17 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
-    """Start them, not before the output folder is ours: some begin with files in it."""
+@contextmanager
+def tracking(accelerator: Accelerator, config: TrainingConfig) -> Iterator[None]:
+    """Run the trackers, not before the output folder is ours: some begin with files in it."""
     if config.report_to != "none" and not accelerator.trackers:
         settings = {k: v for k, v in asdict(config).items() if isinstance(v, (int, float, str))}
         accelerator.init_trackers("mlmadapt", config=settings)
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers if config.report_to != "none" else []:
+            tracker.finish()
 
 
 def check_launcher(accelerator: Accelerator) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from mlmadapt import checkpoints
 from mlmadapt.evaluation import MaskedLMMetrics
+from mlmadapt.fitting import Trained
 from mlmadapt.identity import check_same_run
 
 
@@ -51,19 +52,10 @@ class RunState:
     evaluations: list[tuple[int, MaskedLMMetrics]] = field(default_factory=list)
     filled: dict[str, str] = field(default_factory=dict)
 
-    def best(self) -> tuple[int, MaskedLMMetrics] | None:
+    def best(self, *, since: int = 0) -> tuple[int, MaskedLMMetrics] | None:
         """Return step and metrics of the evaluation with the lowest loss, the first of equals."""
-        return min(self.evaluations, key=lambda each: each[1].loss, default=None)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The objects whose state a checkpoint holds."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler | None
+        evaluations = [each for each in self.evaluations if each[0] >= since]
+        return min(evaluations, key=lambda each: each[1].loss, default=None)
 
 
 def write_run(
@@ -76,13 +68,13 @@ def write_run(
 ) -> None:
     """Write a checkpoint that `read_run` takes up again and ``from_pretrained`` loads."""
     moments, optimizer = checkpoints.split_state(trained.optimizer.state_dict())
-    scaler = trained.scaler
+    scaler = trained.accelerator.scaler
     checkpoints.write_checkpoint(
         folder,
         state.step,
         tensors={"model": distinct(trained.model.state_dict()), "optimizer": moments},
         texts={
-            "config": trained.model.config.to_dict(),  # type: ignore[operator, union-attr]
+            "config": trained.model.config.to_dict(),
             "state": {
                 "identity": identity,
                 "counts": asdict(state),
@@ -95,9 +87,7 @@ def write_run(
     )
 
 
-def read_run(
-    checkpoint: Path, trained: Trained, *, identity: Mapping[str, Any], rank: int, world: int
-) -> RunState:
+def read_run(checkpoint: Path, trained: Trained, *, identity: Mapping[str, Any]) -> RunState:
     """Put a checkpoint's state into the objects of a run and return its counts.
 
     Raises:
@@ -109,13 +99,15 @@ def read_run(
     moments = checkpoints.read_tensors(checkpoint, "optimizer")
     trained.optimizer.load_state_dict(checkpoints.join_state(moments, stored["optimizer"]))
     trained.scheduler.load_state_dict(stored["scheduler"])
-    if trained.scaler is not None and stored["scaler"] is not None:
-        trained.scaler.load_state_dict(stored["scaler"])
+    accelerator = trained.accelerator
+    if accelerator.scaler is not None and stored["scaler"] is not None:
+        accelerator.scaler.load_state_dict(stored["scaler"])
     state = RunState(**stored["counts"])
     state.evaluations = [(step, MaskedLMMetrics(**each)) for step, each in state.evaluations]  # type: ignore[arg-type]
     # Each process goes on with its own sum; another number of them, with the whole in the first.
     sums = stored["loss_sums"]
-    state.loss_sum = sums[rank] if len(sums) == world else sum(sums) if rank == 0 else 0.0
+    rank, same = accelerator.process_index, len(sums) == accelerator.num_processes
+    state.loss_sum = sums[rank] if same else sum(sums) if rank == 0 else 0.0
     return state
 
 

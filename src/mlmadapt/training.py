@@ -1,8 +1,6 @@
 """The story of a training run: check, prepare, evaluate, train step by step, save.
 
-Three things set this loop apart. The loss of an optimizer step is the sum over its masked tokens
-divided by their number, over all accumulated batches and processes; ``outputs.loss``, a mean a
-batch, is never used. The vocabulary head runs on masked positions only. And nothing random is
+What a step is stands in `steps`, what is done to the model for it in `fitting`. Nothing random is
 remembered: order, masks and dropout come from (seed, purpose, epoch or step, process), so that a
 checkpoint is weights, moments and a few counts.
 """
@@ -11,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,43 +17,32 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, tqdm
-from torch import nn
-from torch.distributed.tensor import DTensor
 
 from mlmadapt import checkpoints
-from mlmadapt.batches import Batch, BatchPlan, count_tokens, training_batches
+from mlmadapt.batches import Batch, BatchPlan, training_batches
 from mlmadapt.card import write_card
 from mlmadapt.config import TrainingConfig
 from mlmadapt.evaluation import FrozenCollator, as_log, evaluate_rows, is_frozen, name_sets
+from mlmadapt.fitting import fit_out
 from mlmadapt.folder import own_folder, save_model
 from mlmadapt.freezing import DataCollator
 from mlmadapt.hub import make_repository, push
 from mlmadapt.identity import describe_run
 from mlmadapt.interruption import Interruption
-from mlmadapt.optimization import (
-    check_scheduler,
-    make_optimizer,
-    make_scheduler,
-    waits_for_metric,
-)
-from mlmadapt.prediction import SparsePrediction, masked_logits, try_sparse
+from mlmadapt.optimization import waits_for_metric
 from mlmadapt.preflight import check_run
 from mlmadapt.probes import fill_probes
 from mlmadapt.processes import (
     check_launcher,
-    freeze_unused,
-    is_sharded,
     leave_group_at_exit,
     make_accelerator,
     on_main_process,
-    reshard,
-    settle_buckets,
-    start_trackers,
-    synchronize,
+    tracking,
 )
 from mlmadapt.result import TrainingResult
-from mlmadapt.resumption import RunState, Trained, load_weights, read_run, write_run
-from mlmadapt.seeding import derive_key, own_randomness
+from mlmadapt.resumption import RunState, load_weights, read_run, write_run
+from mlmadapt.seeding import own_randomness
+from mlmadapt.steps import take_step
 from mlmadapt.streaming import streaming_batches
 
 if TYPE_CHECKING:
@@ -65,9 +53,6 @@ if TYPE_CHECKING:
     EvalRows: TypeAlias = Dataset | Sequence[Mapping[str, Any]]
 
 logger = logging.getLogger(__name__)
-
-# An fp16 scaler skips a step now and then to find its scale; this many in a row are a fault.
-_MOST_SKIPS = 20
 
 
 def accelerate_train(
@@ -153,7 +138,6 @@ def accelerate_train(
     check_run(model, train_dataset, eval_sets, tokenizer=tokenizer, config=config)
     if config.push_to_hub:
         on_main_process(accelerator, lambda: make_repository(config))
-    was_training = model.training
     with (
         own_folder(accelerator, config),
         Interruption() as interruption,
@@ -168,26 +152,13 @@ def accelerate_train(
             config=config,
             accelerator=accelerator,
         )
-        try:
-            run.prepare(optimizer, lr_scheduler)
+        with run.prepared(optimizer, lr_scheduler):
             if not run.resume():
                 run.evaluate()
             while not run.is_done:
-                for batches, ends_epoch in _tell_last(run.epoch_batches()):
-                    run.train_step(batches, stop_signal=interruption.noted)
-                    if accelerator.num_processes == 1:  # several agree within the next step
-                        run.stop_signal = interruption.noted
-                    run.end_step(ends_epoch=ends_epoch)
-                    if run.stop_signal:
-                        interruption.noted = run.stop_signal
-                        interruption.leave()
-                    if run.is_done:
-                        break
+                run.train_epoch(interruption)
             files = run.save()
             result = run.result()
-        finally:
-            run.release()
-            model.train(was_training)
     if config.push_to_hub:
         on_main_process(accelerator, lambda: push(config, files))
     return result
@@ -223,59 +194,45 @@ class _Run:
         self.total_steps = config.max_steps
         if config.max_steps < 1:
             self.total_steps = math.ceil(config.num_train_epochs * self.plan.steps_per_epoch)
-        self.stop_signal = 0
         self.started = time.perf_counter()
+        self.model = model.to(accelerator.device)
 
-        self.bare_model = self.model = model.to(accelerator.device)
-        self.own_forward = vars(model).get("forward")
-        self.sparse: SparsePrediction | None = None
-        self.frozen: list[nn.Parameter] = []
-        self.progress = tqdm(total=self.total_steps, desc="training", disable=config.disable_tqdm)
-
-    def prepare(
+    @contextmanager
+    def prepared(
         self,
         optimizer: torch.optim.Optimizer | None,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None,
-    ) -> None:
-        """Fit the model out for training; `release` undoes it, however far this has come."""
+    ) -> Iterator[None]:
+        """Have all that training takes at hand, and let go of it in the end."""
         config, accelerator = self.config, self.accelerator
         given = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
-        own = {name: type(each).__name__ for name, each in given.items() if each is not None}
-        start_trackers(accelerator, config)
-        probe = next(self.epoch_batches(), None)
-        if probe is None:
-            raise ValueError(
-                "train_dataset has no rows; group_texts drops what is shorter than chunk_size"
+        bar = tqdm(total=self.total_steps, desc="training", disable=config.disable_tqdm)
+        with tracking(accelerator, config), bar as self.progress:
+            probe = next(self.epoch_batches(), None)
+            if probe is None:
+                raise ValueError(
+                    "train_dataset has no rows; group_texts drops what is shorter than chunk_size"
+                )
+            self.identity = describe_run(
+                config,
+                model=self.model,
+                tokenizer=self.tokenizer,
+                data_collator=self.data_collator,
+                own={name: type(each).__name__ for name, each in given.items() if each is not None},
+                datasets={"train_dataset": self.train_dataset, **self.eval_sets},
+                rows_per_step=self.plan.rows_per_step,
             )
-        if config.gradient_checkpointing:
-            enable = getattr(  # its name from transformers 5.23 on, and before
-                self.bare_model,
-                "activation_checkpointing_enable",
-                self.bare_model.gradient_checkpointing_enable,
-            )
-            enable({"use_reentrant": False})
-        self.sparse = try_sparse(self.bare_model, probe[0])
-        self.frozen = freeze_unused(self.bare_model, probe[0], self.sparse, accelerator)
-        reshard(self.bare_model)  # the optimizer must hold the shards
-        optimizer = optimizer or make_optimizer(self.bare_model, config)
-        scheduler = lr_scheduler or make_scheduler(optimizer, config, self.total_steps)
-        self.waits_for_metric = waits_for_metric(scheduler)
-        check_scheduler(scheduler, optimizer, config, evaluation_sets=len(self.eval_sets))
-        self.trained = Trained(self.bare_model, optimizer, scheduler, accelerator.scaler)
-        self.identity = describe_run(
-            config,
-            model=self.bare_model,
-            tokenizer=self.tokenizer,
-            data_collator=self.data_collator,
-            own=own,
-            datasets={"train_dataset": self.train_dataset, **self.eval_sets},
-            rows_per_step=self.plan.rows_per_step,
-        )
-        self.optimizer = optimizer
-        if not is_sharded(self.bare_model):  # by the caller: wrapping it again would undo that
-            self.model, self.optimizer = accelerator.prepare(self.bare_model, optimizer)
-        self.model.train()
-        settle_buckets(self.model, probe[0], self.sparse, accelerator)
+            with fit_out(
+                self.model,
+                probe[0],
+                optimizer,
+                lr_scheduler,
+                config=config,
+                accelerator=accelerator,
+                total_steps=self.total_steps,
+                evaluation_sets=len(self.eval_sets),
+            ) as self.trained:
+                yield
 
     @property
     def seconds(self) -> float:
@@ -299,82 +256,28 @@ class _Run:
         entry["num_workers"] = self.config.dataloader_num_workers
         return training_batches(self.train_dataset, self.plan, self.data_collator, **entry)
 
-    def train_step(self, batches: list[Batch], *, stop_signal: int) -> None:
-        """Take one optimizer step, in which each masked token weighs the same on any process."""
-        accelerator, state = self.accelerator, self.state
-        masked, tokens, self.stop_signal = self._agree(
-            sum(int((batch["labels"] != -100).sum()) for batch in batches),
-            sum(count_tokens(batch) for batch in batches),
-            stop_signal,
-        )
-        # Dropout differs by process, and is the same again after a resume.
-        torch.manual_seed(derive_key(self.config.seed, "dropout", state.step, self.plan.rank))
-        # DDP averages over processes, accelerate divides by its accumulation steps: undo both.
-        scale = self.plan.world * accelerator.gradient_accumulation_steps / max(masked, 1)
-        loss_sum = 0.0
-        for place, batch in enumerate(batches):
-            inputs = {name: values.to(accelerator.device) for name, values in batch.items()}
-            labels = inputs.pop("labels")
-            positions = labels != -100
-            with synchronize(accelerator, self.model, now=place == len(batches) - 1):
-                logits = masked_logits(self.model, inputs, positions, self.sparse)
-                loss = nn.functional.cross_entropy(logits, labels[positions], reduction="sum")
-                # An infinite loss can have a finite gradient; as NaN, all processes see it.
-                finite = torch.where(loss.detach().isfinite(), 1.0, math.nan)
-                accelerator.backward(loss * scale * finite)
-            loss_sum += float(loss.detach())
-        if masked:
-            self._update(loss_sum)
-        else:
-            logger.warning(
-                "step %d has no masked token on any process; nothing is updated", state.step
+    def train_epoch(self, interruption: Interruption) -> None:
+        """Train until the epoch or the run ends, or leave where a signal was noted."""
+        for batches, ends_epoch in _tell_last(self.epoch_batches()):
+            stop_signal = take_step(
+                self.trained,
+                batches,
+                self.state,
+                plan=self.plan,
+                config=self.config,
+                stop_signal=interruption.noted,
             )
-        if not self.waits_for_metric:
-            self.trained.scheduler.step()
-        self.optimizer.zero_grad()
-        state.loss_sum += loss_sum
-        state.loss_tokens += masked
-        state.tokens_seen += tokens
-        state.masked_tokens_seen += masked
-        state.step += 1
-        state.epoch_step += 1
-        self.progress.update()
+            self.progress.update()
+            if self.plan.world == 1:  # several agree within the next step
+                stop_signal = interruption.noted
+            self.end_step(ends_epoch=ends_epoch, stops=bool(stop_signal))
+            if stop_signal:
+                interruption.noted = stop_signal
+                interruption.leave()
+            if self.is_done:
+                break
 
-    def _agree(self, masked: int, tokens: int, stop_signal: int) -> tuple[int, int, int]:
-        """Sum the counts over all processes; a signal that one has noted is noted by all."""
-        if self.plan.world == 1:
-            return masked, tokens, stop_signal
-        signals = [0] * self.plan.world
-        signals[self.plan.rank] = stop_signal
-        counts = torch.tensor([masked, tokens, *signals], device=self.accelerator.device)
-        masked, tokens, *signals = self.accelerator.reduce(counts, "sum").tolist()
-        return masked, tokens, max(signals)
-
-    def _update(self, loss_sum: float) -> None:
-        """Clip the gradient and step, unless something is not finite."""
-        max_norm = self.config.max_grad_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
-        self.state.grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        self.state.skips = 0 if math.isfinite(self.state.grad_norm) else self.state.skips + 1
-        if self.state.skips > (0 if self.trained.scaler is None else _MOST_SKIPS):
-            raise FloatingPointError(
-                f"the gradient of step {self.state.step} (epoch {self.state.epoch}) is not finite: "
-                f"norm {self.state.grad_norm}, loss of this process {loss_sum}, training rows "
-                f"{self._rows_of_step()}. The weights are as before the step. Lower learning_rate "
-                f"({self.config.learning_rate}), or use mixed_precision='bf16' in place of 'fp16'"
-            )
-        self.optimizer.step()
-
-    def _rows_of_step(self) -> str:
-        start = self.state.epoch_step * self.plan.rows_per_step
-        if self.is_stream:
-            return f"{start} to {start + self.plan.rows_per_step - 1} of the stream"
-        rows = self.plan.order(self.state.epoch)[start : start + self.plan.rows_per_step]
-        return ", ".join(map(str, rows[:8])) + (
-            f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-        )
-
-    def end_step(self, *, ends_epoch: bool) -> None:
+    def end_step(self, *, ends_epoch: bool, stops: bool) -> None:
         """Log, evaluate and save what is due after a step."""
         config, is_last = self.config, self.state.step == self.total_steps
 
@@ -393,7 +296,7 @@ class _Run:
             self.evaluate()
         if ends_epoch:
             self.state.epoch, self.state.epoch_step = self.state.epoch + 1, 0
-        if saves or self.stop_signal:
+        if saves or stops:
             self.save_checkpoint()
 
     def log_loss(self) -> None:
@@ -410,17 +313,17 @@ class _Run:
         for place, (name, rows) in enumerate(self.eval_sets.items()):
             collator = None if is_frozen(rows) else self.data_collator
             metrics = evaluate_rows(
-                self.bare_model,
+                self.model,
                 rows,
                 collate=FrozenCollator(self.tokenizer, collator, self.config.seed),
                 batch_size=self.config.per_device_eval_batch_size,
-                sparse=self.sparse,
+                sparse=self.trained.sparse,
                 accelerator=self.accelerator,
             )
             self._log(as_log(metrics, name))
             if place == 0:
                 self.state.evaluations.append((self.state.step, metrics))
-                if self.waits_for_metric and self.state.step:
+                if self.state.step and waits_for_metric(self.trained.scheduler):
                     self.trained.scheduler.step(metrics.loss)  # type: ignore[arg-type]
         if not self.state.step:
             self.state.filled = self.fill_probes()
@@ -428,7 +331,10 @@ class _Run:
     def fill_probes(self) -> dict[str, str]:
         """Have the model fill in the masks of the probes, on every process."""
         return fill_probes(
-            self.bare_model, self.config.probes, tokenizer=self.tokenizer, sparse=self.sparse
+            self.model,
+            self.config.probes,
+            tokenizer=self.tokenizer,
+            sparse=self.trained.sparse,
         )
 
     def _log(self, entry: Mapping[str, float]) -> None:
@@ -447,7 +353,7 @@ class _Run:
             checkpoints.prune(
                 self.folder,
                 keep=self.config.save_total_limit,
-                also=self._best_checkpoint(),
+                also=self._best_step(),
                 newest=state.step,
             )
 
@@ -471,30 +377,21 @@ class _Run:
                 "%s holds no checkpoint; training starts from the beginning", self.folder
             )
             return False
-        self.state = read_run(
-            found[0],
-            self.trained,
-            identity=self.identity,
-            rank=self.plan.rank,
-            world=self.plan.world,
-        )
+        self.state = read_run(found[0], self.trained, identity=self.identity)
         self.progress.update(self.state.step)
         return True
 
-    def _best_checkpoint(self) -> int | None:
-        """Return the step of the best evaluation after step 0, if the best model is wanted."""
-        if not self.config.load_best_model_at_end:
-            return None
-        later = RunState(evaluations=[each for each in self.state.evaluations if each[0] > 0])
-        best = later.best()
+    def _best_step(self) -> int | None:
+        """Return the step of the best evaluation of the trained model, if that one is wanted."""
+        best = self.state.best(since=1) if self.config.load_best_model_at_end else None
         return None if best is None else best[0]
 
     def save(self) -> list[str]:
         """Save the model, the best one where asked, tokenizer and card; return the files' names."""
-        best = self._best_checkpoint()
+        best = self._best_step()
         if best is not None and best != self.state.step:
-            load_weights(self.folder / f"checkpoint-{best}", self.bare_model)
-        files = save_model(self.folder, self.bare_model, self.tokenizer, self.accelerator)
+            load_weights(self.folder / f"checkpoint-{best}", self.model)
+        files = save_model(self.folder, self.model, self.tokenizer, self.accelerator)
         filled = self.state.filled, self.fill_probes()
         precision = self.accelerator.mixed_precision
 
@@ -502,7 +399,7 @@ class _Run:
             write_card(
                 self.folder,
                 self.result(),
-                model=self.bare_model,
+                model=self.model,
                 config=self.config,
                 settings={**self.identity, "mixed_precision": precision},
                 step=best or self.state.step,
@@ -511,29 +408,6 @@ class _Run:
 
         on_main_process(self.accelerator, write)
         return [*files, "README.md", "curves.png"]
-
-    def release(self) -> None:
-        """Leave the model as a plain one: no hooks, no wrapper, nothing frozen."""
-        self.progress.close()
-        for tracker in self.accelerator.trackers if self.config.report_to != "none" else []:
-            tracker.finish()
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        # Which takes the model's own decorators off with the wrapper of mixed precision.
-        vars(self.bare_model).pop("forward", None)
-        if self.own_forward is not None:
-            self.bare_model.forward = self.own_forward
-        if self.sparse is not None:
-            self.sparse.remove()
-        for parameter in self.frozen:
-            parameter.requires_grad_(True)  # noqa: FBT003  # torch's signature
-        self.bare_model.zero_grad()
-        if self.config.gradient_checkpointing:
-            disable = getattr(
-                self.bare_model,
-                "activation_checkpointing_disable",
-                self.bare_model.gradient_checkpointing_disable,
-            )
-            disable()
 
     def result(self) -> TrainingResult:
         """Sum up."""
@@ -552,15 +426,12 @@ class _Run:
         )
 
 
-def _tell_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-    """Yield each item and whether it is the last."""
-    iterator = iter(items)
-    for item in iterator:
-        held = item
-        break
-    else:
-        return
-    for item in iterator:
-        yield held, False
-        held = item
-    yield held, True
+def _tell_last(steps: Iterable[list[Batch]]) -> Iterator[tuple[list[Batch], bool]]:
+    """Yield each step's batches and whether they are the last."""
+    held: list[Batch] = []
+    for batches in steps:
+        if held:
+            yield held, False
+        held = batches
+    if held:
+        yield held, True

@@ -275,14 +275,14 @@ def _act(model: torch.nn.Module, name: str, rank: int = -1) -> None:
 
 
 def _act_at_steps(model: torch.nn.Module, actions: dict[str, list[Any]]) -> None:
-    original = mlmadapt.training._Run.train_step
+    original = mlmadapt.training.take_step
 
-    def train_step(run: Any, *args: Any, **kwargs: Any) -> None:
-        for action in actions.get(str(run.state.step), []):
+    def take_step(trained: Any, batches: Any, state: Any, **kwargs: Any) -> Any:
+        for action in actions.get(str(state.step), []):
             _act(model, *([action] if isinstance(action, str) else action))
-        original(run, *args, **kwargs)
+        return original(trained, batches, state, **kwargs)
 
-    mlmadapt.training._Run.train_step = train_step
+    mlmadapt.training.take_step = take_step
 
 
 def _act_while_saving(model: torch.nn.Module, actions: dict[str, list[Any]]) -> None:

@@ -17,7 +17,16 @@ from pathlib import Path
 import nox
 
 nox.options.default_venv_backend = "virtualenv"
-nox.options.sessions = ["lint", "typing", "tests", "minimums", "build", "downstream", "demo"]
+nox.options.sessions = [
+    "lint",
+    "typing",
+    "tests",
+    "minimums",
+    "build",
+    "downstream",
+    "demo",
+    "docs",
+]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 INSTALLED = "from mlmadapt import __file__ as file; assert 'site-packages' in file, file"

@@ -42,16 +42,14 @@ def phrases(units: Iterable[str], *, ignore_case: bool = True) -> "WordBoundarie
         [(4, 18), (30, 39)]
     """
     if isinstance(units, str):
-        message = (
+        raise TypeError(
             f"units is the string {units!r:.40}; it must be a list of phrases: [{units!r:.40}]"
         )
-        raise TypeError(message)
     known = set()
     for unit in units:
         words = _word().findall(unit)
         if not words:
-            message = f"phrase {unit!r} holds no word; remove it from the list"
-            raise ValueError(message)
+            raise ValueError(f"phrase {unit!r} holds no word; remove it from the list")
         known.add(tuple(word.casefold() if ignore_case else word for word in words))
     longest: dict[str, int] = {}
     for phrase in known:

@@ -81,11 +81,10 @@ def tokenize_with_word_ids(
         [[-1, 0, 1, -1], [-1, 0, 0, 0, 0, -1]]
     """
     if not getattr(tokenizer, "is_fast", False):
-        message = (
+        raise TypeError(
             f"tokenizer is a {type(tokenizer).__name__}, which is not a fast tokenizer and does "
             "not know its words; load one with AutoTokenizer.from_pretrained(...)"
         )
-        raise TypeError(message)
     is_table = isinstance(examples, pa.Table)
     texts = _read_texts(examples, text_column)
     backend: Tokenizer = tokenizer.backend_tokenizer
@@ -164,35 +163,31 @@ def _read_texts(batch: Any, text_column: str) -> list[str]:
     is_table = isinstance(batch, pa.Table)
     names = batch.column_names if is_table else list(batch)
     if text_column not in names:
-        message = (
+        raise ValueError(
             f"text_column is {text_column!r}, but the columns are {names}; "
             "name the column with the documents"
         )
-        raise ValueError(message)
     column = batch[text_column]
     if column is None or isinstance(column, (str, bytes)):
-        message = (
+        raise TypeError(
             f"column {text_column!r} is {column!r:.40}, not a batch of documents; "
             "call map with batched=True"
         )
-        raise TypeError(message)
     texts = column.to_pylist() if is_table else list(column)
     for row, text in enumerate(texts):
         if not isinstance(text, str):
-            message = (
+            raise TypeError(
                 f"row {row} of column {text_column!r} in this batch is {text!r:.40}, of type "
                 f"{type(text).__name__}; each document must be a str: convert it, or drop it with "
                 "dataset.filter"
             )
-            raise TypeError(message)
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            message = (
+            raise ValueError(
                 f"row {row} of column {text_column!r} in this batch is not valid Unicode "
                 f"({error}); clean it with text.encode(errors='replace').decode()"
-            )
-            raise ValueError(message) from None
+            ) from None
     return texts
 
 
@@ -258,21 +253,19 @@ def _place_spans(texts: list[str], word_boundaries: WordBoundaries) -> npt.NDArr
         try:
             pairs = [(index(start), index(end)) for start, end in returned]
         except (TypeError, ValueError) as error:
-            message = (
+            raise TypeError(
                 f"word_boundaries returned {returned!r:.60} for row {row} of this batch; it must "
                 "return a list of (start, end) character positions"
-            )
-            raise TypeError(message) from error
+            ) from error
         spans = np.array(pairs, np.int64).reshape(-1, 2)
         wrong = (spans[:, 0] >= spans[:, 1]) | (spans[:, 1] > len(text))
         wrong |= spans[:, 0] < np.concatenate([[0], spans[:-1, 1]])[: len(spans)]
         if wrong.any():
-            message = (
+            raise ValueError(
                 f"word_boundaries returned span {pairs[int(wrong.argmax())]} for row {row} of this "
                 f"batch, a text of {len(text)} characters; spans must be in order, not overlap, "
                 "not be empty, and lie in the text"
             )
-            raise ValueError(message)
         # Without white space at the ends, which on some tokenizers is part of the next token.
         trimmed = [_TRIMMED.search(text, *pair) for pair in pairs]
         spans = np.array([match.span() for match in trimmed if match], np.int64).reshape(-1, 2)

@@ -8,7 +8,8 @@ sums are carried over all batches and processes and divided once.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mlmadapt.freezing import DataCollator, insert_random_mask
-from mlmadapt.padding import pad_features
+from mlmadapt.padding import join_rows, pad_rows, to_columns
 from mlmadapt.prediction import SparsePrediction, evaluation_mode, masked_logits, try_sparse
 from mlmadapt.preflight import check_rows
 
@@ -128,16 +129,16 @@ def evaluate_mlm(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+    check_rows("dataset", dataset, model=model, tokenizer=tokenizer)
     if not is_frozen(dataset):
         raise ValueError(
             f"dataset is not frozen: its rows have {list(dataset[0])}, without labels that differ "
             "from the tokens; mask it with dataset.map(insert_random_mask, batched=True, "
             "fn_kwargs={'data_collator': ...}, remove_columns=dataset.column_names)"
         )
-    check_rows("dataset", dataset, model=model, tokenizer=tokenizer)
     collate = FrozenCollator(tokenizer)
     sparse = try_sparse(model, collate([dataset[row] for row in range(min(4, len(dataset)))]))
-    try:
+    with sparse or nullcontext():
         return evaluate_rows(
             model,
             dataset,
@@ -146,9 +147,6 @@ def evaluate_mlm(
             sparse=sparse,
             accelerator=accelerator,
         )
-    finally:
-        if sparse is not None:
-            sparse.remove()
 
 
 def is_frozen(dataset: "Dataset | Sequence[Row]") -> bool:
@@ -162,15 +160,6 @@ def is_frozen(dataset: "Dataset | Sequence[Row]") -> bool:
         >>> is_frozen([{"input_ids": [7, 8], "labels": [7, 8]}])
         False
     """
-    if isinstance(dataset, Mapping) or not hasattr(dataset, "__len__"):
-        raise TypeError(
-            f"the evaluation set is a {type(dataset).__name__}; it must be one dataset, or a list, "
-            "of rows that can be counted"
-        )
-    if not len(dataset):
-        raise ValueError(
-            "the evaluation set has no rows; group_texts drops what is shorter than chunk_size"
-        )
     # Several, since all tokens of a very short row may be masked, and each kept as it is.
     rows = (dataset[row] for row in range(min(8, len(dataset))))
     return any("masked_labels" in row or _is_masked(row) for row in rows)
@@ -209,23 +198,16 @@ class FrozenCollator:
 
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         """Return the model's inputs and ``labels``, of shape ``(batch, sequence)``."""
+        columns: Mapping[str, Any] = to_columns(rows)
         if self.data_collator is not None:
-            columns = {name: [row[name] for row in rows] for name in rows[0]}
-            frozen = insert_random_mask(columns, self.data_collator, seed=self.seed, prefix="")
-            rows = [
-                dict(zip(frozen, values, strict=True))
-                for values in zip(*frozen.values(), strict=True)
-            ]
-        prefix = "masked_" if "masked_labels" in rows[0] else ""
-        features = [
-            {
-                name.removeprefix(prefix): values
-                for name, values in row.items()
-                if name.startswith(prefix) and name != "word_ids"
-            }
-            for row in rows
-        ]
-        batch = pad_features(features, self.tokenizer)
+            columns = insert_random_mask(columns, self.data_collator, seed=self.seed, prefix="")
+        prefix = "masked_" if "masked_labels" in columns else ""
+        frozen = {
+            name.removeprefix(prefix): values
+            for name, values in columns.items()
+            if name.startswith(prefix) and name != "word_ids"
+        }
+        batch = pad_rows(*join_rows(frozen), self.tokenizer)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
@@ -311,10 +293,4 @@ def as_log(metrics: MaskedLMMetrics, name: str) -> Mapping[str, float]:
         >>> as_log(MaskedLMMetrics(0.0, 1.0, 1.0, 1.0, 9), "eval")["eval_perplexity"]
         1.0
     """
-    return {
-        f"{name}_loss": metrics.loss,
-        f"{name}_perplexity": metrics.perplexity,
-        f"{name}_accuracy": metrics.accuracy,
-        f"{name}_top5_accuracy": metrics.top5_accuracy,
-        f"{name}_masked_tokens": metrics.masked_tokens,
-    }
+    return {f"{name}_{metric}": value for metric, value in asdict(metrics).items()}

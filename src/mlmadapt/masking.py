@@ -23,18 +23,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mlmadapt.padding import Features, join_rows, pad_rows, to_columns
-from mlmadapt.seeding import derive_key, hash_counters, hash_rows, spread_keys, to_unit
+from mlmadapt.padding import Features, Ints, join_rows, pad_rows, to_columns
+from mlmadapt.seeding import Hashes, derive_key, hash_counters, hash_rows, spread_keys, to_unit
 from mlmadapt.tokenization import special_token_ids
-from mlmadapt.weighting import WordWeights, spread_rate
+from mlmadapt.weighting import Floats, WordWeights, spread_rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
-Hashes = npt.NDArray[np.uint64]
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(eq=False)  # weights may be an array, which has no one truth

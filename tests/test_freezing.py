@@ -284,5 +284,8 @@ def test_collators_that_cannot_be_frozen() -> None:
         insert_random_mask(texts, OURS)
     with pytest.raises(ValueError, match=r"'input_ids' has \d+"):
         insert_random_mask({**examples(), "word_ids": [[0]]}, OURS)
+    for collator in (OURS, padding):
+        with pytest.raises(ValueError, match="the batch has no 'input_ids'"):
+            insert_random_mask({"word_ids": [[0]]}, collator)
     with pytest.raises(TypeError, match="float"):
         insert_random_mask(examples(), OURS, seed=0.5)  # type: ignore[arg-type]

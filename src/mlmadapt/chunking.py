@@ -53,8 +53,11 @@ def group_texts(
         a row is a word in both.
 
     Raises:
-        ValueError: If `chunk_size` or `remainder` is out of range, a column is not a column of
-            tokens, or columns differ in length.
+        ValueError: If `chunk_size` or `remainder` is out of range, there are no ``input_ids`` to
+            copy, a column is not a column of tokens, or columns differ in length.
+
+    Warns:
+        UserWarning: If a batch yields no row.
 
     Source:
         The recipe's step of this name: the Hugging Face course, chapter 7.3.

@@ -43,7 +43,7 @@ class MaskedLMMetrics:
         perplexity: The exponential of `loss`.
         accuracy: Share of masked tokens that are the model's first guess, in [0, 1].
         top5_accuracy: Share of masked tokens among its first five guesses, in [0, 1].
-        masked_tokens: How many tokens that is over.
+        masked_tokens: How many tokens that is over, 1 or more.
 
     Examples:
         >>> metrics = MaskedLMMetrics.from_sums(
@@ -71,8 +71,16 @@ class MaskedLMMetrics:
             top5_correct: How many tokens are among the first five guesses.
             masked_tokens: How many tokens the sums are over.
 
+        Returns:
+            The metrics.
+
         Raises:
             ValueError: If there are none.
+
+        Examples:
+            >>> sums = {"loss": 3.0, "correct": 1, "top5_correct": 2, "masked_tokens": 2}
+            >>> MaskedLMMetrics.from_sums(**sums).loss
+            1.5
         """
         if not masked_tokens:
             raise ValueError(
@@ -116,8 +124,8 @@ def evaluate_mlm(
         The figures over all masked tokens of all processes, the same on each.
 
     Raises:
-        ValueError: If there are no rows, they are not frozen, nothing in them is masked, or they do
-            not fit the model.
+        ValueError: If there are no rows, they are not frozen, nothing in them is masked, they do
+            not fit the model, or `batch_size` is below 1.
         TypeError: If `dataset` is a dict of datasets, or has no length.
 
     Examples:

@@ -30,11 +30,11 @@ def phrases(units: Iterable[str], *, ignore_case: bool = True) -> "WordBoundarie
         can be pickled, for `map`'s processes and fingerprint.
 
     Raises:
-        TypeError: If the phrases are one string.
+        TypeError: If the phrases are one string, or one of them is none.
         ValueError: If a phrase holds no word.
 
     Source:
-        Levine et al., PMI-Masking (ICLR 2021): masking collocations as units.
+        Levine et al. 2021, arXiv:2010.01825 (PMI-Masking: collocations masked as units).
 
     Examples:
         >>> boundaries = phrases(["New York", "New York Times"])

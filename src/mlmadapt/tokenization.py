@@ -68,8 +68,8 @@ def tokenize_with_word_ids(
         ``(sequence,)`` a column, or a table, as the batch was.
 
     Raises:
-        TypeError: If the tokenizer is not a fast one, a document is not a string, or
-            `word_boundaries` returns something else than spans.
+        TypeError: If the tokenizer is not a fast one, the column is not a batch, a document is not
+            a string, or `word_boundaries` returns something else than spans.
         ValueError: If the column is missing, a document is not valid Unicode, or `word_boundaries`
             returns spans that overlap, are empty, run backwards or leave the text.
 

@@ -115,7 +115,8 @@ def assert_masks_reproducible(
         tokenizer: Names tokens in messages.
 
     Raises:
-        AssertionError: With row, position in the row and token of the first difference.
+        AssertionError: With row, position in the row and token of the first difference; if nothing
+            is masked, or the collator changes the rows.
         ValueError: If `features` are no rows with ``input_ids``.
 
     Examples:

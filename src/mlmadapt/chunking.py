@@ -138,7 +138,7 @@ def _group_column(
         numbers = _number_words(line.to_numpy(), lengths, chunk_size, kept)
         line = pa.chunked_array([pa.array(numbers, value_type)])
     list_type = pa.large_list if pa.types.is_large_list(column.type) else pa.list_
-    rows = _lay_rows(line.slice(0, kept), chunk_size, list_type(value_type))
+    rows = list(_lay_rows(line.slice(0, kept), chunk_size, list_type(value_type)))
     return pa.chunked_array(rows, list_type(value_type))
 
 

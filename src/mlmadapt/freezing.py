@@ -45,8 +45,9 @@ def insert_random_mask(
         prefix: Put before the names of the new columns; ``""`` keeps the names.
 
     Returns:
-        The model's inputs and ``labels`` by their new names. A column is one array of shape
-        ``(batch, sequence)`` if all rows are of one length, and a list of arrays if not.
+        The model's inputs and ``labels`` by their new names, rows of shape ``(sequence,)``. A
+        column is one array of shape ``(batch, sequence)`` where our collator has masked rows of one
+        length, else an array or a list of arrays.
 
     Raises:
         ValueError: If there are no ``input_ids``, the collator returns no ``labels`` or rows of

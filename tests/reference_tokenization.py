@@ -54,29 +54,6 @@ def splits_at(tokenizer: PreTrainedTokenizerBase, space: str) -> bool:
     return len({*tokenizer(f"one{space}two").word_ids()} - {None}) > 1
 
 
-def reference_phrases(
-    text: str, units: Sequence[str], *, ignore_case: bool = True
-) -> list[tuple[int, int]]:
-    """Find phrases of ASCII words by trying every phrase at every word, the longest first."""
-    words = re.compile(r"\w+|[^\w\s]", re.ASCII)
-    patterns = []
-    for unit in sorted(units, key=lambda unit: -len(words.findall(unit))):
-        parts = [rf"\b{part}\b" if part.isalnum() else rf"\{part}" for part in words.findall(unit)]
-        flags = re.ASCII | (re.IGNORECASE if ignore_case else 0)
-        patterns.append(re.compile(r"\s*".join(parts), flags))
-    spans, position = [], 0
-    while position < len(text):
-        for pattern in patterns:
-            match = pattern.match(text, position)
-            if match:
-                spans.append(match.span())
-                position = match.end()
-                break
-        else:
-            position += 1
-    return spans
-
-
 def _touched(
     text: str,
     offsets: Sequence[tuple[int, int]],

@@ -226,13 +226,13 @@ def test_every_form_of_rows_is_left_as_it_was(name: str, form: Callable[..., Any
 
 
 def test_rows_of_one_length_come_as_one_array() -> None:
-    """And rows of several as a list; the rows are the same, by a table and on either side too."""
+    """Others as an array of arrays; the rows are the same, by a table and on either side too."""
     rows = examples()
     short = {name: column[:-1] for name, column in rows.items()}
     assert len(rows["input_ids"][-1]) < 16
     several, one = insert_random_mask(rows, OURS), insert_random_mask(short, OURS)
     assert one["masked_labels"].shape == (len(rows["input_ids"]) - 1, 16)
-    assert isinstance(several["masked_labels"], list)
+    assert several["masked_labels"].dtype == object
     assert {name: column[:-1] for name, column in listed(several).items()} == listed(one)
     nulls = {**rows, "word_ids": [[None if w < 0 else w for w in row] for row in rows["word_ids"]]}
     assert listed(insert_random_mask(pa.table(nulls), OURS)) == listed(several)
@@ -284,5 +284,8 @@ def test_collators_that_cannot_be_frozen() -> None:
         insert_random_mask(texts, OURS)
     with pytest.raises(ValueError, match=r"'input_ids' has \d+"):
         insert_random_mask({**examples(), "word_ids": [[0]]}, OURS)
+    for collator in (OURS, padding):
+        with pytest.raises(ValueError, match="the batch has no 'input_ids'"):
+            insert_random_mask({"word_ids": [[0]]}, collator)
     with pytest.raises(TypeError, match="float"):
         insert_random_mask(examples(), OURS, seed=0.5)  # type: ignore[arg-type]

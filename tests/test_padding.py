@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlmadapt.padding import join_rows, pad_features, split_rows
+from mlmadapt.padding import join_rows, pad_rows, split_rows, to_columns
 from mlmadapt.testing import tiny_tokenizer
 
 tokenizer = tiny_tokenizer("wordpiece")
@@ -27,11 +27,8 @@ def test_padding_is_that_of_the_tokenizer(
     features: list[dict[str, Any]] = [
         {"input_ids": row, "token_type_ids": [1] * len(row)} for row in ids
     ]
-    batch = pad_features(
-        [{**feature, "labels": feature["input_ids"]} for feature in features],
-        left,
-        pad_to_multiple_of=multiple,
-    )
+    columns = to_columns([{**feature, "labels": feature["input_ids"]} for feature in features])
+    batch = pad_rows(*join_rows(columns), left, pad_to_multiple_of=multiple)
     expected = left.pad(features, pad_to_multiple_of=multiple)
     for name in ("input_ids", "token_type_ids", "attention_mask"):
         assert batch[name].tolist() == expected[name]

@@ -72,7 +72,7 @@ def test_many_rows_are_measured_batch_by_batch(
 
 
 def test_other_mistakes(bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast) -> None:
-    """No rows, no tokens in them, several sets at once, and a tokenizer that has grown."""
+    """No rows, no tokens, several sets at once, a stream, and a tokenizer that has grown."""
     with pytest.raises(ValueError, match=r"^eval has no rows; group_texts drops"):
         check_rows("eval", [], model=bert, tokenizer=wordpiece)
     for raw in ([{"text": "a film"}], datasets.Dataset.from_list([{"text": "a film"}])):
@@ -81,8 +81,12 @@ def test_other_mistakes(bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFas
         ):
             check_rows("eval", raw, model=bert, tokenizer=wordpiece)
     sets = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
-    with pytest.raises(TypeError, match=r"^train is a DatasetDict of \['train'\]; pass the rows"):
-        check_rows("train", sets, model=bert, tokenizer=wordpiece)  # type: ignore[arg-type]
+    for name, rows in (
+        ("DatasetDict", sets),
+        ("IterableDataset", sets["train"].to_iterable_dataset()),
+    ):
+        with pytest.raises(TypeError, match=f"^eval is a {name}; it must be one dataset"):
+            check_rows("eval", rows, model=bert, tokenizer=wordpiece)  # type: ignore[arg-type]
     wordpiece.add_tokens(["neuroblastoma"])
     with pytest.raises(ValueError, match=r"tokenizer has 476 tokens, .* 475; .*embeddings\(476\)"):
         check_rows("train", ROWS, model=bert, tokenizer=wordpiece)

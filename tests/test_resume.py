@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +17,31 @@ from .scripts.processes import outcome, start, train
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+# Over two epochs; no number of processes divides the rows.
+UNEVEN = {"rows": 23, "per_device_train_batch_size": 3}
+
+
+@pytest.fixture(
+    name="on_processes",
+    params=product([1, 2, 3], ["no", "bf16"], [0, 1]),
+    ids=lambda each: "{} processes, {}, {} workers".format(*each),
+)
+def _on_processes(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Settings of a run on 1 to 3 processes, in both precisions, with and without a worker."""
+    world, precision, workers = request.param
+    return {
+        **UNEVEN,
+        "world": world,
+        "mixed_precision": precision,
+        "dataloader_num_workers": workers,
+    }
+
+
+def killed(step: int, rank: int = -1) -> dict[str, Any]:
+    """Have one process, or all, killed before a step."""
+    return {"at_step": {str(step): [["kill", rank]]}}
 
 
 def resume_until_done(folder: Path, *, kills: list[dict[str, Any]], **settings: Any) -> Any:
@@ -74,7 +100,7 @@ def test_a_run_killed_between_steps_ends_the_same(tmp_path: Path, name: str) -> 
     """Killed twice, once before the first checkpoint, whatever the settings; dropout is on."""
     settings = {"rows": 21, **GRID[name]}
     whole = outcome(tmp_path / "whole", **settings)
-    kills = [{"at_step": {"1": ["kill"]}}, {"at_step": {"5": ["kill"]}}]
+    kills = [killed(1), killed(5)]
     assert resume_until_done(tmp_path / "killed", kills=kills, **settings) == whole
     assert not whole["randomness_moved"]
 
@@ -87,12 +113,10 @@ def test_processes_killed_between_steps_end_the_same(tmp_path: Path, world: int)
     With 3, the first step after a resume would differ in the last bits if DDP had not settled its
     buckets; the DeBERTa has a parameter without gradient, for which DDP would wait in vain.
     """
-    settings = {"rows": 23, "per_device_train_batch_size": 3, "world": world}
-    if world == 2:
-        settings |= {"architecture": "deberta-v2"}
+    architecture = "deberta-v2" if world == 2 else "bert"
+    settings = {**UNEVEN, "world": world, "architecture": architecture}
     whole = outcome(tmp_path / "whole", **settings)
-    last = world - 1
-    kills = [{"at_step": {"3": [["kill", last]]}}, {"at_step": {"4": ["kill"]}}]
+    kills = [killed(3, rank=world - 1), killed(4)]
     assert resume_until_done(tmp_path / "killed", kills=kills, **settings) == whole
 
 
@@ -112,7 +136,7 @@ def check_random_plans(tmp_path: Path, count: int, seed: int) -> None:
         }
         whole = outcome(tmp_path / f"{number} whole", **settings)
         steps = sorted(generator.randrange(whole["steps"]) for _ in range(generator.randint(1, 2)))
-        kills = [{"at_step": {str(step): ["kill"]}} for step in steps]
+        kills = [killed(step) for step in steps]
         ended = resume_until_done(tmp_path / f"{number} killed", kills=kills, **settings)
         assert ended == whole, (settings, kills)
 
@@ -130,53 +154,33 @@ def test_many_runs_of_any_shape_end_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("workers", [0, 1])
 def test_processes_killed_at_any_step_end_the_same(
-    tmp_path: Path, world: int, precision: str, workers: int
+    tmp_path: Path, on_processes: dict[str, Any]
 ) -> None:
-    """Each step of a run on 1 to 3 processes, in both precisions, with and without a worker."""
-    settings = {
-        "rows": 23,
-        "per_device_train_batch_size": 3,
-        "world": world,
-        "mixed_precision": precision,
-        "dataloader_num_workers": workers,
-    }
-    whole = outcome(tmp_path / "whole", **settings)
+    """One process after the other is killed, before each step of a run."""
+    whole = outcome(tmp_path / "whole", **on_processes)
     for step in range(whole["steps"]):
-        kills = [{"at_step": {str(step): [["kill", step % world]]}}]
-        ended = resume_until_done(tmp_path / f"killed at {step}", kills=kills, **settings)
+        kills = [killed(step, rank=step % on_processes["world"])]
+        ended = resume_until_done(tmp_path / f"killed at {step}", kills=kills, **on_processes)
         assert ended == whole, step
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("workers", [0, 1])
 def test_processes_killed_at_any_moment_end_the_same(
-    tmp_path: Path, world: int, precision: str, workers: int
+    tmp_path: Path, on_processes: dict[str, Any]
 ) -> None:
     """Killed from outside by the clock, three times over, wherever they are (``-m slow``).
 
     The moments differ with the machine, and are in the message of a failure.
     """
-    settings = {
-        "rows": 23,
-        "per_device_train_batch_size": 3,
-        "world": world,
-        "mixed_precision": precision,
-        "dataloader_num_workers": workers,
-        "save_total_limit": 2,
-    }
+    settings = {**on_processes, "save_total_limit": 2}
     whole = outcome(tmp_path / "whole", **settings)
     before = time.monotonic()
     assert outcome(tmp_path / "timed", **settings) == whole
     seconds = time.monotonic() - before
-    generator = random.Random(f"{world} {precision} {workers}")  # noqa: S311
-    killed = 0
+    generator = random.Random(repr(on_processes))  # noqa: S311
+    hits = 0
     for number in range(4):
         folder = tmp_path / f"killed {number}"
         moments = [seconds * generator.random() for _ in range(3)]
@@ -189,10 +193,10 @@ def test_processes_killed_at_any_moment_end_the_same(
                 resume_from_checkpoint=True,
             )
             assert {each.code for each in ended} <= {0, -9}, [each.log for each in ended]
-            killed += any(each.code == -9 for each in ended)
+            hits += any(each.code == -9 for each in ended)
         ended = outcome(folder, **settings, resume_from_checkpoint=True)
         assert ended == whole, moments
-    assert killed >= 4
+    assert hits >= 4
 
 
 @pytest.mark.distributed
@@ -205,13 +209,13 @@ def test_another_number_of_processes_goes_on_with_the_same_rows(
     two = {**one, "world": 2, "per_device_train_batch_size": 2}
     one["per_device_train_batch_size"] = 4
     whole = outcome(tmp_path / "whole", **one)
-    start("train", folder=str(tmp_path / "both"), **two, at_step={"5": ["kill"]})
+    start("train", folder=str(tmp_path / "both"), **two, **killed(5))
     both = outcome(tmp_path / "both", **one, resume_from_checkpoint=True)
     losses = [[each["loss"] for each in run["history"] if "loss" in each] for run in (whole, both)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert both["tokens"] == whole["tokens"]
     # And back again, from one process to two.
-    start("train", folder=str(tmp_path / "back"), **one, at_step={"5": ["kill"]})
+    start("train", folder=str(tmp_path / "back"), **one, **killed(5))
     back = outcome(tmp_path / "back", **two, resume_from_checkpoint=True)
     assert back["final"] == pytest.approx(whole["final"], abs=1e-5)
 
@@ -340,9 +344,9 @@ def test_what_does_not_decide_the_outcome_may_change(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
     """Rows of a step may be cut up otherwise, and be saved and evaluated otherwise."""
-    whole = outcome(tmp_path / "whole", rows=20, per_device_train_batch_size=4, dropout=False)
     settings = {"rows": 20, "per_device_train_batch_size": 4, "dropout": False}
-    train(tmp_path / "killed", **settings, at_step={"7": ["kill"]})
+    whole = outcome(tmp_path / "whole", **settings)
+    train(tmp_path / "killed", **settings, **killed(7))
     ended = outcome(tmp_path / "killed", **{**settings, **change}, resume_from_checkpoint=True)
     assert ended["final"] == pytest.approx(whole["final"], abs=1e-6)
     assert ended["tokens"] == whole["tokens"]

@@ -173,18 +173,24 @@ def test_weight_decay_is_not_on_biases_and_norms(run: Run) -> None:
     assert sorted(map(id, decayed["params"] + others["params"])) == sorted(names)
 
 
+def rates(make: Any, *, steps: int, lr: float = 1e-3) -> list[float]:
+    """Return what a schedule sets, from before the first step to after the last."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+    scheduler = make(optimizer)
+    found = [scheduler.get_last_lr()[0]]
+    for _ in range(steps):
+        optimizer.step()
+        scheduler.step()
+        found.append(scheduler.get_last_lr()[0])
+    return found
+
+
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 0), (3, 3), (0.25, 2), (0.3, 3), (1, 1)])
 def test_warmup_is_in_steps_or_a_share_of_them(warmup: float, steps: int) -> None:
     """Of 8 steps; a share is rounded up."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     config = TrainingConfig(warmup_steps=warmup, lr_scheduler_type="constant_with_warmup")
-    scheduler = make_scheduler(optimizer, config, 8)
-    rates = []
-    for _ in range(8):
-        rates.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    assert rates == [min(1.0, step / max(steps, 1)) if step < steps else 1.0 for step in range(8)]
+    found = rates(lambda optimizer: make_scheduler(optimizer, config, 8), steps=8, lr=1.0)
+    assert found == [step / steps if step < steps else 1.0 for step in range(9)]
 
 
 @pytest.mark.parametrize(
@@ -194,13 +200,7 @@ def test_warmup_is_in_steps_or_a_share_of_them(warmup: float, steps: int) -> Non
 def test_schedules_are_those_of_transformers(run: Run, kind: str) -> None:
     """One value a step, from the learning rate on."""
     result = run.train(lr_scheduler_type=kind, warmup_steps=1)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
-    scheduler = make_scheduler(optimizer, TrainingConfig(lr_scheduler_type=kind, warmup_steps=1), 3)
-    expected = []
-    for _ in range(3):
-        optimizer.step()
-        scheduler.step()
-        expected.append(scheduler.get_last_lr()[0])
+    _, *expected = rates(lambda optimizer: get_scheduler(kind, optimizer, 1, 3), steps=3)
     assert logged(result, "learning_rate") == expected
 
 
@@ -220,14 +220,12 @@ def test_a_schedule_gets_its_own_arguments(run: Run, kind: str, arguments: Any) 
     ):
         run.train(**settings)
     result = run.train(**settings, lr_scheduler_kwargs=arguments)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
     given = json.loads(arguments) if isinstance(arguments, str) else arguments
-    scheduler = get_scheduler(kind, optimizer, 1, 3, scheduler_specific_kwargs=given)
-    expected = []
-    for _ in range(3):
-        optimizer.step()
-        scheduler.step()
-        expected.append(scheduler.get_last_lr()[0])
+
+    def make(optimizer: torch.optim.Optimizer) -> Any:
+        return get_scheduler(kind, optimizer, 1, 3, scheduler_specific_kwargs=given)
+
+    _, *expected = rates(make, steps=3)
     assert logged(result, "learning_rate") == expected
 
 

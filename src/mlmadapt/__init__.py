@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from mlmadapt.config import TrainingConfig
     from mlmadapt.evaluation import MaskedLMMetrics, evaluate_mlm
     from mlmadapt.freezing import insert_random_mask
+    from mlmadapt.gazetteer import phrases
     from mlmadapt.masking import WholeWordMaskingCollator
     from mlmadapt.prediction import masked_lm_loss, sparse_prediction
     from mlmadapt.result import TrainingResult
-    from mlmadapt.tokenization import phrases, tokenize_with_word_ids
+    from mlmadapt.tokenization import tokenize_with_word_ids
     from mlmadapt.training import accelerate_train
     from mlmadapt.view import show_masks
 
@@ -51,7 +52,7 @@ _HOME = {
     "group_texts": "chunking",
     "insert_random_mask": "freezing",
     "masked_lm_loss": "prediction",
-    "phrases": "tokenization",
+    "phrases": "gazetteer",
     "show_masks": "view",
     "sparse_prediction": "prediction",
     "tokenize_with_word_ids": "tokenization",

@@ -19,7 +19,17 @@ if TYPE_CHECKING:
 def mlmadapt_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
     """Make a tiny tokenizer, WordPiece unless parametrized indirectly with another kind.
 
-    It is new for each test, yours to change; only its training is shared.
+    It is new for each test, yours to change; only its training is shared::
+
+        @pytest.mark.parametrize("mlmadapt_tokenizer", ["byte_bpe"], indirect=True)
+        def test_films(mlmadapt_tokenizer):
+            assert mlmadapt_tokenizer.mask_token == "<mask>"
+
+    Returns:
+        The tokenizer, as `mlmadapt.testing.tiny_tokenizer` makes it.
+
+    Raises:
+        ValueError: If the parameter is no kind of tokenizer.
     """
     from mlmadapt.testing import tiny_tokenizer
 
@@ -32,7 +42,18 @@ def mlmadapt_model(
 ) -> PreTrainedModel:
     """Make a tiny model for `mlmadapt_tokenizer`, BERT unless parametrized indirectly.
 
-    It is new for each test, yours to train, and has the same weights each time.
+    It is new for each test, yours to train, and has the same weights each time::
+
+        @pytest.mark.parametrize("mlmadapt_model", ["distilbert"], indirect=True)
+        def test_predictions(mlmadapt_model, mlmadapt_tokenizer):
+            inputs = mlmadapt_tokenizer("a [MASK] film", return_tensors="pt")
+            assert mlmadapt_model(**inputs).logits.shape[-1] == len(mlmadapt_tokenizer)
+
+    Returns:
+        The model, as `mlmadapt.testing.tiny_model` makes it.
+
+    Raises:
+        ValueError: If the parameter is no architecture with a masked-language-model head.
     """
     from mlmadapt.testing import tiny_model
 

@@ -48,7 +48,10 @@ def write_checkpoint(
             save_file(dict(entries), building / f"{name}.safetensors", metadata=metadata)
         for name, text in texts.items():
             (building / f"{name}.json").write_text(json.dumps(text, indent=1))
-        files = {path.name: _describe(path) for path in sorted(building.iterdir())}
+        files = {
+            path.name: {"size": path.stat().st_size, "sha256": _hash(path)}
+            for path in sorted(building.iterdir())
+        }
         (building / _MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
         for path in [*building.iterdir(), building]:
             _flush(path)
@@ -222,10 +225,6 @@ def join_state(tensors: Mapping[str, torch.Tensor], rest: Any) -> Any:
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_PREFIX))
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": _hash(path)}
 
 
 def _hash(path: Path) -> str:

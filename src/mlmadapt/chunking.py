@@ -8,8 +8,9 @@ documents.
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, groupby, pairwise
+from operator import itemgetter
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -52,8 +53,11 @@ def group_texts(
         a row is a word in both.
 
     Raises:
-        ValueError: If `chunk_size` or `remainder` is out of range, a column is not a column of
-            tokens, or columns differ in length.
+        ValueError: If `chunk_size` or `remainder` is out of range, there are no ``input_ids`` to
+            copy, a column is not a column of tokens, or columns differ in length.
+
+    Warns:
+        UserWarning: If a batch yields no row.
 
     Source:
         The recipe's step of this name: the Hugging Face course, chapter 7.3.
@@ -65,20 +69,19 @@ def group_texts(
         ([[5, 6, 7, 8], [9]], [[0, 0, 1, 2], [0]])
     """
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        message = f"chunk_size is {chunk_size!r}; it must be a whole number of tokens, 1 or more"
-        raise ValueError(message)
+        raise ValueError(
+            f"chunk_size is {chunk_size!r}; it must be a whole number of tokens, 1 or more"
+        )
     if remainder not in ("drop", "keep"):
-        message = f"remainder is {remainder!r}; it must be 'drop' or 'keep'"
-        raise ValueError(message)
+        raise ValueError(f"remainder is {remainder!r}; it must be 'drop' or 'keep'")
     batch: Any = examples
     is_table = isinstance(batch, pa.Table)
     names = list(batch.column_names if is_table else batch)
     if labels and "input_ids" not in names:
-        message = (
+        raise ValueError(
             f"labels=True copies 'input_ids', but the columns are {names}; tokenize first, or pass "
             "labels=False"
         )
-        raise ValueError(message)
     measure = _table_lengths if is_table else _lengths
     lengths = _common_lengths({name: measure(name, batch[name]) for name in names})
     total = int(lengths.sum())
@@ -124,56 +127,43 @@ def _group_column(
     *,
     words: bool,
 ) -> pa.ChunkedArray:
-    pieces = [chunk.flatten() for chunk in column.chunks]
     value_type = column.type.value_type
+    line = pa.chunked_array([chunk.flatten() for chunk in column.chunks], value_type)
     if words:
         if value_type != pa.int32():  # numbers up to `chunk_size` do not fit every type
             value_type = pa.int64()
-        flat = pa.chunked_array(pieces, column.type.value_type).cast(value_type)
-        if flat.null_count:  # it would copy
-            flat = flat.fill_null(-1)
-        numbers = _number_words(flat.to_numpy(), lengths, chunk_size, kept)
-        pieces = [pa.array(numbers, value_type)]
+        line = line.cast(value_type)
+        if line.null_count:  # it would copy
+            line = line.fill_null(-1)
+        numbers = _number_words(line.to_numpy(), lengths, chunk_size, kept)
+        line = pa.chunked_array([pa.array(numbers, value_type)])
     list_type = pa.large_list if pa.types.is_large_list(column.type) else pa.list_
-    return pa.chunked_array(
-        _lay_rows(pieces, chunk_size, kept, list_type(value_type)), list_type(value_type)
-    )
+    rows = list(_lay_rows(line.slice(0, kept), chunk_size, list_type(value_type)))
+    return pa.chunked_array(rows, list_type(value_type))
 
 
-def _lay_rows(
-    pieces: list[pa.Array], chunk_size: int, kept: int, list_type: pa.DataType
-) -> list[pa.Array]:
-    """Lay rows over the pieces; only a row that two pieces share is copied."""
-    rows: list[pa.Array] = []
-    open_row: list[pa.Array] = []
-    array = pa.LargeListArray if pa.types.is_large_list(list_type) else pa.ListArray
-    offset_type = pa.int64() if pa.types.is_large_list(list_type) else pa.int32()
-
-    def lay(parts: list[pa.Array]) -> None:
-        values = parts[0] if len(parts) == 1 else pa.concat_arrays(parts)
+def _lay_rows(line: pa.ChunkedArray, chunk_size: int, list_type: pa.DataType) -> Iterator[pa.Array]:
+    """Lay rows over the pieces of a line; only a row that several pieces share is copied."""
+    is_large = pa.types.is_large_list(list_type)
+    array = pa.LargeListArray if is_large else pa.ListArray
+    offset_type = pa.int64() if is_large else pa.int32()
+    for _, parts in groupby(_cut_pieces(line, chunk_size), key=itemgetter(0)):
+        arrays = [values for _, values in parts]
+        values = arrays[0] if len(arrays) == 1 else pa.concat_arrays(arrays)
         offsets = np.append(np.arange(0, len(values), chunk_size), len(values))
-        rows.append(array.from_arrays(pa.array(offsets, offset_type), values, type=list_type))
+        yield array.from_arrays(pa.array(offsets, offset_type), values, type=list_type)
 
-    left = kept
-    for piece in pieces:
-        values = piece[:left]
-        left -= len(values)
-        if open_row:
-            missing = chunk_size - sum(map(len, open_row))
-            open_row.append(values[:missing])
-            values = values[missing:]
-            if sum(map(len, open_row)) < chunk_size:
-                continue
-            lay(open_row)
-            open_row = []
-        whole = len(values) - len(values) % chunk_size
-        if whole:
-            lay([values[:whole]])
-        if whole < len(values):
-            open_row = [values[whole:]]
-    if open_row:
-        lay(open_row)
-    return rows
+
+def _cut_pieces(line: pa.ChunkedArray, chunk_size: int) -> Iterator[tuple[int, pa.Array]]:
+    """Cut each piece into the end of a row, whole rows and the beginning of one; tell which row."""
+    start = 0
+    for piece in line.chunks:
+        head = min(-start % chunk_size, len(piece))
+        tail = len(piece) - (len(piece) - head) % chunk_size
+        for first, last in pairwise((0, head, tail, len(piece))):
+            if first < last:
+                yield (start + first) // chunk_size, piece[first:last]
+        start += len(piece)
 
 
 def _number_words(
@@ -227,11 +217,10 @@ def _table_lengths(name: str, column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
 
 
 def _refuse_column(name: str, seen: str) -> None:
-    message = (
+    raise ValueError(
         f"column {name!r} is not a column of tokens: {seen}; each row must be a list of numbers. "
         f"Remove the column, for example with remove_columns=[{name!r}] when tokenizing"
     )
-    raise ValueError(message)
 
 
 def _common_lengths(lengths: dict[str, npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
@@ -241,19 +230,17 @@ def _common_lengths(lengths: dict[str, npt.NDArray[np.int64]]) -> npt.NDArray[np
     first = lengths[names[0]]
     for name in names[1:]:
         if len(lengths[name]) != len(first):
-            message = (
+            raise ValueError(
                 f"column {name!r} has {len(lengths[name])} rows, {names[0]!r} has {len(first)}; "
                 "all columns must come from the same documents"
             )
-            raise ValueError(message)
         differ = np.flatnonzero(lengths[name] != first)
         if differ.size:
             row = int(differ[0])
-            message = (
+            raise ValueError(
                 f"row {row} has {first[row]} {names[0]!r} but {lengths[name][row]} {name!r}; "
                 "all columns must hold one value a token: tokenize them together"
             )
-            raise ValueError(message)
     return first
 
 

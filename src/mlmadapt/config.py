@@ -32,9 +32,9 @@ class TrainingConfig:
         per_device_eval_batch_size: Rows a process and forward pass; no effect on the metrics.
         gradient_accumulation_steps: Forward passes an optimizer step. Tokens weigh the same
             however the rows of a step are cut up.
-        learning_rate: Peak learning rate.
+        learning_rate: Of AdamW, at its peak.
         weight_decay: Of weight matrices; not of biases and norms.
-        max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
+        max_grad_norm: Gradients of a step are clipped to this norm; 0 for no clipping.
         lr_scheduler_type: A name that `transformers.get_scheduler` takes. Those that wait for a
             metric get the loss of the first evaluation set, after each evaluation.
         lr_scheduler_kwargs: Further arguments of that schedule, as a dict or its JSON:
@@ -70,7 +70,11 @@ class TrainingConfig:
         hub_private_repo: Whether a new repository is private; None takes the hub's default.
 
     Raises:
-        ValueError: If a value is out of range.
+        ValueError: If a value is out of range, or `load_best_model_at_end` lacks its checkpoints.
+
+    Source:
+        The names and defaults of transformers' documentation of `TrainingArguments`; the recipe's
+        of the Hugging Face course, chapter 7.3.
 
     Examples:
         >>> TrainingConfig(output_dir="adapted", learning_rate=1e-4).lr_scheduler_type

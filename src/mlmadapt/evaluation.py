@@ -8,7 +8,8 @@ sums are carried over all batches and processes and divided once.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mlmadapt.freezing import DataCollator, insert_random_mask
-from mlmadapt.padding import pad_features
+from mlmadapt.padding import join_rows, pad_rows, to_columns
 from mlmadapt.prediction import SparsePrediction, evaluation_mode, masked_logits, try_sparse
 from mlmadapt.preflight import check_rows
 
@@ -42,7 +43,7 @@ class MaskedLMMetrics:
         perplexity: The exponential of `loss`.
         accuracy: Share of masked tokens that are the model's first guess, in [0, 1].
         top5_accuracy: Share of masked tokens among its first five guesses, in [0, 1].
-        masked_tokens: How many tokens that is over.
+        masked_tokens: How many tokens that is over, 1 or more.
 
     Examples:
         >>> metrics = MaskedLMMetrics.from_sums(
@@ -70,8 +71,16 @@ class MaskedLMMetrics:
             top5_correct: How many tokens are among the first five guesses.
             masked_tokens: How many tokens the sums are over.
 
+        Returns:
+            The metrics.
+
         Raises:
             ValueError: If there are none.
+
+        Examples:
+            >>> sums = {"loss": 3.0, "correct": 1, "top5_correct": 2, "masked_tokens": 2}
+            >>> MaskedLMMetrics.from_sums(**sums).loss
+            1.5
         """
         if not masked_tokens:
             raise ValueError(
@@ -115,8 +124,8 @@ def evaluate_mlm(
         The figures over all masked tokens of all processes, the same on each.
 
     Raises:
-        ValueError: If there are no rows, they are not frozen, nothing in them is masked, or they do
-            not fit the model.
+        ValueError: If there are no rows, they are not frozen, nothing in them is masked, they do
+            not fit the model, or `batch_size` is below 1.
         TypeError: If `dataset` is a dict of datasets, or has no length.
 
     Examples:
@@ -128,16 +137,16 @@ def evaluate_mlm(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+    check_rows("dataset", dataset, model=model, tokenizer=tokenizer)
     if not is_frozen(dataset):
         raise ValueError(
             f"dataset is not frozen: its rows have {list(dataset[0])}, without labels that differ "
             "from the tokens; mask it with dataset.map(insert_random_mask, batched=True, "
             "fn_kwargs={'data_collator': ...}, remove_columns=dataset.column_names)"
         )
-    check_rows("dataset", dataset, model=model, tokenizer=tokenizer)
     collate = FrozenCollator(tokenizer)
     sparse = try_sparse(model, collate([dataset[row] for row in range(min(4, len(dataset)))]))
-    try:
+    with sparse or nullcontext():
         return evaluate_rows(
             model,
             dataset,
@@ -146,9 +155,6 @@ def evaluate_mlm(
             sparse=sparse,
             accelerator=accelerator,
         )
-    finally:
-        if sparse is not None:
-            sparse.remove()
 
 
 def is_frozen(dataset: "Dataset | Sequence[Row]") -> bool:
@@ -162,15 +168,6 @@ def is_frozen(dataset: "Dataset | Sequence[Row]") -> bool:
         >>> is_frozen([{"input_ids": [7, 8], "labels": [7, 8]}])
         False
     """
-    if isinstance(dataset, Mapping) or not hasattr(dataset, "__len__"):
-        raise TypeError(
-            f"the evaluation set is a {type(dataset).__name__}; it must be one dataset, or a list, "
-            "of rows that can be counted"
-        )
-    if not len(dataset):
-        raise ValueError(
-            "the evaluation set has no rows; group_texts drops what is shorter than chunk_size"
-        )
     # Several, since all tokens of a very short row may be masked, and each kept as it is.
     rows = (dataset[row] for row in range(min(8, len(dataset))))
     return any("masked_labels" in row or _is_masked(row) for row in rows)
@@ -209,23 +206,16 @@ class FrozenCollator:
 
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         """Return the model's inputs and ``labels``, of shape ``(batch, sequence)``."""
+        columns: Mapping[str, Any] = to_columns(rows)
         if self.data_collator is not None:
-            columns = {name: [row[name] for row in rows] for name in rows[0]}
-            frozen = insert_random_mask(columns, self.data_collator, seed=self.seed, prefix="")
-            rows = [
-                dict(zip(frozen, values, strict=True))
-                for values in zip(*frozen.values(), strict=True)
-            ]
-        prefix = "masked_" if "masked_labels" in rows[0] else ""
-        features = [
-            {
-                name.removeprefix(prefix): values
-                for name, values in row.items()
-                if name.startswith(prefix) and name != "word_ids"
-            }
-            for row in rows
-        ]
-        batch = pad_features(features, self.tokenizer)
+            columns = insert_random_mask(columns, self.data_collator, seed=self.seed, prefix="")
+        prefix = "masked_" if "masked_labels" in columns else ""
+        frozen = {
+            name.removeprefix(prefix): values
+            for name, values in columns.items()
+            if name.startswith(prefix) and name != "word_ids"
+        }
+        batch = pad_rows(*join_rows(frozen), self.tokenizer)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
@@ -311,10 +301,4 @@ def as_log(metrics: MaskedLMMetrics, name: str) -> Mapping[str, float]:
         >>> as_log(MaskedLMMetrics(0.0, 1.0, 1.0, 1.0, 9), "eval")["eval_perplexity"]
         1.0
     """
-    return {
-        f"{name}_loss": metrics.loss,
-        f"{name}_perplexity": metrics.perplexity,
-        f"{name}_accuracy": metrics.accuracy,
-        f"{name}_top5_accuracy": metrics.top5_accuracy,
-        f"{name}_masked_tokens": metrics.masked_tokens,
-    }
+    return {f"{name}_{metric}": value for metric, value in asdict(metrics).items()}

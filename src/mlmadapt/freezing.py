@@ -41,16 +41,18 @@ def insert_random_mask(
         data_collator: `WholeWordMaskingCollator`, or another library's. That one is called row by
             row (about 0.4 ms each) with the global generators seeded from (seed, row), and they are
             restored.
-        seed: Seed of the masks.
+        seed: Seed of the masks, a whole number.
         prefix: Put before the names of the new columns; ``""`` keeps the names.
 
     Returns:
-        The model's inputs and ``labels`` by their new names. A column is one array of shape
-        ``(batch, sequence)`` if all rows are of one length, and a list of arrays if not.
+        The model's inputs and ``labels`` by their new names, rows of shape ``(sequence,)``. A
+        column is one array of shape ``(batch, sequence)`` where our collator has masked rows of one
+        length, else an array or a list of arrays.
 
     Raises:
-        ValueError: If the collator returns no ``labels`` or rows of another length, and as the
-            collator does.
+        ValueError: If there are no ``input_ids``, the collator returns no ``labels`` or rows of
+            another length, and as the collator does.
+        TypeError: If `seed` is not a whole number, and as the collator does.
 
     Source:
         The recipe's function of this name: the Hugging Face course, chapter 7.3.
@@ -61,8 +63,8 @@ def insert_random_mask(
         >>> tokenizer = tiny_tokenizer("wordpiece")
         >>> rows = tokenize_with_word_ids({"text": ["a film"]}, tokenizer)
         >>> frozen = insert_random_mask(rows, WholeWordMaskingCollator(tokenizer), prefix="")
-        >>> sorted(frozen)
-        ['attention_mask', 'input_ids', 'labels', 'token_type_ids']
+        >>> tokenizer.decode(frozen["input_ids"][0]), frozen["labels"].shape
+        ('[CLS] a [MASK] [SEP]', (1, 4))
     """
     if isinstance(examples, pa.Table):
         examples = {name: examples[name].to_numpy() for name in examples.column_names}
@@ -101,6 +103,10 @@ def _freeze_row_by_row(
 ) -> dict[str, Any]:
     collate = purify(data_collator)
     frozen: dict[str, list[Any]] = {}
+    if "input_ids" not in examples:
+        raise ValueError(
+            f"the batch has no 'input_ids', only {list(examples)}; tokenize the documents first"
+        )
     for index, values in enumerate(zip(*(examples[name] for name in examples), strict=True)):
         # Copies, since some collators (the recipe's) change what they are given.
         row = dict(zip(examples, deepcopy(values), strict=True))

@@ -23,18 +23,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mlmadapt.padding import Features, join_rows, pad_rows, to_columns
-from mlmadapt.seeding import derive_key, hash_counters, hash_rows, spread_keys, to_unit
+from mlmadapt.padding import Features, Ints, join_rows, pad_rows, to_columns
+from mlmadapt.seeding import Hashes, derive_key, hash_counters, hash_rows, spread_keys, to_unit
 from mlmadapt.tokenization import special_token_ids
-from mlmadapt.weighting import WordWeights, spread_rate
+from mlmadapt.weighting import Floats, WordWeights, spread_rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
-Hashes = npt.NDArray[np.uint64]
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(eq=False)  # weights may be an array, which has no one truth
@@ -69,9 +64,7 @@ class WholeWordMaskingCollator:
         return_tensors: ``"pt"`` or ``"np"``.
 
     Raises:
-        ValueError: If the tokenizer has no mask token or an argument is out of range; at the call,
-            if a row has no ``word_ids`` or a column is not one number a token.
-        TypeError: At the call, if a row is not a dict.
+        ValueError: If the tokenizer has no mask token or an argument is out of range.
 
     Source:
         Devlin et al. 2019 (80/10/10); Cui et al. 2019, arXiv:1906.08101 (whole words).
@@ -165,6 +158,25 @@ class WholeWordMaskingCollator:
             features: Rows of columns: lists, arrays or tensors of one whole number a token, and
                 ``word_ids``, in which None and -1 both say "no word".
             return_tensors: In place of the collator's own, for this call.
+
+        Returns:
+            The batch, of int64 tensors or arrays.
+
+        Raises:
+            ValueError: If there are no rows, they differ in columns, a row has no ``word_ids``, a
+                column is not one whole number a token, a token is none of the tokenizer's,
+                `word_weights` returns no weight, or padding needs a token that there is not.
+            TypeError: If a row is not a dict, or the seed is no whole number.
+
+        Warns:
+            UserWarning: If the words of a row are 32 tokens long or more on average.
+
+        Examples:
+            >>> from mlmadapt.testing import tiny_tokenizer
+            >>> collator = WholeWordMaskingCollator(tiny_tokenizer(), wwm_probability=1.0)
+            >>> rows = [{"input_ids": [2, 7, 3], "word_ids": [-1, 0, -1]}]
+            >>> collator(rows, return_tensors="np")["labels"]
+            array([[-100,    7, -100]])
         """
         return_tensors = return_tensors or self.return_tensors
         _check_choice("return_tensors", return_tensors, ("pt", "np"))
@@ -182,6 +194,20 @@ class WholeWordMaskingCollator:
 
         Args:
             epoch: Any whole number; equal ones give equal masks.
+
+        Raises:
+            TypeError: If it is not one.
+
+        Examples:
+            >>> from mlmadapt.testing import tiny_tokenizer
+            >>> collator = WholeWordMaskingCollator(tiny_tokenizer(), seed=0)
+            >>> row = {"input_ids": [2, 7, 8, 9, 3], "word_ids": [-1, 0, 1, 2, -1]}
+            >>> for epoch in (0, 1, 0):
+            ...     collator.set_epoch(epoch)
+            ...     collator([row])["input_ids"][0].tolist()
+            [2, 4, 8, 9, 3]
+            [2, 7, 8, 4, 3]
+            [2, 4, 8, 9, 3]
         """
         if self._owner != os.getpid():
             # A training process of several that were handed one collator: each counts for itself.
@@ -189,12 +215,48 @@ class WholeWordMaskingCollator:
         self._epoch.value = epoch
 
     def collate(self, features: Features, *, key: int) -> dict[str, Ints]:
-        """Collate rows into arrays whose masks depend on (`key`, tokens of the row) alone."""
+        """Collate rows into arrays whose masks depend on (`key`, tokens of the row) alone.
+
+        Args:
+            features: As for the call.
+            key: In place of seed and epoch; 0 or more, below 2**64.
+
+        Returns:
+            Arrays of shape ``(batch, sequence)``, as the call.
+
+        Raises:
+            ValueError: As the call.
+            TypeError: As the call.
+
+        Examples:
+            >>> from mlmadapt.testing import tiny_tokenizer
+            >>> rows = [{"input_ids": [2, 7, 3], "word_ids": [-1, 0, -1]}]
+            >>> WholeWordMaskingCollator(tiny_tokenizer()).collate(rows, key=0)["input_ids"]
+            array([[2, 4, 3]])
+        """
         masked, lengths = self.mask(to_columns(features), key=key)
         return pad_rows(masked, lengths, self.tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
 
     def mask(self, columns: Mapping[str, Any], *, key: int) -> tuple[dict[str, Ints], Ints]:
-        """Mask rows given as columns; return them joined as by `join_rows`, and their lengths."""
+        """Mask rows given as columns, without padding them.
+
+        Args:
+            columns: Lists of rows by name, as a batch of `map` has them.
+            key: As for `collate`.
+
+        Returns:
+            Arrays of shape ``(tokens,)``, the rows end to end, and the rows' lengths in tokens.
+
+        Raises:
+            ValueError: As the call.
+
+        Examples:
+            >>> from mlmadapt.testing import tiny_tokenizer
+            >>> columns = {"input_ids": [[2, 7, 3]], "word_ids": [[-1, 0, -1]]}
+            >>> masked, lengths = WholeWordMaskingCollator(tiny_tokenizer()).mask(columns, key=0)
+            >>> masked["input_ids"], lengths
+            (array([2, 4, 3]), array([3]))
+        """
         for row, words in enumerate(columns.get("word_ids", [None])):
             if words is None:
                 raise ValueError(

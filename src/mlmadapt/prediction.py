@@ -42,7 +42,8 @@ def sparse_prediction(model: "PreTrainedModel") -> "SparsePrediction":
 
     Raises:
         ValueError: If the model is no encoder with a head on top: encoder-decoders, causal models
-            (whose labels are shifted), and models whose encoder cannot be told from their head.
+            (whose labels are shifted), and models whose encoder cannot be told from their head. In
+            a forward pass, if the encoder's output has not a position for each of the labels'.
 
     Source:
         Liu et al. 2019 (fairseq's masked_lm criterion); transformers#47688.
@@ -98,7 +99,17 @@ class SparsePrediction:
         ]
 
     def remove(self) -> None:
-        """Give the model its full head back."""
+        """Give the model its full head back.
+
+        Examples:
+            >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
+            >>> model = tiny_model(tiny_tokenizer()).train()
+            >>> handle = sparse_prediction(model)
+            >>> handle.remove()
+            >>> ids = torch.tensor([[2, 7, 8, 3]])
+            >>> model(input_ids=ids, labels=ids).logits.shape[:2]
+            torch.Size([1, 4])
+        """
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -111,7 +122,21 @@ class SparsePrediction:
 
     @contextmanager
     def at(self, positions: torch.Tensor) -> Iterator[None]:
-        """Predict at `positions` (bool, ``(batch, sequence)``) inside the block, in any mode."""
+        """Predict at `positions` inside the block, in any mode and without labels.
+
+        Args:
+            positions: Bool, of shape ``(batch, sequence)``.
+
+        Returns:
+            A context manager; logits have shape ``(1, positions that are True, vocabulary)`` in it.
+
+        Examples:
+            >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
+            >>> model, ids = tiny_model(tiny_tokenizer()), torch.tensor([[2, 7, 8, 3]])
+            >>> with sparse_prediction(model) as handle, handle.at(ids == 7):
+            ...     model(input_ids=ids).logits.shape[:2]
+            torch.Size([1, 1])
+        """
         self._asked = _Masked.of(positions)
         try:
             yield
@@ -248,6 +273,10 @@ def masked_lm_loss(
 
     Returns:
         The loss, a scalar in nats a token; 0 where nothing is masked.
+
+    Raises:
+        ValueError: By torch, if the logits are of other positions than the labels.
+        IndexError: By torch, if a label is past the vocabulary.
 
     Source:
         transformers#47688.

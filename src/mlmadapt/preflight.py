@@ -72,11 +72,12 @@ def check_rows(
     Raises:
         ValueError: If there are no rows, the tokenizer or a row has ids past the model's embedding,
             or a row is longer than the model's positions.
-        TypeError: If `dataset` is a dict of datasets.
+        TypeError: If `dataset` is a dict of datasets, or has no length.
     """
-    if isinstance(dataset, Mapping):
+    if isinstance(dataset, Mapping) or not hasattr(dataset, "__len__"):
         raise TypeError(
-            f"{name} is a {type(dataset).__name__} of {list(dataset)}; pass the rows of one of them"
+            f"{name} is a {type(dataset).__name__}; it must be one dataset (of a dict, one of its "
+            "values), or a list, of rows that can be counted"
         )
     if not len(dataset):
         raise ValueError(f"{name} has no rows; group_texts drops what is shorter than chunk_size")

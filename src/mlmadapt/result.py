@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingResult:
-    r"""What came of a run.
+    """What came of a run.
 
     Attributes:
         initial: Metrics of the first evaluation set before the first step; None without one.
@@ -19,10 +19,11 @@ class TrainingResult:
         best: The lowest loss of that set at any evaluation.
         history: What was logged, in order: ``step``, ``epoch``, and ``loss``, ``learning_rate``,
             ``grad_norm`` or ``eval_loss``, ``eval_perplexity``, ... as `Trainer` names them.
-        global_step: Optimizer steps.
+        global_step: Optimizer steps taken.
         tokens_seen: Tokens trained on, padding not counted, over all processes.
-        masked_tokens_seen: Tokens predicted.
-        seconds: Wall time of training and evaluation, that before an interruption included.
+        masked_tokens_seen: Tokens predicted, over all processes.
+        seconds: Wall time of training and evaluation in seconds, that before an interruption
+            included.
         output_dir: Where model and tokenizer lie.
 
     Examples:
@@ -39,8 +40,6 @@ class TrainingResult:
         ... )
         >>> [entry["loss"] for entry in result.history if "loss" in entry]
         [4.5]
-        >>> [axes.get_ylabel() for axes in result.plot().axes]
-        ['training loss\n(nats a masked token)']
     """
 
     initial: MaskedLMMetrics | None
@@ -54,7 +53,7 @@ class TrainingResult:
     output_dir: str
 
     def plot(self) -> "Figure":
-        """Draw the curves of a run by step: training loss, perplexities, learning rate.
+        r"""Draw the curves of a run by step: training loss, perplexities, learning rate.
 
         A perplexity that falls to less than a tenth is drawn on a logarithmic scale. The figure
         knows nothing of pyplot: save it with ``savefig``, or leave it as the last line of a
@@ -66,6 +65,21 @@ class TrainingResult:
 
         Raises:
             ImportError: If matplotlib is not installed.
+
+        Examples:
+            >>> result = TrainingResult(
+            ...     initial=None,
+            ...     final=None,
+            ...     best=None,
+            ...     history=[{"step": 1, "loss": 4.5}, {"step": 2, "learning_rate": 0.0}],
+            ...     global_step=2,
+            ...     tokens_seen=16384,
+            ...     masked_tokens_seen=3276,
+            ...     seconds=1.0,
+            ...     output_dir="adapted",
+            ... )
+            >>> [axes.get_ylabel() for axes in result.plot().axes]
+            ['training loss\n(nats a masked token)', 'learning rate']
         """
         try:
             from matplotlib.figure import Figure  # noqa: PLC0415  # an optional extra

@@ -7,17 +7,17 @@ on those that do not, and for languages without spaces, words come from the text
 """
 
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
-from itertools import chain, pairwise
+from itertools import chain
 from operator import index
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+from mlmadapt.padding import split_rows
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -66,12 +66,12 @@ def tokenize_with_word_ids(
         The model's inputs by the tokenizer's names (``input_ids``, ``attention_mask``, and
         ``token_type_ids`` where the model has them), and ``word_ids``: an integer a token, rising
         within a document, -1 for a token of no word: special tokens, and tokens of nothing but
-        white space where words come from white space. A dict with an array of arrays of shape
+        white space where words come from white space. A dict with an array of rows of shape
         ``(sequence,)`` a column, or a table, as the batch was.
 
     Raises:
-        TypeError: If the tokenizer is not a fast one, a document is not a string, or
-            `word_boundaries` returns something else than spans.
+        TypeError: If the tokenizer is not a fast one, the column is not a batch, a document is not
+            a string, or `word_boundaries` returns something else than spans.
         ValueError: If the column is missing, a document is not valid Unicode, or `word_boundaries`
             returns spans that overlap, are empty, run backwards or leave the text.
 
@@ -83,11 +83,10 @@ def tokenize_with_word_ids(
         [[-1, 0, 1, -1], [-1, 0, 0, 0, 0, -1]]
     """
     if not getattr(tokenizer, "is_fast", False):
-        message = (
+        raise TypeError(
             f"tokenizer is a {type(tokenizer).__name__}, which is not a fast tokenizer and does "
             "not know its words; load one with AutoTokenizer.from_pretrained(...)"
         )
-        raise TypeError(message)
     is_table = isinstance(examples, pa.Table)
     texts = _read_texts(examples, text_column)
     backend: Tokenizer = tokenizer.backend_tokenizer
@@ -100,13 +99,8 @@ def tokenize_with_word_ids(
     # One flat array a column: lists of lists would cost more than half the tokenizing again.
     columns = {"input_ids": _flat((encoding.ids for encoding in encodings), lengths, np.int32)}
     if "token_type_ids" in tokenizer.model_input_names:
-        # The template of a single text gives them, whatever the text: mostly 0 throughout.
-        longest = max(encodings, key=len, default=None)
-        if longest is not None and any(longest.type_ids):
-            types = _flat((encoding.type_ids for encoding in encodings), lengths, np.int8)
-        else:
-            types = np.zeros(lengths.sum(), np.int8)
-        columns["token_type_ids"] = types
+        types = (encoding.type_ids for encoding in encodings)
+        columns["token_type_ids"] = _flat(types, lengths, np.int8)
     if "attention_mask" in tokenizer.model_input_names:
         columns["attention_mask"] = np.ones(lengths.sum(), np.int8)
 
@@ -134,58 +128,11 @@ def tokenize_with_word_ids(
         word_ids = _words_of_spans(spans, texts, encodings, is_text, outside=word_ids)
     columns["word_ids"] = word_ids
 
-    ends: npt.NDArray[np.int64] = np.cumsum(lengths)
     if is_table:
-        offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
+        offsets = pa.array(np.append(0, np.cumsum(lengths)), pa.int32())
         lists = [pa.ListArray.from_arrays(offsets, pa.array(flat)) for flat in columns.values()]
         return cast("Batch", pa.table(lists, names=list(columns)))
-    cuts = list(pairwise([0, *ends.tolist()]))
-    return cast("Batch", {name: _rows(flat, cuts) for name, flat in columns.items()})
-
-
-def phrases(units: Iterable[str], *, ignore_case: bool = True) -> WordBoundaries:
-    """Make `word_boundaries` of a list of phrases, so that each is masked as one word.
-
-    For gazetteers, code lists and PMI phrase lists. The longest phrase wins where several begin at
-    the same word; phrases match whole words only, across any white space. Looking up takes time by
-    the length of the text, not of the list.
-
-    Args:
-        units: The phrases, such as ``"New York"``.
-        ignore_case: Match ``"new york"`` too.
-
-    Returns:
-        A callable from a text to the ``(start, end)`` character spans of its phrases, in order; it
-        can be pickled, for `map`'s processes and fingerprint.
-
-    Raises:
-        TypeError: If the phrases are one string.
-        ValueError: If a phrase holds no word.
-
-    Source:
-        Levine et al., PMI-Masking (ICLR 2021): masking collocations as units.
-
-    Examples:
-        >>> boundaries = phrases(["New York", "New York Times"])
-        >>> boundaries("The New York Times is read in New  York.")
-        [(4, 18), (30, 39)]
-    """
-    if isinstance(units, str):
-        message = (
-            f"units is the string {units!r:.40}; it must be a list of phrases: [{units!r:.40}]"
-        )
-        raise TypeError(message)
-    known = set()
-    for unit in units:
-        words = _word().findall(unit)
-        if not words:
-            message = f"phrase {unit!r} holds no word; remove it from the list"
-            raise ValueError(message)
-        known.add(tuple(word.casefold() if ignore_case else word for word in words))
-    longest: dict[str, int] = {}
-    for phrase in known:
-        longest[phrase[0]] = max(len(phrase), longest.get(phrase[0], 0))
-    return partial(_find_phrases, known=known, longest=longest, ignore_case=ignore_case)
+    return cast("Batch", {name: split_rows(flat, lengths) for name, flat in columns.items()})
 
 
 def special_token_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
@@ -207,76 +154,35 @@ def special_token_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     return (flagged - {tokenizer.unk_token_id}) | roles
 
 
-@cache
-def _word() -> re.Pattern[str]:
-    """Match a run of letters, a character of a script without spaces, or a punctuation mark."""
-    no_spaces = (
-        "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-        "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
-    )
-    # Combining marks and joiners, which are no letters to `re`, end no word.
-    characters = map(chr, range(0x300, 0x20000))
-    joined = "".join(c for c in characters if unicodedata.category(c)[0] == "M") + "\u200c\u200d"
-    return re.compile(rf"(?:(?![{no_spaces}])[\w{joined}])+|(?:[{no_spaces}]|[^\w\s])[{joined}]*")
-
-
-def _find_phrases(
-    text: str,
-    *,
-    known: set[tuple[str, ...]],
-    longest: Mapping[str, int],
-    ignore_case: bool,
-) -> list[tuple[int, int]]:
-    places = [match.span() for match in _word().finditer(text)]
-    words = [text[start:end] for start, end in places]
-    if ignore_case:
-        words = [word.casefold() for word in words]
-    spans, position = [], 0
-    while position < len(words):
-        most = min(longest.get(words[position], 0), len(words) - position)
-        for length in range(most, 0, -1):
-            if tuple(words[position : position + length]) in known:
-                spans.append((places[position][0], places[position + length - 1][1]))
-                position += length
-                break
-        else:
-            position += 1
-    return spans
-
-
 def _read_texts(batch: Any, text_column: str) -> list[str]:
     is_table = isinstance(batch, pa.Table)
     names = batch.column_names if is_table else list(batch)
     if text_column not in names:
-        message = (
+        raise ValueError(
             f"text_column is {text_column!r}, but the columns are {names}; "
             "name the column with the documents"
         )
-        raise ValueError(message)
     column = batch[text_column]
     if column is None or isinstance(column, (str, bytes)):
-        message = (
+        raise TypeError(
             f"column {text_column!r} is {column!r:.40}, not a batch of documents; "
             "call map with batched=True"
         )
-        raise TypeError(message)
     texts = column.to_pylist() if is_table else list(column)
     for row, text in enumerate(texts):
         if not isinstance(text, str):
-            message = (
+            raise TypeError(
                 f"row {row} of column {text_column!r} in this batch is {text!r:.40}, of type "
                 f"{type(text).__name__}; each document must be a str: convert it, or drop it with "
                 "dataset.filter"
             )
-            raise TypeError(message)
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            message = (
+            raise ValueError(
                 f"row {row} of column {text_column!r} in this batch is not valid Unicode "
                 f"({error}); clean it with text.encode(errors='replace').decode()"
-            )
-            raise ValueError(message) from None
+            ) from None
     return texts
 
 
@@ -307,14 +213,6 @@ def _unsplit_white_space(backend: "Tokenizer") -> list[str]:
     return [space for space in _WHITE_SPACE if not splits(space)]
 
 
-def _rows(flat: npt.NDArray[Any], cuts: list[tuple[int, int]]) -> npt.NDArray[np.object_]:
-    """Cut into an array of arrays, which `datasets` writes some ten times as fast as a list."""
-    rows = np.empty(len(cuts), object)
-    for row, (start, end) in enumerate(cuts):
-        rows[row] = flat[start:end]
-    return rows
-
-
 def _flat(
     rows: Iterable[list[int]], lengths: npt.NDArray[np.int64], dtype: type[np.signedinteger[Any]]
 ) -> npt.NDArray[Any]:
@@ -342,21 +240,19 @@ def _place_spans(texts: list[str], word_boundaries: WordBoundaries) -> npt.NDArr
         try:
             pairs = [(index(start), index(end)) for start, end in returned]
         except (TypeError, ValueError) as error:
-            message = (
+            raise TypeError(
                 f"word_boundaries returned {returned!r:.60} for row {row} of this batch; it must "
                 "return a list of (start, end) character positions"
-            )
-            raise TypeError(message) from error
+            ) from error
         spans = np.array(pairs, np.int64).reshape(-1, 2)
         wrong = (spans[:, 0] >= spans[:, 1]) | (spans[:, 1] > len(text))
         wrong |= spans[:, 0] < np.concatenate([[0], spans[:-1, 1]])[: len(spans)]
         if wrong.any():
-            message = (
+            raise ValueError(
                 f"word_boundaries returned span {pairs[int(wrong.argmax())]} for row {row} of this "
                 f"batch, a text of {len(text)} characters; spans must be in order, not overlap, "
                 "not be empty, and lie in the text"
             )
-            raise ValueError(message)
         # Without white space at the ends, which on some tokenizers is part of the next token.
         trimmed = [_TRIMMED.search(text, *pair) for pair in pairs]
         spans = np.array([match.span() for match in trimmed if match], np.int64).reshape(-1, 2)

@@ -75,7 +75,20 @@ class MaskView:
     __repr__ = __str__
 
     def to_text(self, *, color: bool) -> str:
-        """Return a line a row, and one of counts."""
+        """Return a line a row, and one of counts.
+
+        Args:
+            color: Paint targets, with the escape codes of terminals.
+
+        Returns:
+            The lines, without one at the end.
+
+        Examples:
+            >>> view = MaskView([[[Piece("film", "[MASK]", "masked", "")]]])
+            >>> print(view.to_text(color=False))
+            0: {film -> [MASK]}
+            1 of 1 words: 1 masked, 0 replaced, 0 kept
+        """
 
         def paint(text: str, fate: str) -> str:
             return f"\x1b[{_ANSI[fate]}m{text}\x1b[0m" if color and fate else text
@@ -139,8 +152,9 @@ def show_masks(
         Each target is ``{true -> seen}``, seen being what the model sees. Nothing is printed.
 
     Raises:
-        ValueError: If the batch has no ``input_ids`` and ``labels``, or `features` are not its
-            rows.
+        ValueError: If the batch has no rows, or no ``input_ids`` and ``labels``; if `features` are
+            not its rows, or have no ``word_ids``.
+        TypeError: If one of several rows is not a dict.
 
     Examples:
         >>> from mlmadapt import WholeWordMaskingCollator, tokenize_with_word_ids

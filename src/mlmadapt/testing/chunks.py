@@ -34,13 +34,15 @@ def assert_tokens_kept(
         examples: What was chunked: a dict of columns, a list of rows, a `Dataset` or a
             ``pyarrow.Table``.
         chunks: What came of it, in order, as any of these.
-        max_dropped: Tokens that may be missing at the end: ``chunk_size - 1`` for a remainder that
-            is dropped after one pass over everything.
+        max_dropped: How many tokens may be missing at the end: ``chunk_size - 1`` for a remainder
+            that is dropped after one pass over everything.
         tokenizer: Names tokens in messages.
 
     Raises:
         AssertionError: With chunk, position, token and example of the first fault.
-        ValueError: If a column is not one whole number a token.
+        ValueError: If there are no rows or no ``input_ids``, or a column is not one whole number a
+            token.
+        TypeError: If one of several rows is not a dict.
 
     Examples:
         >>> documents = {"input_ids": [[5, 6, 7], [8]], "word_ids": [[0, 0, 1], [0]]}

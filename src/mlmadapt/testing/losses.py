@@ -30,7 +30,7 @@ def assert_same_loss(
 
     Args:
         compute_loss: From (model, part of the batch, masked tokens of the whole step) to the share
-            of the part in the step's loss, as ``Trainer.compute_loss`` is called.
+            of the part in the step's loss, a scalar, as ``Trainer.compute_loss`` is called.
         model: Gives ``logits`` of shape ``(batch, sequence, vocabulary)``. Dropout is off for the
             time; parameters, their ``.grad`` and the modes of modules are left as they were.
         batch: The model's inputs and ``labels`` of shape ``(batch, sequence)``, -100 where nothing
@@ -42,6 +42,10 @@ def assert_same_loss(
     Raises:
         AssertionError: With the row, its loss and the exact one, or the worst parameter.
         ValueError: If the batch has no masked token.
+        KeyError: If it has no ``labels``.
+
+    Source:
+        transformers#47688, where row 0 below would be found.
 
     Examples:
         >>> from mlmadapt import masked_lm_loss

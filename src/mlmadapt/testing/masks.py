@@ -7,15 +7,13 @@ They look at what a collator returns, never at how it is made.
 from __future__ import annotations
 
 import copy
-import random
-from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from mlmadapt.testing.rows import column_of, find_rows, name_token, name_word, to_array
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -117,7 +115,8 @@ def assert_masks_reproducible(
         tokenizer: Names tokens in messages.
 
     Raises:
-        AssertionError: With row, position in the row and token of the first difference.
+        AssertionError: With row, position in the row and token of the first difference; if nothing
+            is masked, or the collator changes the rows.
         ValueError: If `features` are no rows with ``input_ids``.
 
     Examples:
@@ -136,6 +135,8 @@ label 7 as a batch of its own; a mask must depend on seed, epoch and the row's t
     """
     __tracebackhide__ = True
     import torch
+
+    from mlmadapt.seeding import seeded
 
     features = [dict(row) for row in features]
 
@@ -163,22 +164,23 @@ label 7 as a batch of its own; a mask must depend on seed, epoch and the row's t
         ("by a copy of the collator", collate_by_copy, every),
         *([("in a worker", collate_in_workers, every)] if num_workers else []),
     ]
-    with _randomness_put_back() as seed_all:
+    with seeded(0):
         first = collate(collator, every)
-        _assert_some_target(first)
-        for seed, (way, own, numbers) in enumerate(ways):
-            seed_all(seed)
-            for row in collate(own, numbers):
-                before = first[row.number]
-                differ = (row.inputs != before.inputs) | (row.labels != before.labels)
-                if differ.any():
-                    at = int(differ.argmax())
-                    raise AssertionError(
-                        f"row {row.number}, position {at}, {name_token(row.tokens[at], tokenizer)}:"
-                        f" input {before.inputs[at]} and label {before.labels[at]} at first, input "
-                        f"{row.inputs[at]} and label {row.labels[at]} {way}; a mask must depend on "
-                        "seed, epoch and the row's tokens alone"
-                    )
+    _assert_some_target(first)
+    for key, (way, own, numbers) in enumerate(ways, start=1):
+        with seeded(key):
+            rows = collate(own, numbers)
+        for row in rows:
+            before = first[row.number]
+            differ = (row.inputs != before.inputs) | (row.labels != before.labels)
+            if differ.any():
+                at = int(differ.argmax())
+                raise AssertionError(
+                    f"row {row.number}, position {at}, {name_token(row.tokens[at], tokenizer)}: "
+                    f"input {before.inputs[at]} and label {before.labels[at]} at first, input "
+                    f"{row.inputs[at]} and label {row.labels[at]} {way}; a mask must depend on "
+                    "seed, epoch and the row's tokens alone"
+                )
 
 
 def _assert_some_target(rows: Sequence[FoundRow]) -> None:
@@ -194,23 +196,3 @@ def _assert_unchanged(number: int, before: Mapping[str, Any], after: Mapping[str
         ours, theirs = (repr(to_array(row.get(name)).tolist()) for row in (before, after))
         if ours != theirs:
             raise AssertionError(f"row {number}: the collator changes {name!r} of its own input")
-
-
-@contextmanager
-def _randomness_put_back() -> Iterator[Callable[[int], None]]:
-    """Give a function that seeds all global generators, and put them back."""
-    import numpy as np
-    import torch
-
-    def seed_all(seed: int) -> None:
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 (what others draw from)
-        torch.manual_seed(seed)
-
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield seed_all
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002

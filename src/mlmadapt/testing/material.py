@@ -66,7 +66,7 @@ def tiny_corpus(rows: int = 200, *, seed: int = 0) -> list[str]:
         seed: Another seed gives another corpus.
 
     Returns:
-        The documents; none is empty.
+        As many documents; none is empty.
 
     Examples:
         >>> tiny_corpus()[5]
@@ -261,6 +261,7 @@ def tiny_model(
 
     Raises:
         ValueError: By transformers, if there is no such architecture, or none with that head.
+        NotImplementedError: By transformers, of some with other names for their sizes.
 
     Examples:
         >>> tokenizer = tiny_tokenizer()

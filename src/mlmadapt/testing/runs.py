@@ -66,10 +66,12 @@ def assert_resumes_exactly(
         timeout: Seconds that each run may take before it is killed.
 
     Raises:
-        AssertionError: With the name of what differs, by how much, and both values.
-        ValueError: If `train` is a lambda or a function in a function, takes no optimizer step, or
-            `at_step` is not one of its steps.
-        RuntimeError: If `train` fails, with its traceback, or ends its process.
+        AssertionError: With the name of what differs, by how much, and both values; if the signal
+            does not end a run, or the resumed one begins again.
+        ValueError: If `train` is a lambda or a function in a function, takes no optimizer step,
+            returns nothing, or `at_step` is not one of its steps.
+        RuntimeError: If `train` fails, with its traceback, ends its process, or returns what cannot
+            be compared.
         TimeoutError: If a run takes too long.
 
     Examples:

@@ -24,28 +24,23 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 1000  # what `map` takes by default
 MAPPED_DOCUMENTS = 10_000
+SIZES = (125, 500, 2000, 8000)
+LARGEST_FOR_RECIPE = 2000  # a minute for 8,000
 COLUMNS = ["input_ids", "attention_mask", "word_ids"]
 CHUNK_SIZE = 128
 
 
 def main() -> None:
-    """Measure on one batch, then through `map`."""
+    """Measure on one batch, through `map`, then on batches of four sizes."""
     arguments = measure.parse_arguments(__doc__, rounds=9)
     material = measure.load_material(arguments, documents=MAPPED_DOCUMENTS)
-    report = measure.Report("Chunking", material.description, arguments.output)
+    report = measure.Report("Chunking", material.description, arguments)
 
     ours = tokenize_with_word_ids(pa.table({"text": material.texts}), material.tokenizer)
     ours = ours.select(COLUMNS)
     table = ours.slice(0, BATCH_SIZE)
-    lists = with_nulls(table).to_pydict()
-    check_same(lists, table)
-    contenders = {
-        "ours, Arrow": measure.Contender(group_texts, lambda: table),
-        "ours, lists": measure.Contender(group_texts, lambda: lists),
-        "chain, lists": measure.Contender(group_by_chain, lambda: lists),
-        "recipe, lists": measure.Contender(group_by_sum, lambda: lists),
-    }
-    times = measure.take_turns(contenders, rounds=arguments.rounds)
+    check_same(with_nulls(table).to_pydict(), table)
+    times = measure.take_turns(contenders_for(table), rounds=arguments.rounds)
     report.times("one batch", times, count=BATCH_SIZE, unit="documents")
 
     with tempfile.TemporaryDirectory() as folder:
@@ -63,6 +58,14 @@ def main() -> None:
     title = f"through map, batches of {BATCH_SIZE:,}"
     report.times(title, mapped, count=len(material.texts), unit="documents")
 
+    sizes = {size: contenders_for(ours.slice(0, size)) for size in SIZES}
+    growth = measure.take_turns_by_size(sizes, rounds=max(arguments.rounds // 2, 3))
+    report.growth(
+        "documents a batch",
+        {"ms": measure.milliseconds(growth), "peak MB": measure.peak_megabytes(sizes)},
+        absent="left out: a minute",
+    )
+
     ratio = measure.Claim.ratio
     arrow, lists_, chain, recipe = times.values()
     mapped_arrow, mapped_lists, mapped_chain = mapped.values()
@@ -78,6 +81,19 @@ def main() -> None:
         ],
     )
     report.save()
+
+
+def contenders_for(table: pa.Table) -> dict[str, measure.Contender]:
+    """Give a batch to each, as it takes it."""
+    lists = with_nulls(table).to_pydict()
+    contenders = {
+        "ours, Arrow": measure.Contender(group_texts, lambda: table),
+        "ours, lists": measure.Contender(group_texts, lambda: lists),
+        "chain, lists": measure.Contender(group_by_chain, lambda: lists),
+    }
+    if len(table) <= LARGEST_FOR_RECIPE:
+        contenders["recipe, lists"] = measure.Contender(group_by_sum, lambda: lists)
+    return contenders
 
 
 def with_nulls(table: pa.Table) -> pa.Table:

@@ -324,10 +324,8 @@ class Report:
 
             file = f"{self.figures['benchmark'].lower()}.svg"
             draw_growth(self.pictures / file, over, panels)
-            print(
-                f"![The same as lines, on logarithmic axes]({self.pictures.name}/{file})\n",
-                flush=True,
-            )
+            told = f"{' and '.join(panels)} by {over}, as above, on logarithmic axes"
+            print(f"![{told}]({self.pictures.name}/{file})\n", flush=True)
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print a table, its columns as wide as they need to be."""

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from _measure import Report
 
-linear = {size: np.array([0.9, 1.0, 1.2]) * size for size in (1, 4, 16, 64)}
-quadratic = {size: np.array([size**2.0]) for size in (1, 4, 16)}
+linear = {size: np.array([0.9, 1.0, 1.2]) * size for size in (2, 8, 32, 128)}
+quadratic = {size: np.array([size**2.0]) for size in (2, 8, 32)}
 folder = Path(sys.argv[1])
 report = Report("Trying", "none", Namespace(output=folder / "figures.jsonl", pictures=folder))
 report.growth("rows", {"ms": {"ours": linear, "recipe": quadratic}}, absent="too long")
@@ -34,15 +34,15 @@ def test_growth_is_told_and_drawn(tmp_path: Path) -> None:
     cells = [[cell.strip() for cell in line.split("|")] for line in ended.stdout.splitlines()]
     rows = {row[1]: row[2:-1] for row in cells if len(row) > 1}
     assert rows["ms, by rows"] == ["ours", "recipe"]
-    assert rows["16"] == ["16.0 (14.4 to 19.2)", "256"]
-    assert rows["64"] == ["64.0 (57.6 to 76.8)", "too long"]
+    assert rows["32"] == ["32.0 (28.8 to 38.4)", "1,024"]
+    assert rows["128"] == ["128 (115 to 154)", "too long"]
     assert rows["order of growth"] == ["1.00", "2.00"]
     assert f"({tmp_path.name}/trying.svg)" in ended.stdout
     picture = (tmp_path / "trying.svg").read_text(encoding="utf-8")
-    assert all(f">{text}<" in picture for text in ("ours", "recipe", "rows", "64", "ms"))
+    assert all(f">{text}<" in picture for text in ("ours", "recipe", "rows", "128", "ms"))
     assert "date" not in picture
     figures = json.loads((tmp_path / "figures.jsonl").read_text(encoding="utf-8"))
-    assert figures["growth"]["ms, by rows"]["recipe"] == {"1": [1.0], "4": [16.0], "16": [256.0]}
+    assert figures["growth"]["ms, by rows"]["recipe"] == {"2": [4.0], "8": [64.0], "32": [1024.0]}
 
 
 def test_speed_is_drawn_of_the_claims_that_are_made(tmp_path: Path) -> None:

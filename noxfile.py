@@ -151,13 +151,20 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure, and write docs/benchmarks.md; arguments go to every script."""
+    """Measure, write docs/benchmarks.md and draw docs/pictures; arguments go to every script."""
     install(session, ".", *nox.project.dependency_groups(PYPROJECT, "bench"))
+    folder, pictures = Path("tests/benchmarks"), Path("docs/pictures")
+    figures = Path(session.virtualenv.location, "figures.jsonl")
+    figures.unlink(missing_ok=True)
+    outputs = [f"--pictures={pictures}", f"--output={figures}"]
     with Path("docs/benchmarks.md").open("w", encoding="utf-8") as page:
-        page.write(Path("tests/benchmarks/README.md").read_text(encoding="utf-8"))
+        page.write((folder / "README.md").read_text(encoding="utf-8"))
         page.flush()
-        for script in sorted(Path("tests/benchmarks").glob("[a-z]*.py")):
-            session.run("python", str(script), *session.posargs, stdout=page, stderr=sys.stderr)
+        for script in sorted(folder.glob("[a-z]*.py")):
+            command = ["python", str(script), *session.posargs, *outputs]
+            session.run(*command, stdout=page, stderr=sys.stderr)
+    speed = pictures / "speed.svg"
+    session.run("python", str(folder / "_pictures.py"), str(figures), str(speed))
 
 
 @nox.session

@@ -15,10 +15,11 @@ import os
 import platform
 import random
 import time
+import tracemalloc
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 # Before any Hugging Face library is imported, which read them once: nothing here needs the hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,6 +27,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import AutoTokenizer
 
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 datasets.disable_progress_bars()
+
+# A quantity of contenders by size, a number a round.
+Growth: TypeAlias = "dict[str, dict[int, npt.NDArray[np.float64]]]"
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy", "pyarrow")
 
@@ -62,8 +67,14 @@ def parse_arguments(doc: str | None, *, rounds: int) -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, default=rounds, help="turns of each contender (default: %(default)s)"
     )
-    parser.add_argument("--output", type=Path, help="file to append the figures to, a JSON a line")
+    add_outputs(parser)
     return parser.parse_args()
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Add the options that tell where figures and pictures go."""
+    parser.add_argument("--output", type=Path, help="file to append the figures to, a JSON a line")
+    parser.add_argument("--pictures", type=Path, help="folder to draw in, beside the written page")
 
 
 @dataclass(frozen=True)
@@ -139,8 +150,8 @@ class Times:
 
 
 def take_turns(
-    contenders: dict[str, Contender], *, rounds: int, seconds: float = 0.05
-) -> dict[str, Times]:
+    contenders: dict[Any, Contender], *, rounds: int, seconds: float = 0.05
+) -> dict[Any, Times]:
     """Time the contenders in turns, each repeated within a turn for about `seconds`."""
     repeats = {}
     for name, contender in contenders.items():
@@ -148,13 +159,58 @@ def take_turns(
         if wall < 1:  # a first turn is a slow one
             wall, _ = _take_turn(contender, 1)
         repeats[name] = min(max(math.ceil(seconds / wall), 1), 1000)
-    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    turns: dict[Any, list[tuple[float, float]]] = {name: [] for name in contenders}
     names = list(contenders)
     for round_ in range(rounds):
         shift = round_ % len(names)
         for name in names[shift:] + names[:shift]:
             turns[name].append(_take_turn(contenders[name], repeats[name]))
     return {name: Times(*np.array(times).T) for name, times in turns.items()}
+
+
+def take_turns_by_size(
+    contenders: dict[int, dict[str, Contender]], *, rounds: int
+) -> dict[str, dict[int, Times]]:
+    """Time the contenders of all sizes in the same rounds, so that sizes can be compared, too."""
+    flat = {
+        (name, size): each for size, named in contenders.items() for name, each in named.items()
+    }
+    times = take_turns(flat, rounds=rounds)
+    names = dict.fromkeys(name for name, _ in times)
+    return {
+        name: {size: each for (of, size), each in times.items() if of == name} for name in names
+    }
+
+
+def milliseconds(times: dict[str, dict[int, Times]]) -> Growth:
+    """Return the wall time of contenders by size."""
+    return {
+        name: {size: 1e3 * each.wall for size, each in by_size.items()}
+        for name, by_size in times.items()
+    }
+
+
+def peak_megabytes(contenders: dict[int, dict[str, Contender]]) -> Growth:
+    """Measure the most that Python, NumPy and Arrow allocate in a call, beyond its input."""
+    growth: Growth = {}
+    for size, named in contenders.items():
+        for name, contender in named.items():
+            growth.setdefault(name, {})[size] = np.array([_peak_memory(contender) / 1e6])
+    return growth
+
+
+def _peak_memory(contender: Contender) -> int:
+    each = contender.prepare()
+    arrow, default = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    tracemalloc.start()
+    pa.set_memory_pool(arrow)
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        contender.run(each)
+        return tracemalloc.get_traced_memory()[1] - before + arrow.max_memory()
+    finally:
+        pa.set_memory_pool(default)
+        tracemalloc.stop()
 
 
 def _take_turn(contender: Contender, repeats: int) -> tuple[float, float]:
@@ -211,8 +267,8 @@ class Claim:
 class Report:
     """Tables in Markdown on standard output, and the figures behind them in a file."""
 
-    def __init__(self, title: str, description: str, output: Path | None) -> None:
-        self.output = output
+    def __init__(self, title: str, description: str, arguments: argparse.Namespace) -> None:
+        self.output, self.pictures = arguments.output, arguments.pictures
         self.figures: dict[str, Any] = {
             "benchmark": title,
             "data": description,
@@ -245,6 +301,32 @@ class Report:
         values = {claim.name: claim.values.tolist() for claim in claims}
         self.figures.setdefault("claims", {}).update(values)
 
+    def growth(self, over: str, panels: dict[str, Growth], *, absent: str = "") -> None:
+        """Print a table a quantity and draw them; `absent` tells why a size is left out."""
+        for quantity, contenders in panels.items():
+            columns = contenders.values()
+            rows = [
+                (
+                    f"{size:,}",
+                    *(_spread(column[size]) if size in column else absent for column in columns),
+                )
+                for size in sorted({size for column in columns for size in column})
+            ]
+            rows.append(("order of growth", *(f"{_order(column):.2f}" for column in columns)))
+            title = f"{quantity}, by {over}"
+            self.table((title, *contenders), rows)
+            self.figures.setdefault("growth", {})[title] = {
+                name: {size: values.tolist() for size, values in column.items()}
+                for name, column in contenders.items()
+            }
+        if self.pictures:
+            from _pictures import draw_growth  # what is timed shall not import matplotlib
+
+            file = f"{self.figures['benchmark'].lower()}.svg"
+            draw_growth(self.pictures / file, over, panels)
+            told = f"{' and '.join(panels)} by {over}, as above, on logarithmic axes"
+            print(f"![{told}]({self.pictures.name}/{file})\n", flush=True)
+
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print a table, its columns as wide as they need to be."""
         lines = [header, *rows]
@@ -268,6 +350,18 @@ def _figure(value: float) -> str:
     if not value:
         return "0"
     return f"{value:,.{max(2 - math.floor(math.log10(abs(value))), 0)}f}"
+
+
+def _spread(values: npt.NDArray[np.float64]) -> str:
+    """Write a median, and the lowest and the highest if there are several."""
+    several = f" ({_figure(values.min())} to {_figure(values.max())})" * (len(values) > 1)
+    return _figure(float(np.median(values))) + several
+
+
+def _order(values: dict[int, npt.NDArray[np.float64]]) -> float:
+    """Return which power of the size a cost grows with: 1 is linear, 2 quadratic."""
+    first, last = min(values), max(values)
+    return math.log(np.median(values[last]) / np.median(values[first]), last / first)
 
 
 def _machine() -> str:

@@ -24,34 +24,29 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 1000  # what `map` takes by default
 MAPPED_DOCUMENTS = 10_000
+SIZES = (125, 500, 2000, 8000)
+LARGEST_FOR_RECIPE = 2000  # a minute for 8,000
 COLUMNS = ["input_ids", "attention_mask", "word_ids"]
 CHUNK_SIZE = 128
 
 
 def main() -> None:
-    """Measure on one batch, then through `map`."""
+    """Measure on one batch, through `map`, then on batches of four sizes."""
     arguments = measure.parse_arguments(__doc__, rounds=9)
     material = measure.load_material(arguments, documents=MAPPED_DOCUMENTS)
-    report = measure.Report("Chunking", material.description, arguments.output)
+    report = measure.Report("Chunking", material.description, arguments)
 
-    ours = tokenize_with_word_ids(pa.table({"text": material.texts}), material.tokenizer)
-    ours = ours.select(COLUMNS)
-    table = ours.slice(0, BATCH_SIZE)
-    lists = with_nulls(table).to_pydict()
-    check_same(lists, table)
-    contenders = {
-        "ours, Arrow": measure.Contender(group_texts, lambda: table),
-        "ours, lists": measure.Contender(group_texts, lambda: lists),
-        "chain, lists": measure.Contender(group_by_chain, lambda: lists),
-        "recipe, lists": measure.Contender(group_by_sum, lambda: lists),
-    }
-    times = measure.take_turns(contenders, rounds=arguments.rounds)
+    tokens = tokenize_with_word_ids(pa.table({"text": material.texts}), material.tokenizer)
+    tokens = tokens.select(COLUMNS)
+    table = tokens.slice(0, BATCH_SIZE)
+    check_same(with_nulls(table).to_pydict(), table)
+    times = measure.take_turns(contenders_for(table), rounds=arguments.rounds)
     report.times("one batch", times, count=BATCH_SIZE, unit="documents")
 
     with tempfile.TemporaryDirectory() as folder:
         files = Files(folder)
-        ours = files.write("ours", ours)
-        theirs = files.write("theirs", with_nulls(ours.data.table))
+        ours = files.write("ours", tokens)
+        theirs = files.write("theirs", with_nulls(tokens))
         contenders = {
             "ours, Arrow": measure.Contender(
                 files.map(group_texts), files.before(ours.with_format("arrow"))
@@ -62,6 +57,15 @@ def main() -> None:
         mapped = measure.take_turns(contenders, rounds=max(arguments.rounds // 2, 3))
     title = f"through map, batches of {BATCH_SIZE:,}"
     report.times(title, mapped, count=len(material.texts), unit="documents")
+
+    sizes = {size: contenders_for(tokens.slice(0, size)) for size in SIZES}
+    growth = measure.take_turns_by_size(sizes, rounds=max(arguments.rounds // 2, 3))
+    report.growth(
+        "documents a batch",
+        {"ms": measure.milliseconds(growth), "peak MB": measure.peak_megabytes(sizes)},
+        absent="left out: a minute",
+    )
+    print("Peak memory is what Python, NumPy and Arrow allocate beyond the batch.\n")
 
     ratio = measure.Claim.ratio
     arrow, lists_, chain, recipe = times.values()
@@ -78,6 +82,19 @@ def main() -> None:
         ],
     )
     report.save()
+
+
+def contenders_for(table: pa.Table) -> dict[str, measure.Contender]:
+    """Give a batch to each, as it takes it."""
+    lists = with_nulls(table).to_pydict()
+    contenders = {
+        "ours, Arrow": measure.Contender(group_texts, lambda: table),
+        "ours, lists": measure.Contender(group_texts, lambda: lists),
+        "chain, lists": measure.Contender(group_by_chain, lambda: lists),
+    }
+    if len(table) <= LARGEST_FOR_RECIPE:
+        contenders["recipe, lists"] = measure.Contender(group_by_sum, lambda: lists)
+    return contenders
 
 
 def with_nulls(table: pa.Table) -> pa.Table:

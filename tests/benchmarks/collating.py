@@ -2,14 +2,12 @@
 
 All get lists, fresh from Arrow, as a dataset without a format hands them out, and make tensors.
 Rows that lie about for longer are read slower, by all alike: their numbers are strewn over memory.
-The recipe's rows
-have word ids with None and labels; transformers' have offsets, and the mask of special tokens,
-without which it is slower.
+The recipe's rows have word ids with None and labels; transformers' have offsets, and the mask of
+special tokens, without which it is slower.
 """
 
 from __future__ import annotations
 
-import tracemalloc
 import warnings
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -38,7 +36,7 @@ def main() -> None:
     """Measure at the recipe's size, then 4 rows of four lengths."""
     arguments = measure.parse_arguments(__doc__, rounds=9)
     material = measure.load_material(arguments, documents=DOCUMENTS)
-    report = measure.Report("Collating", material.description, arguments.output)
+    report = measure.Report("Collating", material.description, arguments)
     data = Corpus(material.texts, material.tokenizer)
 
     times = measure.take_turns(data.contenders(rows=64, length=128), rounds=arguments.rounds)
@@ -47,24 +45,19 @@ def main() -> None:
     long = measure.take_turns(contenders, rounds=max(arguments.rounds // 2, 3))
     report.times("4 rows of 8,192", long, count=4, unit="rows")
 
-    # All lengths in one round, so that they can be compared; what is quadratic is left out.
     lengths = {length: data.contenders(rows=4, length=length) for length in LENGTHS}
-    alone = {f"4 x {length:,}": contenders["ours"] for length, contenders in lengths.items()}
-    growth = measure.take_turns(alone, rounds=arguments.rounds)
-    header = ("4 rows of", "ours: ns a token", *(f"{name}: peak bytes a token" for name in long))
-    rows = []
-    for times_of_length, (length, contenders) in zip(growth.values(), lengths.items(), strict=True):
-        nanoseconds = 1e9 * np.median(times_of_length.wall) / (4 * length)
-        peaks = {name: peak_memory(each) / (4 * length) for name, each in contenders.items()}
-        cells = (f"{peaks[name]:,.0f}" if name in peaks else "" for name in long)
-        rows.append((f"{length:,}", f"{nanoseconds:,.0f}", *cells))
-    report.table(header, rows)
+    growth = measure.take_turns_by_size(lengths, rounds=arguments.rounds)
+    report.growth(
+        "tokens a row, 4 rows",
+        {"ms": measure.milliseconds(growth), "peak MB": measure.peak_megabytes(lengths)},
+        absent="left out: 16 GB",
+    )
     print("Peak memory is Python's and NumPy's; tensors made by torch come on top.\n")
 
     ratio = measure.Claim.ratio
     ours, ours_none, recipe, transformers = times.values()
     long_ours, _, long_recipe, long_transformers = long.values()
-    shortest, *_, longest = growth.values()
+    shortest, *_, longest = growth["ours"].values()
     tokens = LENGTHS[-1] / LENGTHS[0]
     report.claims(
         "how many times as long",
@@ -141,18 +134,6 @@ class Corpus:
             assert (np.where(is_target, labels, masked) == tokens).all(), name
             assert (masked[is_target] == self.tokenizer.mask_token_id).all(), name
             assert 0.1 < is_target.mean() < 0.3, (name, is_target.mean())
-
-
-def peak_memory(contender: measure.Contender) -> int:
-    """Return the most bytes allocated at once during a call, beyond its input."""
-    rows = contender.prepare()
-    tracemalloc.start()
-    try:
-        before, _ = tracemalloc.get_traced_memory()
-        contender.run(rows)
-        return tracemalloc.get_traced_memory()[1] - before
-    finally:
-        tracemalloc.stop()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ the same collator of single tokens, row by row, so that masks depend on the row 
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import _measure as measure
 import pyarrow as pa
@@ -23,21 +24,54 @@ from mlmadapt import (
     tokenize_with_word_ids,
 )
 
-DOCUMENTS = 2000
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DOCUMENTS = 4000
 ROWS = 1000  # what `map` hands over at a time
+SIZES = (125, 500, 2000, 8000)
 
 
 def main() -> None:
-    """Measure on one batch of `map`, as lists and as arrays."""
+    """Measure on one batch of `map`, as lists and as arrays, then on batches of four sizes."""
     arguments = measure.parse_arguments(__doc__, rounds=9)
     material = measure.load_material(arguments, documents=DOCUMENTS)
     tokenizer = material.tokenizer
-    report = measure.Report("Freezing", material.description, arguments.output)
+    report = measure.Report("Freezing", material.description, arguments)
 
     tokens = tokenize_with_word_ids(pa.table({"text": material.texts}), tokenizer)
     tokens = tokens.select(["input_ids", "attention_mask", "word_ids"])
-    table = group_texts(tokens, chunk_size=128, labels=False).slice(0, ROWS)
-    assert len(table) == ROWS, "the texts are too short"
+    rows = group_texts(tokens, chunk_size=128, labels=False)
+    assert len(rows) >= SIZES[-1], "the texts are too short"
+    contenders = contenders_for(rows.slice(0, ROWS), tokenizer)
+    times = measure.take_turns(contenders, rounds=arguments.rounds)
+    report.times(f"{ROWS:,} rows of 128", times, count=ROWS, unit="rows")
+
+    sizes = {size: contenders_for(rows.slice(0, size), tokenizer) for size in SIZES}
+    growth = measure.take_turns_by_size(sizes, rounds=max(arguments.rounds // 2, 3))
+    report.growth("rows a batch", {"ms": measure.milliseconds(growth)})
+
+    ratio = measure.Claim.ratio
+    lists_, arrays_ = times["ours, lists"], times["ours, arrays"]
+    rates = [
+        measure.Claim(f"rows a second, {name}", ROWS / each.wall, ROWS / each.cpu, at_least=50_000)
+        for name, each in (("lists", lists_), ("arrays", arrays_))
+    ]
+    report.claims(
+        "how many",
+        [
+            *rates,
+            ratio("recipe / ours, lists, times as long", times["recipe"], lists_),
+            ratio("recipe / ours, arrays, times as long", times["recipe"], arrays_),
+        ],
+    )
+    report.save()
+
+
+def contenders_for(
+    table: pa.Table, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, measure.Contender]:
+    """Give a batch to each, as it takes it."""
     lists = table.to_pydict()
     arrays = Dataset(table).with_format("numpy")[:]
     no_words = {name: lists[name] for name in ("input_ids", "attention_mask")}
@@ -55,7 +89,7 @@ def main() -> None:
         assert all((one == other).all() for one, other in pairs), name
 
     freeze = partial(insert_random_mask, data_collator=ours)
-    contenders = {
+    return {
         "ours, lists": measure.Contender(freeze, lambda: lists),
         "ours, arrays": measure.Contender(freeze, lambda: arrays),
         "ours, single tokens": measure.Contender(
@@ -72,24 +106,6 @@ def main() -> None:
             partial(recipe_insert_random_mask, data_collator=theirs), lambda: no_words
         ),
     }
-    times = measure.take_turns(contenders, rounds=arguments.rounds)
-    report.times(f"{ROWS:,} rows of 128", times, count=ROWS, unit="rows")
-
-    ratio = measure.Claim.ratio
-    lists_, arrays_ = times["ours, lists"], times["ours, arrays"]
-    rates = [
-        measure.Claim(f"rows a second, {name}", ROWS / each.wall, ROWS / each.cpu, at_least=50_000)
-        for name, each in (("lists", lists_), ("arrays", arrays_))
-    ]
-    report.claims(
-        "how many",
-        [
-            *rates,
-            ratio("recipe / ours, lists, times as long", times["recipe"], lists_),
-            ratio("recipe / ours, arrays, times as long", times["recipe"], arrays_),
-        ],
-    )
-    report.save()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ print(json.dumps([wall, cpu, len(loaded), [name for name in {heavy} if name in l
 def main() -> None:
     """Measure the package itself often, and what it leaves to first use a few times."""
     arguments = measure.parse_arguments(__doc__, rounds=15)
-    report = measure.Report("Importing", "none needed", arguments.output)
+    report = measure.Report("Importing", "none needed", arguments)
     package = "import mlmadapt"
     statements = [package, *(f"from mlmadapt import {name}" for name in NAMES)]
     statements += ["import torch", "import transformers"]

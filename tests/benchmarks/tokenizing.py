@@ -26,68 +26,31 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 1000  # what `map` takes by default
 DOCUMENTS = 4000
+SIZES = (125, 500, 2000, 8000)
 
 
 def main() -> None:
     """Measure through `map`, from a dataset in a file to a dataset in a file."""
     arguments = measure.parse_arguments(__doc__, rounds=7)
-    material = measure.load_material(arguments, documents=DOCUMENTS)
+    material = measure.load_material(arguments, documents=SIZES[-1])
     texts, tokenizer = material.texts, material.tokenizer
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    report = measure.Report("Tokenizing", material.description, arguments.output)
+    report = measure.Report("Tokenizing", material.description, arguments)
     threads = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else os.cpu_count()
     print(f"The tokenizer runs on {threads} threads.\n")
-    batches = [texts[start : start + BATCH_SIZE] for start in range(0, len(texts), BATCH_SIZE)]
-
-    def encode(batches: list[list[str]]) -> None:
-        for batch in batches:
-            backend.encode_batch(batch)
-
     with tempfile.TemporaryDirectory() as folder:
-        Dataset.from_dict({"text": texts}).save_to_disk(f"{folder}/texts")
-        dataset = load_from_disk(f"{folder}/texts")
-        file = Path(folder, "rows.arrow")
-        fingerprints = map(str, count())
-
-        def prepare() -> Dataset:
-            file.unlink(missing_ok=True)
-            return dataset
-
-        def through_map(function: Any, dataset: Dataset) -> Dataset:
-            return dataset.map(
-                function,
-                batched=True,
-                fn_kwargs={"tokenizer": tokenizer},
-                remove_columns=["text"],
-                load_from_cache_file=False,
-                cache_file_name=str(file),
-                new_fingerprint=next(fingerprints),
-            )
-
-        def through_lists(dataset: Dataset) -> Dataset:
-            return through_map(tokenize_with_word_ids, dataset)
-
-        def through_arrow(dataset: Dataset) -> Dataset:
-            return through_map(tokenize_with_word_ids, dataset.with_format("arrow"))
-
-        def through_recipe(dataset: Dataset) -> Dataset:
-            return through_map(tokenize_as_recipe, dataset)
-
-        check_same(texts, through_arrow(dataset), tokenizer)
-        contenders = {
-            "encode_batch alone": measure.Contender(encode, lambda: batches),
-            "ours, lists": measure.Contender(through_lists, prepare),
-            "ours, Arrow": measure.Contender(through_arrow, prepare),
-            "recipe, lists": measure.Contender(through_recipe, prepare),
-        }
+        contenders = contenders_for(texts[:DOCUMENTS], tokenizer, folder)
         times = measure.take_turns(contenders, rounds=arguments.rounds)
+        sizes = {size: contenders_for(texts[:size], tokenizer, folder) for size in SIZES}
+        growth = measure.take_turns_by_size(sizes, rounds=max(arguments.rounds // 2, 3))
     hashing = {"hash": measure.Contender(Hasher.hash, lambda: tokenizer)}
     once = measure.take_turns(hashing, rounds=arguments.rounds)["hash"]
     report.times(
-        f"through map, batches of {BATCH_SIZE:,}", times, count=len(texts), unit="documents"
+        f"through map, batches of {BATCH_SIZE:,}", times, count=DOCUMENTS, unit="documents"
     )
+    report.growth("documents", {"ms": measure.milliseconds(growth)})
 
     ratio = measure.Claim.ratio
     bare, lists, arrow, recipe = times.values()
@@ -102,6 +65,54 @@ def main() -> None:
         ],
     )
     report.save()
+
+
+def contenders_for(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, folder: str
+) -> dict[str, measure.Contender]:
+    """Put the texts into a file and let all read it but the bare call, which has them in memory."""
+    backend = tokenizer.backend_tokenizer
+    batches = [texts[start : start + BATCH_SIZE] for start in range(0, len(texts), BATCH_SIZE)]
+    Dataset.from_dict({"text": texts}).save_to_disk(f"{folder}/{len(texts)}")
+    dataset = load_from_disk(f"{folder}/{len(texts)}")
+    file = Path(folder, "rows.arrow")
+    fingerprints = map(str, count())
+
+    def encode(batches: list[list[str]]) -> None:
+        for batch in batches:
+            backend.encode_batch(batch)
+
+    def prepare() -> Dataset:
+        file.unlink(missing_ok=True)
+        return dataset
+
+    def through_map(function: Any, dataset: Dataset) -> Dataset:
+        return dataset.map(
+            function,
+            batched=True,
+            fn_kwargs={"tokenizer": tokenizer},
+            remove_columns=["text"],
+            load_from_cache_file=False,
+            cache_file_name=str(file),
+            new_fingerprint=next(fingerprints),
+        )
+
+    def through_lists(dataset: Dataset) -> Dataset:
+        return through_map(tokenize_with_word_ids, dataset)
+
+    def through_arrow(dataset: Dataset) -> Dataset:
+        return through_map(tokenize_with_word_ids, dataset.with_format("arrow"))
+
+    def through_recipe(dataset: Dataset) -> Dataset:
+        return through_map(tokenize_as_recipe, dataset)
+
+    check_same(texts, through_arrow(prepare()), tokenizer)
+    return {
+        "encode_batch alone": measure.Contender(encode, lambda: batches),
+        "ours, lists": measure.Contender(through_lists, prepare),
+        "ours, Arrow": measure.Contender(through_arrow, prepare),
+        "recipe, lists": measure.Contender(through_recipe, prepare),
+    }
 
 
 def tokenize_as_recipe(

@@ -5,8 +5,9 @@ for all. Each contender runs in a process of its own, in turns, so that peak mem
 step is timed from the end of one optimizer step to the end of the next, data loading included, and
 the first two are left out. Models have random weights: time does not depend on them.
 
-Memory is the most that was taken up to the end of the last step, beyond what was before training:
-a model is saved by one of the three only. What the loop itself costs is what is left of a step of
+The recipe and ours take smaller batches, too, in the same rounds, which tells how cost grows. Peak
+memory is the most that was taken up to the end of the last step, beyond what was before training: a
+model is saved by one of the three only. What the loop itself costs is what is left of a step of
 ours without forward pass (the loss included), backward pass, clipping and optimizer: loading,
 collating, counting, logging. Clipping, which the recipe does not do, is told apart.
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _measure import Claim, Report, Times
+from _measure import Claim, Growth, Report, Times, add_outputs, milliseconds
 
 SIZES: dict[str, dict[str, Any]] = {
     "4.4 M-parameter BERT, 64 x 128": {
@@ -35,6 +36,7 @@ SIZES: dict[str, dict[str, Any]] = {
             "num_attention_heads": 2,
             "intermediate_size": 512,
         },
+        "smaller": (1, 4, 16),  # in fp32, to see cost grow
         "at_least": 4.0,
         "loop": {},
     },
@@ -58,25 +60,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
     parser.add_argument("--steps", type=int, default=10, help="timed steps a turn")
     parser.add_argument("--precision", nargs="+", default=["no", "bf16"], choices=["no", "bf16"])
-    parser.add_argument("--output", type=Path, help="file to append the figures to, a JSON a line")
+    add_outputs(parser)
     parser.add_argument("--turn", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.turn:
         print(json.dumps(take_turn(**arguments.turn)))
         return
-    report = Report(
-        "Training", "random tokens, 15 % masked, 30,522 in the vocabulary", arguments.output
-    )
+    report = Report("Training", "random tokens, 15 % masked, 30,522 in the vocabulary", arguments)
     claims = []
     for size, chosen in SIZES.items():
         for precision in arguments.precision:
             title = f"{size}, {'fp32' if precision == 'no' else precision}"
-            turns = {name: [] for name in CONTENDERS}
+            smaller = chosen.get("smaller", ()) if precision == "no" else ()
+            takes = [(name, chosen["batch"]) for name in CONTENDERS]
+            takes += [(name, batch) for batch in smaller for name in ("recipe", "mlmadapt")]
+            turns = {take: [] for take in takes}
             for _ in range(arguments.rounds):
-                for name in CONTENDERS:
-                    turn = {"name": name, "size": size, "precision": precision}
-                    turns[name].append(start_turn({**turn, "steps": arguments.steps}))
-            claims += compare(report, title, turns, chosen)
+                for name, batch in takes:
+                    turn = {"name": name, "size": size, "batch": batch, "precision": precision}
+                    turns[name, batch].append(start_turn({**turn, "steps": arguments.steps}))
+            whole = {name: turns[name, chosen["batch"]] for name in CONTENDERS}
+            claims += compare(report, title, whole, chosen)
+            if smaller:
+                report_growth(report, size, turns, [*smaller, chosen["batch"]])
     report.claims("training step", claims)
     report.save()
 
@@ -85,10 +91,7 @@ def compare(
     report: Report, title: str, turns: dict[str, list[dict[str, Any]]], size: dict[str, Any]
 ) -> list[Claim]:
     """Print a row a contender and return what the library claims of this size."""
-    times = {}
-    for name, each in turns.items():
-        medians = np.array([np.median(turn["seconds"]) for turn in each])
-        times[name] = Times(medians, np.array([turn["cpu"] for turn in each]))
+    times = {name: times_of(each) for name, each in turns.items()}
     report.times(title, times, count=size["batch"] * 128, unit="tokens")
     memory = {name: np.array([turn["memory"] for turn in each]) for name, each in turns.items()}
     ours = times["mlmadapt"]
@@ -108,6 +111,31 @@ def compare(
     return claims
 
 
+def report_growth(
+    report: Report,
+    size: str,
+    turns: dict[tuple[str, int], list[dict[str, Any]]],
+    batches: list[int],
+) -> None:
+    """Print and draw time and memory of a step over batches of four sizes."""
+    times: dict[str, dict[int, Times]] = {}
+    memory: Growth = {}
+    for name in ("recipe", "mlmadapt"):
+        times[name] = {batch: times_of(turns[name, batch]) for batch in batches}
+        memory[name] = {
+            batch: np.array([1024 * turn["memory"] / 1e6 for turn in turns[name, batch]])
+            for batch in batches
+        }
+    over = f"rows of 128 a batch, {size.partition(',')[0]}, fp32"
+    report.growth(over, {"ms": milliseconds(times), "peak MB": memory})
+
+
+def times_of(turns: list[dict[str, Any]]) -> Times:
+    """Return the median step of each turn."""
+    wall = np.array([np.median(turn["seconds"]) for turn in turns])
+    return Times(wall, np.array([turn["cpu"] for turn in turns]))
+
+
 def start_turn(turn: dict[str, Any]) -> dict[str, Any]:
     """Run a turn in a process of its own."""
     command = [sys.executable, __file__, "--turn", json.dumps(turn)]
@@ -116,7 +144,7 @@ def start_turn(turn: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def take_turn(name: str, size: str, precision: str, steps: int) -> dict[str, Any]:
+def take_turn(name: str, size: str, batch: int, precision: str, steps: int) -> dict[str, Any]:
     """Train for some steps and return seconds a step and the memory taken while training."""
     import torch
     from transformers import AutoConfig, AutoModelForMaskedLM, DataCollatorForLanguageModeling
@@ -128,7 +156,7 @@ def take_turn(name: str, size: str, precision: str, steps: int) -> dict[str, Any
     config = AutoConfig.for_model(chosen["architecture"], vocab_size=30_522, **chosen["settings"])
     model = AutoModelForMaskedLM.from_config(config)
     tokenizer = tiny_tokenizer()
-    ids = torch.randint(1000, 30_522, (chosen["batch"] * (steps + SKIPPED), 128))
+    ids = torch.randint(1000, 30_522, (batch * (steps + SKIPPED), 128))
     rows = [{"input_ids": row, "attention_mask": [1] * 128} for row in ids.tolist()]
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
@@ -144,7 +172,7 @@ def take_turn(name: str, size: str, precision: str, steps: int) -> dict[str, Any
     runner = {"recipe": run_recipe, "Trainer": run_trainer, "mlmadapt": run_ours}[name]
     with tempfile.TemporaryDirectory() as folder:
         cpu = time.process_time()
-        runner(model, rows, collator, tokenizer, chosen["batch"], precision, folder, end, parts)
+        runner(model, rows, collator, tokenizer, batch, precision, folder, end, parts)
         cpu = time.process_time() - cpu
     seconds = np.diff(ends)[SKIPPED - 1 :].tolist()
     return {

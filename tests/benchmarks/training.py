@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--data", help="not used: rows are random tokens, whose text costs nothing")
     parser.add_argument("--tokenizer", help="not used")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps a turn")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps a turn")
     parser.add_argument("--precision", nargs="+", default=["no", "bf16"], choices=["no", "bf16"])
     add_outputs(parser)
     parser.add_argument("--turn", type=json.loads, help=argparse.SUPPRESS)

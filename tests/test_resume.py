@@ -73,14 +73,13 @@ def test_a_kill_at_any_touch_of_a_file_costs_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.distributed
 def test_a_kill_at_every_touch_of_a_file_costs_nothing(
-    tmp_path: Path, workers: int, precision: str
+    tmp_path: Path, on_processes: dict[str, Any]
 ) -> None:
-    """The same at each single event, with a worker and in bfloat16 (``pytest -m slow``)."""
-    settings = {"dataloader_num_workers": workers, "mixed_precision": precision}
-    check_every_event(tmp_path, 1, save_total_limit=1, **settings)
+    """The same at each single event, of several processes at every sixth of the first one's."""
+    every = 1 if on_processes["world"] == 1 else 6
+    check_every_event(tmp_path, every, save_total_limit=1, **on_processes)
 
 
 GRID = {

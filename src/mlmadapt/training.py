@@ -102,7 +102,7 @@ def accelerate_train(
     Raises:
         ValueError: If rows, tokenizer and model do not fit together, a checkpoint is of another
             run, or `push_to_hub` lacks a token.
-        TypeError: If a dataset is a dict of splits.
+        TypeError: If a dataset is a dict of splits, or an evaluation set has no length.
         OSError: If `output_dir` cannot be used, is in use, or a checkpoint cannot be written; if
             the hub refuses, before the first step or when all is saved.
         RuntimeError: If a launcher started several processes and each trains alone.

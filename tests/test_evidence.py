@@ -8,16 +8,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "evidence"
 STUDIES = {
@@ -61,12 +57,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     common = ["--data", folder / "data", "--models", folder / "models", "--pictures", folder]
     common += ["--output", folder / "figures.jsonl", "--seeds", 0, 1]
     common += ["--train_rows", 96, "--held_out_rows", 8]
-    runs: list[Sequence[Any]] = [
-        (FOLDER / f"{name}.py", folder / f"{name}.md", *common, *options)
+    runs = [
+        [*map(str, (FOLDER / f"{name}.py", folder / f"{name}.md", *common, *options))]
         for name, options in STUDIES.items()
     ]
     ended = subprocess.run(
-        [sys.executable, "-W", "error", "-c", RUN, str(FOLDER), json.dumps(runs, default=str)],
+        [sys.executable, "-W", "error", "-c", RUN, str(FOLDER), json.dumps(runs)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -94,7 +90,7 @@ def read_table(folder: Path, name: str) -> list[list[str]]:
         ),
         (
             "perplexity_by_step",
-            ["0 steps", *(f"{percent}% of them" for percent in (20, 40, 60, 80, 100))],
+            ["0 steps", *(f"{percent}% of steps" for percent in (20, 40, 60, 80, 100))],
             ["recipe", "ours, equal steps", "ours, equal time"],
         ),
         (

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import _study as study
 import torch
@@ -30,29 +30,132 @@ from transformers import (
 
 from mlmadapt import TrainingConfig, accelerate_train, evaluate_mlm
 
-# The recipe's collator stands with the benchmarks, which measure it, too.
+# The recipe's tokenizing, chunking and masking stand with the benchmarks, which measure them, too.
 sys.path.append(str(Path(__file__).parents[2] / "tests" / "benchmarks"))
 from _recipe import whole_word_masking
+from chunking import group_by_sum
+from tokenizing import tokenize_as_recipe
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PICTURE = "perplexity_by_step.svg"
 POINTS = 5  # at which a run is measured, beside its start
+COLORS = ("#c2410c", "#3b82f6", "#0d9488")
 
 
-@dataclass
-class Course:
-    """Weights at some steps of a run, and the seconds of training up to there."""
+class Point(NamedTuple):
+    """Where a run is at a step: seconds of training up to there, and the weights."""
 
-    steps: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    weights: list[dict[str, torch.Tensor]] = field(default_factory=list)
-    perplexities: list[float] = field(default_factory=list)
-    own: float = math.nan  # the last perplexity, by the recipe's own evaluation
+    step: int
+    seconds: float
+    weights: dict[str, torch.Tensor]
+
+
+class Race(NamedTuple):
+    """What both loops start from."""
+
+    args: argparse.Namespace
+    tokenizer: PreTrainedTokenizerBase
+    frozen: Dataset
+
+    def load(self) -> PreTrainedModel:
+        """Load the weights from which all start."""
+        return AutoModelForMaskedLM.from_pretrained(self.args.data / study.MODEL)
+
+    def measure(self, points: Sequence[Point]) -> list[dict[str, float]]:
+        """Measure the weights of each point."""
+        model, figures = self.load(), []
+        for step, seconds, weights in points:
+            model.load_state_dict(weights)
+            exact = evaluate_mlm(model, self.frozen, tokenizer=self.tokenizer).perplexity
+            figures.append({"step": step, "seconds": seconds, "perplexity": exact})
+        return figures
+
+    def run_ours(self, rows: Dataset, *, steps: int, seed: int) -> list[dict[str, float]]:
+        """Train by `accelerate_train`."""
+        model = self.load()
+        rows, collator = study.fit(rows, self.tokenizer, "words", seed=seed)
+        with tempfile.TemporaryDirectory() as folder, watch(model, steps=steps) as points:
+            config = TrainingConfig(
+                output_dir=folder,
+                max_steps=steps,
+                per_device_train_batch_size=study.BATCH,
+                seed=seed,
+                save_strategy="no",
+                disable_tqdm=True,
+            )
+            accelerate_train(
+                model, rows, tokenizer=self.tokenizer, data_collator=collator, config=config
+            )
+        return self.measure(points)
+
+    def run_recipe(self, rows: Dataset, *, steps: int, seed: int) -> list[dict[str, float]]:
+        """Train and evaluate as the recipe's last section does."""
+        set_seed(seed)
+        model = self.load()
+        with watch(model, steps=steps) as points:
+            loader = DataLoader(
+                rows,
+                shuffle=True,
+                batch_size=study.BATCH,
+                collate_fn=lambda rows: whole_word_masking(rows, self.tokenizer, study.MASKED),
+            )
+            optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
+            accelerator = Accelerator()
+            model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+            scheduler = get_scheduler(
+                "linear", optimizer=optimizer, num_warmup_steps=0, num_training_steps=steps
+            )
+            model.train()
+            epochs = itertools.chain.from_iterable(itertools.repeat(loader))
+            for batch in itertools.islice(epochs, steps):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+
+        model.eval()
+        names = {name: name.removeprefix("masked_") for name in self.frozen.column_names}
+        losses = []
+        for batch in DataLoader(
+            self.frozen.rename_columns(names),
+            batch_size=study.BATCH,
+            collate_fn=default_data_collator,
+        ):
+            with torch.no_grad():
+                loss = model(**batch).loss
+            losses.append(accelerator.gather(loss.repeat(study.BATCH)))
+        own = math.exp(torch.cat(losses)[: len(self.frozen)].mean())
+        return [{**point, "own": own} for point in self.measure(points)]
+
+
+@contextmanager
+def watch(model: PreTrainedModel, *, steps: int) -> Iterator[list[Point]]:
+    """Copy the weights now and then; the clock stops meanwhile, for either loop the same."""
+    points: list[Point] = []
+    marks = [round(steps * part / POINTS) for part in range(POINTS + 1)]
+    step, paused, started = 0, 0.0, time.perf_counter()
+
+    def note(*_: object) -> None:
+        nonlocal step, paused
+        now = time.perf_counter()
+        for _ in range(marks.count(step)):
+            copy = {name: values.detach().clone() for name, values in model.state_dict().items()}
+            points.append(Point(step, now - started - paused, copy))
+        step += 1
+        paused += time.perf_counter() - now
+
+    note()
+    handle = register_optimizer_step_post_hook(note)
+    try:
+        yield points
+    finally:
+        handle.remove()
 
 
 def main() -> None:
@@ -62,9 +165,15 @@ def main() -> None:
     train, held_out = study.read_documents(args.data / "imdb")
     train, held_out = [*train][: args.train_rows], [*held_out][: args.held_out_rows]
     rows = study.cut(train, tokenizer, rows=args.train_rows)
-    recipe_rows = cut_as_recipe(train, tokenizer, rows=args.train_rows)
-    if rows["input_ids"] != recipe_rows["input_ids"]:
-        sys.exit("The recipe's rows hold other tokens than ours: it would not be the same race.")
+    recipe_rows = Dataset.from_dict({"text": train}).map(
+        tokenize_as_recipe,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer},
+        remove_columns="text",
+    )
+    recipe_rows = recipe_rows.map(group_by_sum, batched=True).select(range(len(rows)))
+    if rows["input_ids"][:] != recipe_rows["input_ids"][:]:
+        sys.exit("The recipe's rows hold other tokens than ours: they cannot be compared.")
     frozen = study.freeze(study.cut(held_out, tokenizer, rows=args.held_out_rows), tokenizer)
     steps = study.count_steps(args, rows)
     study.begin(
@@ -74,244 +183,83 @@ def main() -> None:
         collator, AdamW, `outputs.loss`), and `accelerate_train` from the same weights on the same
         rows: for as many steps, and for as long as the recipe took.
 
-        - {study.tell_training(args, rows)}; {study.MASKED:.0%} of words masked. Ours clips
-          gradients at 1, as it does by default; the recipe does not.
-        - Exact perplexity (`evaluate_mlm`) on one frozen set, {len(frozen):,} rows of IMDb test;
-          seconds are those from the loaded model to the end of the step, without evaluation.
+        - {study.tell_training(args, rows)}.
+        - {study.MASKED:.0%} of words masked. Ours clips gradients at 1, as it does by default; the
+          recipe does not.
+        - Exact perplexity (`evaluate_mlm`) on one frozen set, {len(frozen):,} rows of IMDb test.
+        - Seconds are those from the loaded model to the end of the last step, without evaluation.
         - {study.tell_spread(args)}
         """,
     )
-    courses: dict[str, list[Course]] = {
+    race = Race(args, tokenizer, frozen)
+    figures: dict[str, list[list[dict[str, float]]]] = {
         "recipe": [],
         "ours, equal steps": [],
         "ours, equal time": [],
     }
     for seed in args.seeds:
-        recipe = run_recipe(args, recipe_rows, frozen, tokenizer, steps=steps, seed=seed)
-        equal = run_ours(args, rows, tokenizer, steps=steps, seed=seed)
-        longer = max(round(steps * recipe.seconds[-1] / equal.seconds[-1]), 1)
-        longest = run_ours(args, rows, tokenizer, steps=longer, seed=seed)
-        for each, course in zip(courses.values(), (recipe, equal, longest), strict=True):
-            measure(args, course, frozen, tokenizer)
-            each.append(course)
+        recipe = race.run_recipe(recipe_rows, steps=steps, seed=seed)
+        equal = race.run_ours(rows, steps=steps, seed=seed)
+        longer = max(round(steps * recipe[-1]["seconds"] / equal[-1]["seconds"]), 1)
+        runs = recipe, equal, race.run_ours(rows, steps=longer, seed=seed)
+        for each, run in zip(figures.values(), runs, strict=True):
+            each.append(run)
 
+    parts = (f"{part / POINTS:.0%} of steps" for part in range(1, POINTS + 1))
     study.show_table(
-        (
-            "perplexity after",
-            "0 steps",
-            *(f"{n / POINTS:.0%} of them" for n in range(1, POINTS + 1)),
-        ),
+        ("perplexity after", "0 steps", *parts),
         [
-            (name, *map(study.spread, zip(*(course.perplexities for course in each), strict=True)))
-            for name, each in courses.items()
+            (name, *(study.spread(column(each, "perplexity", at)) for at in range(POINTS + 1)))
+            for name, each in figures.items()
         ],
     )
     study.show_table(
-        ("whole run", "steps", "seconds", "perplexity", "by the recipe's evaluation"),
+        ("at the end", "steps", "seconds", "perplexity", "as the recipe evaluates"),
         [
             (
                 name,
-                study.spread([course.steps[-1] for course in each], 0),
-                study.spread([course.seconds[-1] for course in each]),
-                study.spread([course.perplexities[-1] for course in each], 2),
-                study.spread([c.own for c in each], 2) if name == "recipe" else "",
+                study.spread(column(each, "step"), 0),
+                study.spread(column(each, "seconds")),
+                study.spread(column(each, "perplexity"), 2),
+                study.spread(column(each, "own"), 2) if name == "recipe" else "",
             )
-            for name, each in courses.items()
+            for name, each in figures.items()
         ],
     )
-    draw(args.pictures / PICTURE, courses)
+    draw(args.pictures / PICTURE, figures)
     print(f":::{{container}} picture\n```{{raw}} html\n:file: pictures/{PICTURE}\n```\n:::\n")
-    names = ("steps", "seconds", "perplexities", "own")
-    study.save(
-        args,
-        "perplexity_by_step",
-        {
-            contender: [{name: getattr(course, name) for name in names} for course in each]
-            for contender, each in courses.items()
-        },
-    )
+    study.save(args, "perplexity_by_step", {"runs": figures})
 
 
-@contextmanager
-def watch(model: PreTrainedModel, *, steps: int) -> Iterator[Course]:
-    """Copy the weights now and then; the clock stops meanwhile, for either loop the same."""
-    course = Course()
-    marks = {round(steps * n / POINTS) for n in range(1, POINTS + 1)}
-    step, paused, started = 0, 0.0, time.perf_counter()
-
-    def note(*_: object) -> None:
-        nonlocal step, paused
-        now = time.perf_counter()
-        if step in {0, *marks}:
-            course.steps.append(step)
-            course.seconds.append(now - started - paused if step else 0.0)
-            course.weights.append({n: v.detach().clone() for n, v in model.state_dict().items()})
-        step += 1
-        paused += time.perf_counter() - now
-
-    note()
-    handle = register_optimizer_step_post_hook(note)
-    try:
-        yield course
-    finally:
-        handle.remove()
+def column(runs: Sequence[Sequence[dict[str, float]]], name: str, at: int = -1) -> list[float]:
+    """Return a figure of each run at one of its points."""
+    return [run[at][name] for run in runs]
 
 
-def measure(
-    args: argparse.Namespace, course: Course, frozen: Dataset, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Measure what was copied."""
-    model = AutoModelForMaskedLM.from_pretrained(args.data / study.MODEL)
-    for weights in course.weights:
-        model.load_state_dict(weights)
-        metrics = evaluate_mlm(model, frozen, tokenizer=tokenizer)
-        course.perplexities.append(metrics.perplexity)
-    course.weights.clear()
-
-
-def run_ours(
-    args: argparse.Namespace,
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    steps: int,
-    seed: int,
-) -> Course:
-    """Train by `accelerate_train`."""
-    model = AutoModelForMaskedLM.from_pretrained(args.data / study.MODEL)
-    rows, collator = study.fit(rows, tokenizer, "words", seed=seed)
-    with tempfile.TemporaryDirectory() as folder, watch(model, steps=steps) as course:
-        accelerate_train(
-            model,
-            rows,
-            tokenizer=tokenizer,
-            data_collator=collator,
-            config=TrainingConfig(
-                output_dir=folder,
-                max_steps=steps,
-                per_device_train_batch_size=study.BATCH,
-                seed=seed,
-                save_strategy="no",
-                disable_tqdm=True,
-            ),
-        )
-    return course
-
-
-def run_recipe(
-    args: argparse.Namespace,
-    rows: Dataset,
-    frozen: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    steps: int,
-    seed: int,
-) -> Course:
-    """Train and evaluate as the recipe's last section does."""
-    set_seed(seed)
-    model = AutoModelForMaskedLM.from_pretrained(args.data / study.MODEL)
-    with watch(model, steps=steps) as course:
-        loader = DataLoader(
-            rows,
-            shuffle=True,
-            batch_size=study.BATCH,
-            collate_fn=lambda features: whole_word_masking(features, tokenizer, study.MASKED),
-        )
-        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
-        accelerator = Accelerator()
-        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-        scheduler = get_scheduler(
-            "linear", optimizer=optimizer, num_warmup_steps=0, num_training_steps=steps
-        )
-        done = 0
-        while done < steps:
-            model.train()
-            for batch in loader:
-                loss = model(**batch).loss
-                accelerator.backward(loss)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-                done += 1
-                if done == steps:
-                    break
-
-    frozen = frozen.rename_columns({n: n.removeprefix("masked_") for n in frozen.column_names})
-    model.eval()
-    losses = []
-    for batch in DataLoader(frozen, batch_size=study.BATCH, collate_fn=default_data_collator):
-        with torch.no_grad():
-            loss = model(**batch).loss
-        losses.append(accelerator.gather(loss.repeat(study.BATCH)))
-    course.own = math.exp(torch.cat(losses)[: len(frozen)].mean())
-    return course
-
-
-def cut_as_recipe(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, rows: int) -> Dataset:
-    """Tokenize and chunk as the recipe does, quadratic sums and all."""
-
-    def tokenize_function(examples: dict[str, Any]) -> dict[str, Any]:
-        result = tokenizer(examples["text"], verbose=False)
-        result["word_ids"] = [result.word_ids(i) for i in range(len(result["input_ids"]))]
-        return result
-
-    def group_texts(examples: dict[str, Any]) -> dict[str, Any]:
-        joined = {k: sum(examples[k], []) for k in examples}  # noqa: RUF017 (as it does)
-        total = len(joined["input_ids"]) // study.CHUNK * study.CHUNK
-        result = {
-            k: [t[i : i + study.CHUNK] for i in range(0, total, study.CHUNK)]
-            for k, t in joined.items()
-        }
-        result["labels"] = result["input_ids"].copy()
-        return result
-
-    documents = Dataset.from_dict({"text": texts})
-    chunks = documents.map(tokenize_function, batched=True, remove_columns="text").map(
-        group_texts, batched=True
-    )
-    return chunks.select(range(min(rows, len(chunks))))
-
-
-def draw(path: Path, courses: dict[str, list[Course]]) -> None:
-    """Draw perplexity by step and by time, in the color of the page it stands on."""
+def draw(path: Path, figures: dict[str, list[list[dict[str, float]]]]) -> None:
+    """Draw perplexity by step and by time, mean and deviation, in the color of the page."""
     ink = "#123456"  # a color that nothing else has
-    text = {"svg.fonttype": "none", "svg.hashsalt": path.name, "font.family": "sans-serif"}
-    lines = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), ink)
-    with rc_context(text | lines | {"xtick.color": ink, "ytick.color": ink}):
+    settings: dict[str, Any] = dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink
+    )
+    with rc_context({**settings, "svg.fonttype": "none", "svg.hashsalt": path.name}):
         figure = Figure(figsize=(8, 3.4), layout="constrained")
         plots = figure.subplots(1, 2, sharey=True)
-        for axes, measure_of, label in zip(
-            plots, ("steps", "seconds"), ("optimizer step", "seconds of training"), strict=True
-        ):
-            for (name, each), color in zip(
-                courses.items(), ("#c2410c", "#3b82f6", "#0d9488"), strict=True
-            ):
-                for course in each:
-                    axes.plot(
-                        getattr(course, measure_of),
-                        course.perplexities,
-                        color=color,
-                        alpha=0.35,
-                        lw=1,
-                    )
-                axes.plot(
-                    [
-                        *map(
-                            statistics.mean,
-                            zip(*(getattr(c, measure_of) for c in each), strict=True),
-                        )
-                    ],
-                    [*map(statistics.mean, zip(*(c.perplexities for c in each), strict=True))],
-                    color=color,
-                    marker="o",
-                    ms=4,
-                    label=name,
+        for axes, name in zip(plots, ("step", "seconds"), strict=True):
+            for (label, runs), color in zip(figures.items(), COLORS, strict=True):
+                places = range(len(runs[0]))
+                x, y = (
+                    [statistics.mean(column(runs, each, at)) for at in places]
+                    for each in (name, "perplexity")
                 )
-            axes.set_xlabel(label)
+                spread = [statistics.pstdev(column(runs, "perplexity", at)) for at in places]
+                axes.errorbar(x, y, spread, label=label, color=color, marker="o", markersize=4)
+            axes.set_xlabel({"step": "optimizer step", "seconds": "seconds of training"}[name])
             axes.grid(color="#888888", alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
         plots[0].set_ylabel("perplexity, held out")
         plots[1].legend(frameon=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
     picture = path.read_text(encoding="utf-8").replace(ink, "currentColor")
     path.write_text(picture[picture.index("<svg") :], encoding="utf-8")

@@ -22,6 +22,7 @@ STUDIES = {
     "sentiment": ["--labels", 8, 16, "--test_reviews", 10, "--steps", 2],
     "whole_word_or_token": [],
 }
+UNITS = ("words", "tokens")
 # All in one process, at the price of one import of everything.
 RUN = """
 import contextlib, json, runpy, sys
@@ -85,7 +86,7 @@ def read_table(folder: Path, name: str) -> list[list[str]]:
     [
         (
             "forgetting",
-            ["held-out reviews", "general sentences"],
+            [f"{name}, {unit} masked" for name in ("reviews", "general") for unit in UNITS],
             ["before", "reviews alone", "with 20% general text"],
         ),
         (
@@ -121,3 +122,38 @@ def test_a_study(folder: Path, name: str, columns: list[str], rows: list[str]) -
     saved = (folder / "figures.jsonl").read_text(encoding="utf-8").splitlines()
     (figures,) = [each for each in map(json.loads, saved) if each["study"] == name]
     assert figures["seeds"] == [0, 1]
+
+
+def test_models_are_shared(folder: Path) -> None:
+    """A model that several studies need is trained once."""
+    kinds = ("imdb-words", "imdb-tokens", "mix-words")
+    expected = {f"{kind}-96-rows-2-steps-seed-{seed}" for kind in kinds for seed in (0, 1)}
+    assert {path.name for path in (folder / "models").iterdir()} == expected
+
+
+def test_both_loops_are_on_one_clock(folder: Path) -> None:
+    """They start from one model, are looked at after the same steps, and learn."""
+    saved = map(json.loads, (folder / "figures.jsonl").read_text(encoding="utf-8").splitlines())
+    (runs,) = [each["runs"] for each in saved if each["study"] == "perplexity_by_step"]
+    for recipe, ours in zip(runs["recipe"], runs["ours, equal steps"], strict=True):
+        assert recipe[0]["perplexity"] == ours[0]["perplexity"]
+        assert [point["step"] for point in recipe] == [0, 0, 1, 1, 2, 2]
+        assert [point["step"] for point in ours] == [0, 0, 1, 1, 2, 2]
+        for run in (recipe, ours):
+            assert run[-1]["perplexity"] < run[2]["perplexity"] < run[0]["perplexity"]
+            assert 0 <= run[0]["seconds"] < run[2]["seconds"] < run[-1]["seconds"]
+        # By the recipe's own evaluation, which is right to this extent on rows of one length.
+        assert recipe[-1]["own"] == pytest.approx(recipe[-1]["perplexity"], rel=0.01)
+
+
+def test_the_picture_takes_the_color_of_its_page(folder: Path) -> None:
+    """It is one element, with no black in it."""
+    picture = (folder / "perplexity_by_step.svg").read_text(encoding="utf-8")
+    assert picture.startswith("<svg")
+    assert "currentColor" in picture
+    assert set(re.findall(r"#[0-9a-f]{6}\b", picture)) == {
+        "#c2410c",
+        "#3b82f6",
+        "#0d9488",
+        "#888888",
+    }

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 PICTURE = "perplexity_by_step.svg"
 POINTS = 5  # at which a run is measured, beside its start
-COLORS = ("#c2410c", "#3b82f6", "#0d9488")
+STYLES = (("#c2410c", 4), ("#3b82f6", 1.5), ("#0d9488", 1.5))  # equal curves show, too
 
 
 class Point(NamedTuple):
@@ -246,23 +246,25 @@ def draw(path: Path, figures: dict[str, list[list[dict[str, float]]]]) -> None:
         figure = Figure(figsize=(8, 3.4), layout="constrained")
         plots = figure.subplots(1, 2, sharey=True)
         for axes, name in zip(plots, ("step", "seconds"), strict=True):
-            for (label, runs), color in zip(figures.items(), COLORS, strict=True):
+            for (label, runs), (color, width) in zip(figures.items(), STYLES, strict=True):
                 places = range(len(runs[0]))
                 x, y = (
                     [statistics.mean(column(runs, each, at)) for at in places]
                     for each in (name, "perplexity")
                 )
                 spread = [statistics.pstdev(column(runs, "perplexity", at)) for at in places]
-                axes.errorbar(x, y, spread, label=label, color=color, marker="o", markersize=4)
+                axes.errorbar(x, y, spread, label=label, color=color, linewidth=width, marker=".")
             axes.set_xlabel({"step": "optimizer step", "seconds": "seconds of training"}[name])
             axes.grid(color="#888888", alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
         plots[0].set_ylabel("perplexity, held out")
         plots[1].legend(frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
-    picture = path.read_text(encoding="utf-8").replace(ink, "currentColor")
-    path.write_text(picture[picture.index("<svg") :], encoding="utf-8")
+        names = ("Date", "Creator", "Format", "Type")
+        figure.savefig(path, transparent=True, metadata=dict.fromkeys(names))
+    # It stands within a page, whose own pictures are none of its business.
+    picture = path.read_text(encoding="utf-8").replace(">*{", ">.picture *{")
+    path.write_text(picture[picture.index("<svg") :].replace(ink, "currentColor"), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -168,6 +168,18 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def evidence(session: nox.Session) -> None:
+    """Adapt and measure for hours, and write docs/evidence.md; arguments go to every script."""
+    install(session, ".", *nox.project.dependency_groups(PYPROJECT, "evidence"))
+    with Path("docs/evidence.md").open("w", encoding="utf-8") as page:
+        page.write(Path("examples/evidence/README.md").read_text(encoding="utf-8"))
+        page.flush()
+        for script in sorted(Path("examples/evidence").glob("[a-z]*.py")):
+            print(file=page, flush=True)
+            session.run("python", str(script), *session.posargs, stdout=page, stderr=sys.stderr)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation; a broken reference is an error."""
     install(session, ".", *nox.project.dependency_groups(PYPROJECT, "docs"))

@@ -32,7 +32,7 @@ def main() -> None:
     parser = study.make_parser(__doc__, seeds=[0, 1, 2, 3, 4], train_rows=100_000)
     parser.add_argument("--labels", type=int, nargs="+", default=[200, 2_000])
     parser.add_argument("--test_reviews", type=int, default=5_000)
-    parser.add_argument("--steps", type=int, default=400, help="of fine-tuning")
+    parser.add_argument("--steps", type=int, default=300, help="of fine-tuning")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.data / study.MODEL)
     train, held_out = study.read_documents(args.data / "imdb")

@@ -173,7 +173,7 @@ def _wait(children: list[int], deadline: float, kill_at: float | None) -> dict[i
             if pid:
                 codes[child] = os.waitstatus_to_exitcode(status)
                 if codes[child] != 0:  # torchrun ends the others too, after some time
-                    deadline = min(deadline, time.monotonic() + 15)
+                    deadline = min(deadline, time.monotonic() + 30)
         time.sleep(0.005)
     late = set(children) - set(codes)
     for child in children:  # and the workers that a killed one has left

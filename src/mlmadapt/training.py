@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -143,15 +143,7 @@ def accelerate_train(
         Interruption() as interruption,
         own_randomness(accelerator.device),
     ):
-        run = _Run(
-            model,
-            train_dataset,
-            eval_sets,
-            tokenizer=tokenizer,
-            data_collator=data_collator,
-            config=config,
-            accelerator=accelerator,
-        )
+        run = _Run(model, train_dataset, eval_sets, tokenizer, data_collator, config, accelerator)
         with run.prepared(optimizer, lr_scheduler):
             if not run.resume():
                 run.evaluate()
@@ -164,27 +156,24 @@ def accelerate_train(
     return result
 
 
+@dataclass
 class _Run:
     """The objects of a run; what it has done so far is in `state`."""
 
-    def __init__(
-        self,
-        model: "PreTrainedModel",
-        train_dataset: "TrainRows",
-        eval_sets: "Mapping[str, EvalRows]",
-        *,
-        tokenizer: "PreTrainedTokenizerBase",
-        data_collator: DataCollator,
-        config: TrainingConfig,
-        accelerator: Accelerator,
-    ) -> None:
-        self.config, self.accelerator, self.state = config, accelerator, RunState()
-        self.tokenizer, self.data_collator = tokenizer, data_collator
-        self.train_dataset, self.eval_sets = train_dataset, eval_sets
+    model: "PreTrainedModel"
+    train_dataset: "TrainRows"
+    eval_sets: "Mapping[str, EvalRows]"
+    tokenizer: "PreTrainedTokenizerBase"
+    data_collator: DataCollator
+    config: TrainingConfig
+    accelerator: Accelerator
+
+    def __post_init__(self) -> None:
+        config, accelerator, self.state = self.config, self.accelerator, RunState()
         self.folder = Path(config.output_dir)
-        self.is_stream = not hasattr(train_dataset, "__len__")
+        self.is_stream = not hasattr(self.train_dataset, "__len__")
         self.plan = BatchPlan(
-            rows=0 if self.is_stream else len(train_dataset),
+            rows=0 if self.is_stream else len(self.train_dataset),
             batch_size=config.per_device_train_batch_size,
             accumulation=config.gradient_accumulation_steps,
             seed=config.seed,
@@ -195,7 +184,7 @@ class _Run:
         if config.max_steps < 1:
             self.total_steps = math.ceil(config.num_train_epochs * self.plan.steps_per_epoch)
         self.started = time.perf_counter()
-        self.model = model.to(accelerator.device)
+        self.model.to(accelerator.device)
 
     @contextmanager
     def prepared(

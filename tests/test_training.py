@@ -135,6 +135,21 @@ def test_the_model_is_not_asked_for_its_loss(run: Run, tmp_path: Path) -> None:
     assert logged(run.train(), "loss") == losses
 
 
+def test_the_head_predicts_in_batches_of_few_sizes(run: Run) -> None:
+    """As many positions as are masked would be another block of memory in each step, and all leak.
+
+    The allocator keeps what lies free between them: 4.4 GB after 955 steps, where 0.6 are in use.
+    """
+    run.rows = make_rows(96)
+    sizes = []
+    head = run.model.get_output_embeddings()
+    head.register_forward_hook(lambda *call: sizes.append(call[1][0].shape[:-1].numel()))
+    result = run.train(per_device_train_batch_size=24)
+    taken = sizes[-4:]  # before them, the head was checked on a few rows
+    assert sum(taken) - 4 * 32 < result.masked_tokens_seen <= sum(taken)
+    assert {size % 32 for size in taken} == {0}
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_sgd_takes_the_step_that_is_written_out(run: Run, clip: float) -> None:
     """Weights minus learning rate times the clipped gradient of the mean over masked tokens."""

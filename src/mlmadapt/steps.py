@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 # An fp16 scaler skips a step now and then to find its scale; this many in a row are a fault.
 _MOST_SKIPS = 20
 
+# Positions are predicted in multiples of this. As many as have a target are another number in each
+# step, and blocks of memory of as many sizes: after 955 steps, 64 x 128 tokens and 4.4 M parameters
+# took 4.4 GB on a CPU, as much as a full head.
+_POSITIONS = 32
+
 
 def take_step(
     trained: Trained,
@@ -54,9 +59,9 @@ def take_step(
     scale = plan.world * accelerator.gradient_accumulation_steps / max(masked, 1)
     loss_sum = 0.0
     for place, batch in enumerate(batches):
+        positions = _round_up(batch["labels"] != -100).to(accelerator.device)
         inputs = {name: values.to(accelerator.device) for name, values in batch.items()}
         labels = inputs.pop("labels")
-        positions = labels != -100
         with synchronize(accelerator, trained.wrapped, now=place == len(batches) - 1):
             logits = masked_logits(trained.wrapped, inputs, positions, trained.sparse)
             loss = nn.functional.cross_entropy(logits, labels[positions], reduction="sum")
@@ -79,6 +84,14 @@ def take_step(
     state.step += 1
     state.epoch_step += 1
     return stop_signal
+
+
+def _round_up(positions: torch.Tensor) -> torch.Tensor:
+    """Add positions without a target, which count for nothing, up to a multiple of `_POSITIONS`."""
+    filled = positions.flatten().clone()
+    others = (~filled).nonzero().squeeze(1)
+    filled[others[: -int(filled.sum()) % _POSITIONS]] = True
+    return filled.view_as(positions)
 
 
 def _agree(masked: int, tokens: int, stop_signal: int, trained: Trained) -> tuple[int, int, int]:

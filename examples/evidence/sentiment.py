@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-TOKENS = 256  # a review
+TOKENS = 128  # a review
 BATCH, LEARNING_RATE = 16, 3e-4  # of fine-tuning; not tuned
 
 

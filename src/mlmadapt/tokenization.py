@@ -99,8 +99,13 @@ def tokenize_with_word_ids(
     # One flat array a column: lists of lists would cost more than half the tokenizing again.
     columns = {"input_ids": _flat((encoding.ids for encoding in encodings), lengths, np.int32)}
     if "token_type_ids" in tokenizer.model_input_names:
-        types = (encoding.type_ids for encoding in encodings)
-        columns["token_type_ids"] = _flat(types, lengths, np.int8)
+        # The template of a single text gives them, whatever the text: mostly 0 throughout.
+        longest = max(encodings, key=len, default=None)
+        if longest is not None and any(longest.type_ids):
+            types = _flat((encoding.type_ids for encoding in encodings), lengths, np.int8)
+        else:
+            types = np.zeros(lengths.sum(), np.int8)
+        columns["token_type_ids"] = types
     if "attention_mask" in tokenizer.model_input_names:
         columns["attention_mask"] = np.ones(lengths.sum(), np.int8)
 

@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--data", help="not used: rows are random tokens, whose text costs nothing")
     parser.add_argument("--tokenizer", help="not used")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
-    parser.add_argument("--steps", type=int, default=8, help="timed steps a turn")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps a turn")
     parser.add_argument("--precision", nargs="+", default=["no", "bf16"], choices=["no", "bf16"])
     add_outputs(parser)
     parser.add_argument("--turn", type=json.loads, help=argparse.SUPPRESS)
@@ -132,8 +132,8 @@ def report_growth(
 
 def times_of(turns: list[dict[str, Any]]) -> Times:
     """Return the median step of each turn."""
-    wall = np.array([np.median(turn["seconds"]) for turn in turns])
-    return Times(wall, np.array([turn["cpu"] for turn in turns]))
+    wall, cpu = (np.array([np.median(turn[n]) for turn in turns]) for n in ("seconds", "cpu"))
+    return Times(wall, cpu)
 
 
 def start_turn(turn: dict[str, Any]) -> dict[str, Any]:
@@ -161,23 +161,21 @@ def take_turn(name: str, size: str, batch: int, precision: str, steps: int) -> d
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = read_memory("VmRSS")
-    ends: list[float] = []
+    ends: list[tuple[float, float]] = []  # wall and CPU time
     peaks: list[int] = []
     parts: list[dict[str, float]] = []  # of a step of ours only
 
     def end() -> None:
         peaks.append(read_memory("VmHWM"))
-        ends.append(time.perf_counter())
+        ends.append((time.perf_counter(), time.process_time()))
 
     runner = {"recipe": run_recipe, "Trainer": run_trainer, "mlmadapt": run_ours}[name]
     with tempfile.TemporaryDirectory() as folder:
-        cpu = time.process_time()
         runner(model, rows, collator, tokenizer, batch, precision, folder, end, parts)
-        cpu = time.process_time() - cpu
-    seconds = np.diff(ends)[SKIPPED - 1 :].tolist()
+    seconds, cpu = np.diff(ends, axis=0)[SKIPPED - 1 :].T.tolist()
     return {
         "seconds": seconds,
-        "cpu": cpu / len(ends),
+        "cpu": cpu,
         "memory": peaks[-1] - before,
         "loop": [
             1 - sum(part.values()) / step

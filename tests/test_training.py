@@ -136,9 +136,9 @@ def test_the_model_is_not_asked_for_its_loss(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_head_predicts_in_batches_of_few_sizes(run: Run) -> None:
-    """As many positions as are masked would be another block of memory in each step, and all leak.
+    """As many positions as are masked would be blocks of memory of another size in each step.
 
-    The allocator keeps what lies free between them: 4.4 GB after 955 steps, where 0.6 are in use.
+    The allocator keeps what lies free between such blocks, more and more of it.
     """
     run.rows = make_rows(96)
     sizes = []

@@ -192,6 +192,8 @@ def tell_training(args: argparse.Namespace, rows: Dataset) -> str:
 
 def tell_spread(args: argparse.Namespace, differs: str = "order, masks, dropout") -> str:
     """Say what the figures are."""
+    if len(args.seeds) == 1:
+        return f"One run, of seed {args.seeds[0]} ({differs})."
     seeds = ", ".join(map(str, args.seeds))
     return f"Mean ± standard deviation over the seeds {seeds} ({differs})."
 

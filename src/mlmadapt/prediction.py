@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+POSITIONS = 32
+"""Positions are predicted in multiples of this.
+
+As many as are masked are another number in each step, and blocks of memory of as many sizes,
+between which glibc's heap keeps more and more: after 300 steps of 64 x 128 tokens, 4.4 M parameters
+held 2.4 GB and rising, in place of a steady 0.9.
+"""
+
 
 def sparse_prediction(model: "PreTrainedModel") -> "SparsePrediction":
     """Make `model` compute its vocabulary head on masked positions only, in training with labels.
@@ -65,18 +73,23 @@ class _Masked(NamedTuple):
 
     Attributes:
         shape: ``(batch, sequence)``.
-        indices: Of shape ``(masked,)``, into batch times sequence.
+        indices: Into batch times sequence, of shape ``(masked,)``, and the first position again
+            and again up to a multiple of `POSITIONS`.
+        number: How many are masked.
         num_items: Masked tokens that the loss is to be divided by; None leaves it a mean.
     """
 
     shape: torch.Size
     indices: torch.Tensor
+    number: int
     num_items: torch.Tensor | int | None = None
 
     @classmethod
     def of(cls, positions: torch.Tensor, num_items: torch.Tensor | int | None = None) -> "_Masked":
         # The only wait for the device; indexing with booleans twice would wait twice.
-        return cls(positions.shape, positions.flatten().nonzero().squeeze(1), num_items)
+        indices = positions.flatten().nonzero().squeeze(1)
+        spare = -len(indices) % POSITIONS
+        return cls(positions.shape, nn.functional.pad(indices, (0, spare)), len(indices), num_items)
 
 
 class SparsePrediction:
@@ -94,7 +107,7 @@ class SparsePrediction:
         self._hooks = [
             model.register_forward_pre_hook(self._take_labels, with_kwargs=True),
             # Runs after a failed forward pass too, so that it leaves nothing behind.
-            model.register_forward_hook(self._scale_loss, always_call=True),
+            model.register_forward_hook(self._finish, always_call=True),
             _unwrap(model).base_model.register_forward_hook(self._gather),
         ]
 
@@ -155,7 +168,9 @@ class SparsePrediction:
         num_items = kwargs.get("num_items_in_batch")
         masked = self._masked[get_ident()] = _Masked.of(labels != -100, num_items)
         kwargs = {name: kwargs[name] for name in kwargs if name != "num_items_in_batch"}
-        return args, {**kwargs, "labels": labels.flatten()[masked.indices][None]}
+        targets = labels.flatten()[masked.indices]
+        targets[masked.number :] = -100
+        return args, {**kwargs, "labels": targets[None]}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _gather(self, encoder: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002  # torch's signature
@@ -178,18 +193,26 @@ class SparsePrediction:
         return output
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _scale_loss(self, model: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002  # torch's signature
-        masked = self._masked.pop(get_ident(), None)
-        if masked is None or masked.num_items is None or output is None:
+    def _finish(self, model: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002  # torch's signature
+        labeled = self._masked.pop(get_ident(), None)
+        masked = self._asked or labeled
+        if masked is None or output is None:
             return None
-        name = 0 if isinstance(output, tuple) else "loss"
-        # A mean over the masked tokens, of nothing where there are none.
-        loss = output[name] if len(masked.indices) else output[name].nan_to_num(nan=0.0)
-        loss = loss * len(masked.indices) / _count(masked.num_items, loss.device)
-        if isinstance(output, tuple):
-            return (loss, *output[1:])
-        output[name] = loss
-        return output
+        is_tuple = isinstance(output, tuple)
+        values: Any = list(output) if is_tuple else output
+        name: Any
+        if len(masked.indices) > masked.number:
+            # A view; gradients go around it where the model computes its loss itself.
+            name = int(labeled is not None)  # a tuple has a loss first, where there is one
+            if not is_tuple:
+                name = next(each for each in values if each.endswith("logits"))
+            values[name] = values[name][:, : masked.number]
+        if labeled is not None and labeled.num_items is not None:
+            name = 0 if is_tuple else "loss"
+            # A mean over the masked tokens, of nothing where there are none.
+            loss = values[name] if labeled.number else values[name].nan_to_num(nan=0.0)
+            values[name] = loss * labeled.number / _count(labeled.num_items, loss.device)
+        return tuple(values) if is_tuple else output
 
 
 def try_sparse(
@@ -288,11 +311,11 @@ def masked_lm_loss(
         tensor(0.6931)
     """
     logits = _logits(outputs)
-    masked = _Masked.of(labels != -100)
+    masked = (labels != -100).flatten().nonzero().squeeze(1)
     rows = logits.flatten(0, -2)
     if logits.shape[:-1] == labels.shape:
-        rows = rows.index_select(0, masked.indices)
-    targets = labels.flatten()[masked.indices]
+        rows = rows.index_select(0, masked)
+    targets = labels.flatten()[masked]
     summed = nn.functional.cross_entropy(rows.float(), targets, reduction="sum")
     count = len(targets) if num_items_in_batch is None else num_items_in_batch
     return summed / _count(count, summed.device)

@@ -74,11 +74,8 @@ def check_launcher(accelerator: Accelerator) -> None:
             f"the launcher started {asked} processes (WORLD_SIZE), but each trains alone; on a "
             "machine without an accelerator set ACCELERATE_USE_CPU=1"
         )
-    if "MASTER_ADDR" in os.environ and os.environ.get("ACCELERATE_USE_CPU") in (
-        "True",
-        "true",
-        "1",
-    ):
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    if on_cpu and "MASTER_ADDR" in os.environ:
         logger.warning(
             "one process trains alone: 'accelerate launch --cpu' starts one, whatever "
             "--num_processes says; use ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N"

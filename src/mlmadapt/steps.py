@@ -15,7 +15,7 @@ from mlmadapt.batches import Batch, BatchPlan, count_tokens
 from mlmadapt.config import TrainingConfig
 from mlmadapt.fitting import Trained
 from mlmadapt.optimization import waits_for_metric
-from mlmadapt.prediction import masked_logits
+from mlmadapt.prediction import POSITIONS, masked_logits
 from mlmadapt.processes import synchronize
 from mlmadapt.resumption import RunState
 from mlmadapt.seeding import derive_key
@@ -24,11 +24,6 @@ logger = logging.getLogger(__name__)
 
 # An fp16 scaler skips a step now and then to find its scale; this many in a row are a fault.
 _MOST_SKIPS = 20
-
-# Positions are predicted in multiples of this. As many as have a target are another number in each
-# step, and blocks of memory of as many sizes, between which glibc's heap keeps more and more: after
-# 300 steps of 64 x 128 tokens, 4.4 M parameters held 2.6 GB and rising, in place of a steady 1.1.
-_POSITIONS = 32
 
 
 def take_step(
@@ -87,10 +82,13 @@ def take_step(
 
 
 def _round_up(positions: torch.Tensor) -> torch.Tensor:
-    """Add positions without a target, which count for nothing, up to a multiple of `_POSITIONS`."""
+    """Add positions without a target, which count for nothing, up to a multiple of `POSITIONS`.
+
+    The model's handle would add some too, and take them off again: a copy of all logits' gradients.
+    """
     filled = positions.flatten().clone()
     others = (~filled).nonzero().squeeze(1)
-    filled[others[: -int(filled.sum()) % _POSITIONS]] = True
+    filled[others[: -int(filled.sum()) % POSITIONS]] = True
     return filled.view_as(positions)
 
 

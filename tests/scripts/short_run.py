@@ -205,7 +205,7 @@ def reference(*, rows: int, batch: int = 8, epochs: int | None = None) -> dict[s
     made["perplexity"] = math.exp(nll / count)
     for epoch in range(epochs):
         collator.set_epoch(epoch)
-        order = plan.order(epoch)
+        order = plan.order(epoch).tolist()
         for start in range(0, rows, batch):
             inputs = collator([data[row] for row in order[start : start + batch]])
             labels = inputs.pop("labels")

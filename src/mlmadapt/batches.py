@@ -9,24 +9,24 @@ labels are all -100.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
-from mlmadapt.freezing import DataCollator, purify
+from mlmadapt.freezing import DataCollator, collate_seeded, purify
 from mlmadapt.masking import WholeWordMaskingCollator
-from mlmadapt.seeding import derive_key, seeded
+from mlmadapt.seeding import derive_key
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Row = Mapping[str, Any]
 Batch = dict[str, torch.Tensor]
+Dealt = TypeVar("Dealt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +93,22 @@ class BatchPlan:
         """
         order = self.order(epoch)
         for step in range(start, self.steps_per_epoch):
-            rows = order[step * self.rows_per_step : (step + 1) * self.rows_per_step].tolist()
-            passes = math.ceil(len(rows) / (self.batch_size * self.world))
-            # Dealt like cards, so that a short step is short everywhere.
-            mine = rows[self.rank :: self.world]
-            yield [
-                [(row, True) for row in mine[place::passes]] or [(rows[0], False)]
-                for place in range(passes)
-            ]
+            rows = order[step * self.rows_per_step : (step + 1) * self.rows_per_step]
+            yield self.deal(rows.tolist())
+
+    def deal(self, rows: Sequence[Dealt]) -> list[list[tuple[Dealt, bool]]]:
+        """Share the rows of a step out like cards, so that a short step is short everywhere.
+
+        Examples:
+            >>> BatchPlan(rows=5, batch_size=2, accumulation=2).deal("abc")
+            [[('a', True), ('c', True)], [('b', True)]]
+        """
+        passes = math.ceil(len(rows) / (self.batch_size * self.world))
+        mine = rows[self.rank :: self.world]
+        return [
+            [(row, True) for row in mine[place::passes]] or [(rows[0], False)]
+            for place in range(passes)
+        ]
 
 
 def training_batches(
@@ -172,22 +180,9 @@ def _collate_foreign(
     items: list[tuple[int, bool, Row]], *, collator: DataCollator, seed: int, epoch: int
 ) -> Batch:
     indices = [index for index, _, _ in items]
-    with seeded(derive_key(seed, "mask", epoch, *indices)):
-        # Copies, since some collators (the recipe's) change what they are given.
-        rows = [{name: _copy(values) for name, values in row.items()} for _, _, row in items]
-        batch: Mapping[str, Any] = collator(rows)
-    if "labels" not in batch:
-        raise ValueError(
-            f"data_collator returned {list(batch)}; it must return 'labels' with -100 where "
-            "nothing is to be predicted"
-        )
-    tensors = {name: torch.as_tensor(batch[name]) for name in batch if name != "word_ids"}
-    return _fill(items, tensors)
-
-
-def _copy(values: Any) -> Any:
-    # The copy of a tensor that `copy` makes shares its storage.
-    return values.clone() if isinstance(values, torch.Tensor) else copy(values)
+    key = derive_key(seed, "mask", epoch, *indices)
+    batch = collate_seeded(collator, [row for _, _, row in items], key=key)
+    return _fill(items, {name: torch.as_tensor(values) for name, values in batch.items()})
 
 
 def _fill(items: list[tuple[int, bool, Row]], batch: Batch) -> Batch:

@@ -134,28 +134,21 @@ class TrainingConfig:
             self._require(name, 0 <= value < math.inf, "a finite number, 0 or more")
         self._require("dataloader_num_workers", self.dataloader_num_workers >= 0, "0 or more")
         self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
-        self._require(
-            "max_steps",
-            self.max_steps == -1 or self.max_steps > 0,
-            "above 0, or -1 for whole epochs",
-        )
+        is_count = self.max_steps == -1 or self.max_steps > 0
+        self._require("max_steps", is_count, "above 0, or -1 for whole epochs")
         for name in ("eval_strategy", "save_strategy"):
             known = getattr(self, name) in ("no", "epoch", "steps")
             self._require(name, known, "'no', 'epoch' or 'steps'")
-        self._require(
-            "mixed_precision",
-            self.mixed_precision in (None, "no", "bf16", "fp16"),
-            "None, 'no', 'bf16' or 'fp16'",
-        )
+        known = self.mixed_precision in (None, "no", "bf16", "fp16")
+        self._require("mixed_precision", known, "None, 'no', 'bf16' or 'fp16'")
         if self.load_best_model_at_end:
             self._check_best()
         self._read_scheduler_kwargs()
         from transformers import SchedulerType  # noqa: PLC0415  # a second to load
 
         schedules = [each.value for each in SchedulerType]
-        self._require(
-            "lr_scheduler_type", self.lr_scheduler_type in schedules, f"one of {schedules}"
-        )
+        known = self.lr_scheduler_type in schedules
+        self._require("lr_scheduler_type", known, f"one of {schedules}")
 
     def _read_scheduler_kwargs(self) -> None:
         given = self.lr_scheduler_kwargs

@@ -88,10 +88,7 @@ class MaskedLMMetrics:
                 "into it with insert_random_mask"
             )
         mean = loss / masked_tokens
-        try:
-            perplexity = math.exp(mean)
-        except OverflowError:
-            perplexity = math.inf
+        perplexity = math.inf if mean > 709 else math.exp(mean)  # what a float can hold
         return cls(
             mean, perplexity, correct / masked_tokens, top5_correct / masked_tokens, masked_tokens
         )

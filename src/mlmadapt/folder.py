@@ -54,7 +54,7 @@ def save_model(
     tokenizer: "PreTrainedTokenizerBase",
     accelerator: Accelerator,
 ) -> list[str]:
-    """Save model and tokenizer, whole or not at all; return their files' names, on one process.
+    """Save model and tokenizer, whole or not at all; return their files' names.
 
     Raises:
         OSError: If the model could not be saved, which `save_pretrained` alone does not always say.
@@ -64,19 +64,17 @@ def save_model(
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(model, options=options)
 
-    names: list[str] = []
-
-    def write() -> None:
+    def write() -> list[str]:
         building = folder / ".model.tmp"
         shutil.rmtree(building, ignore_errors=True)
         model.save_pretrained(building, state_dict=state)
         tokenizer.save_pretrained(building)
         if not any(building.glob("*.safetensors")):
             raise OSError(f"{str(folder)!r} holds no weights after saving; the model was not saved")
-        for path in building.iterdir():
-            path.replace(folder / path.name)
-            names.append(path.name)
+        names = [path.name for path in building.iterdir()]
+        for name in names:
+            (building / name).replace(folder / name)
         building.rmdir()
+        return names
 
-    on_main_process(accelerator, write)
-    return names
+    return on_main_process(accelerator, write)

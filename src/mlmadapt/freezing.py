@@ -76,6 +76,24 @@ def insert_random_mask(
     return {prefix + name: rows for name, rows in frozen.items()}
 
 
+def collate_seeded(
+    data_collator: DataCollator, rows: list[Mapping[str, Any]], *, key: int
+) -> dict[str, Any]:
+    """Call another library's collator, which draws by `key`, on copies: some change their rows.
+
+    Raises:
+        ValueError: If it returns no ``labels``.
+    """
+    with seeded(key):
+        batch = data_collator(deepcopy([dict(row) for row in rows]))
+    if "labels" not in batch:
+        raise ValueError(
+            f"data_collator {type(data_collator).__name__} returned {list(batch)}; it must return "
+            "'labels' with -100 where nothing is to be predicted"
+        )
+    return {name: batch[name] for name in batch if name != "word_ids"}
+
+
 def purify(data_collator: DataCollator) -> DataCollator:
     """Return a collator without random state of its own, so that `seeded` decides what it draws.
 
@@ -108,19 +126,10 @@ def _freeze_row_by_row(
             f"the batch has no 'input_ids', only {list(examples)}; tokenize the documents first"
         )
     for index, values in enumerate(zip(*(examples[name] for name in examples), strict=True)):
-        # Copies, since some collators (the recipe's) change what they are given.
-        row = dict(zip(examples, deepcopy(values), strict=True))
+        row = dict(zip(examples, values, strict=True))
         tokens = [int(token) for token in row["input_ids"]]
-        with seeded(derive_key(seed, "frozen", *tokens)):
-            batch = collate([row])
-        if "labels" not in batch:
-            raise ValueError(
-                f"data_collator {type(data_collator).__name__} returned {list(batch)}; it must "
-                "return 'labels' with -100 where nothing is to be predicted"
-            )
+        batch = collate_seeded(collate, [row], key=derive_key(seed, "frozen", *tokens))
         for name, array in batch.items():
-            if name == "word_ids":
-                continue
             masked = np.asarray(array)[0]
             if len(masked) != len(tokens):
                 raise ValueError(

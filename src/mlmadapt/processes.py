@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,8 @@ from mlmadapt.config import TrainingConfig
 from mlmadapt.prediction import SparsePrediction, masked_logits
 
 logger = logging.getLogger(__name__)
+
+Outcome = TypeVar("Outcome")
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -99,18 +102,20 @@ def _leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def on_main_process(accelerator: Accelerator, action: Callable[[], object]) -> None:
-    """Do something once; an error of the main process is raised by every process."""
-    errors: list[Exception | None] = [None]
+def on_main_process(accelerator: Accelerator, action: Callable[[], Outcome]) -> Outcome:
+    """Do something once; every process returns what came of it, or raises the same error."""
+    outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            action()
+            outcome[0] = action()
         except Exception as error:  # noqa: BLE001  # raised below, on all processes
-            errors[0] = error
+            outcome[1] = error
     if accelerator.num_processes > 1:
-        broadcast_object_list(errors)
-    if errors[0] is not None:
-        raise errors[0]
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: Outcome = outcome[0]
+    return result
 
 
 def is_sharded(model: nn.Module) -> bool:

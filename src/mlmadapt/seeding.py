@@ -67,13 +67,6 @@ def seeded(key: int) -> Iterator[None]:
             np.random.set_state(numpy_state)  # noqa: NPY002
 
 
-@contextmanager
-def own_randomness(device: torch.device) -> Iterator[None]:
-    """Put torch's global generators back after a run, which seeds them for dropout."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-
-
 def hash_rows(tokens: Ints, bounds: Ints, key: int) -> Hashes:
     """Return a hash a row, of shape ``(rows,)``, of `key` and the row's tokens in their order.
 

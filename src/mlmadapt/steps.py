@@ -8,11 +8,11 @@ import logging
 import math
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mlmadapt.batches import Batch, BatchPlan, count_tokens
 from mlmadapt.config import TrainingConfig
+from mlmadapt.cross_entropy import summed_cross_entropy
 from mlmadapt.fitting import Trained
 from mlmadapt.optimization import waits_for_metric
 from mlmadapt.prediction import POSITIONS, masked_logits
@@ -59,7 +59,7 @@ def take_step(
         labels = inputs.pop("labels")
         with synchronize(accelerator, trained.wrapped, now=place == len(batches) - 1):
             logits = masked_logits(trained.wrapped, inputs, positions, trained.sparse)
-            loss = nn.functional.cross_entropy(logits, labels[positions], reduction="sum")
+            loss = summed_cross_entropy(logits, labels[positions])
             # An infinite loss can have a finite gradient; as NaN, all processes see it.
             finite = torch.where(loss.detach().isfinite(), 1.0, math.nan)
             accelerator.backward(loss * scale * finite)

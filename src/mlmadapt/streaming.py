@@ -6,7 +6,6 @@ finished steps are read and passed over, which is exact for shuffle buffers too 
 loses rows).
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -41,13 +40,8 @@ def streaming_batches(
             f"{epoch}; it must have rows, and the same ones each time it is read"
         )
     while step:
-        passes = math.ceil(len(step) / (plan.batch_size * plan.world))
-        mine = step[plan.rank :: plan.world]
-        shares = [mine[place::passes] for place in range(passes)]
         yield [
-            collate(
-                [(index, True, row) for index, row in share] or [(step[0][0], False, step[0][1])]
-            )
-            for share in shares
+            collate([(index, counts, row) for (index, row), counts in share])
+            for share in plan.deal(step)
         ]
         step = list(islice(rows, plan.rows_per_step))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, tqdm
+from accelerate.utils import gather_object, tqdm
 
 from mlmadapt import checkpoints
 from mlmadapt.batches import Batch, BatchPlan, training_batches
@@ -41,7 +41,6 @@ from mlmadapt.processes import (
 )
 from mlmadapt.result import TrainingResult
 from mlmadapt.resumption import RunState, load_weights, read_run, write_run
-from mlmadapt.seeding import own_randomness
 from mlmadapt.steps import take_step
 from mlmadapt.streaming import streaming_batches
 
@@ -141,7 +140,8 @@ def accelerate_train(
     with (
         own_folder(accelerator, config),
         Interruption() as interruption,
-        own_randomness(accelerator.device),
+        # Dropout is seeded; the caller's generators are put back.
+        torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []),
     ):
         run = _Run(model, train_dataset, eval_sets, tokenizer, data_collator, config, accelerator)
         with run.prepared(optimizer, lr_scheduler):
@@ -353,20 +353,13 @@ class _Run:
         wanted = self.config.resume_from_checkpoint
         if not wanted:
             return False
-        found: list[Path | None] = [None]
-
-        def find() -> None:
-            found[0] = checkpoints.choose(self.folder, wanted)
-
-        on_main_process(self.accelerator, find)
-        if self.plan.world > 1:
-            broadcast_object_list(found)
-        if found[0] is None:
+        found = on_main_process(self.accelerator, lambda: checkpoints.choose(self.folder, wanted))
+        if found is None:
             logger.warning(
                 "%s holds no checkpoint; training starts from the beginning", self.folder
             )
             return False
-        self.state = read_run(found[0], self.trained, identity=self.identity)
+        self.state = read_run(found, self.trained, identity=self.identity)
         self.progress.update(self.state.step)
         return True
 

@@ -1,0 +1,57 @@
+"""Cross entropy in the memory of its logits.
+
+Torch's makes three more arrays of their size, one after the other: at 64 x 128 tokens 150 MB each,
+which the allocator takes from the system anew in every step. Here the gradient takes the place of
+the logits, a few rows at a time: three quarters of the time of head and loss on a CPU.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+# 16 MB in 32 bits, which stay in the allocator and near the processor; a GPU is busy with them too.
+_LOGITS_AT_ONCE = 2**22
+
+
+def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum the negative log-likelihoods in nats; the backward pass **overwrites the logits**.
+
+    Autograd refuses where what computed the logits needs them again (a last ``exp`` would, a linear
+    layer does not).
+
+    Args:
+        logits: Of shape ``(tokens, vocabulary)``, in 32 bits or more.
+        labels: Of shape ``(tokens,)``; -100 counts for nothing.
+
+    Examples:
+        >>> summed_cross_entropy(torch.zeros(3, 4), torch.tensor([1, -100, 2]))
+        tensor(2.7726)
+    """
+    summed: torch.Tensor = _SummedCrossEntropy.apply(logits, labels)  # type: ignore[no-untyped-call]
+    return summed
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        is_target = labels != -100
+        targets = labels.where(is_target, 0)
+        # Of no rows, `split` makes one part of none.
+        ctx.rows = max(1, _LOGITS_AT_ONCE // logits.shape[1])
+        totals = torch.cat([part.logsumexp(1) for part in torch.split(logits, ctx.rows)])
+        ctx.save_for_backward(logits, targets, is_target, totals)
+        true = logits.gather(1, targets[:, None])[:, 0]
+        return torch.where(is_target, totals - true, 0.0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, targets, is_target, totals = ctx.saved_tensors
+        weights = gradient * is_target
+        columns = (logits, totals[:, None], weights[:, None])
+        parts = [torch.split(column, ctx.rows) for column in columns]
+        for part, total, weight in zip(*parts, strict=True):
+            part.sub_(total).exp_().mul_(weight)
+        logits[torch.arange(len(logits), device=logits.device), targets] -= weights
+        return logits, None

@@ -476,9 +476,9 @@ def test_trainer(
         assert found == pytest.approx(wanted, rel=1e-4)
     if with_loss or not is_sparse:
         assert head_rows == 2 * rows["labels"].numel()
-    else:  # rounded up to multiples of 32 in each forward pass
-        masked = 2 * int((rows["labels"] != -100).sum())
-        assert masked <= head_rows < masked + 2 * accumulation * 32
+    else:  # two steps of 39 masked tokens, rounded up to multiples of 32 in each forward pass
+        assert (rows["labels"] != -100).sum() == 39
+        assert head_rows == 2 * {1: 64, 2: 2 * 32, 4: 4 * 32}[accumulation]
 
 
 @pytest.mark.parametrize("loss_func", [None, masked_lm_loss])

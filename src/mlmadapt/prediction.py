@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-POSITIONS = 32
+POSITION_MULTIPLE = 32
 """Positions are predicted in multiples of this.
 
 As many as are masked are another number in each step, and blocks of memory of as many sizes,
@@ -74,7 +74,7 @@ class _Masked(NamedTuple):
     Attributes:
         shape: ``(batch, sequence)``.
         indices: Into batch times sequence, of shape ``(masked,)``, and the first position again
-            and again up to a multiple of `POSITIONS`.
+            and again up to a multiple of `POSITION_MULTIPLE`.
         number: How many are masked.
         num_items: Masked tokens that the loss is to be divided by; None leaves it a mean.
     """
@@ -88,7 +88,7 @@ class _Masked(NamedTuple):
     def of(cls, positions: torch.Tensor, num_items: torch.Tensor | int | None = None) -> "_Masked":
         # The only wait for the device; indexing with booleans twice would wait twice.
         indices = positions.flatten().nonzero().squeeze(1)
-        spare = -len(indices) % POSITIONS
+        spare = -len(indices) % POSITION_MULTIPLE
         return cls(positions.shape, nn.functional.pad(indices, (0, spare)), len(indices), num_items)
 
 

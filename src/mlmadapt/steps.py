@@ -15,7 +15,7 @@ from mlmadapt.config import TrainingConfig
 from mlmadapt.cross_entropy import summed_cross_entropy
 from mlmadapt.fitting import Trained
 from mlmadapt.optimization import waits_for_metric
-from mlmadapt.prediction import POSITIONS, masked_logits
+from mlmadapt.prediction import POSITION_MULTIPLE, masked_logits
 from mlmadapt.processes import synchronize
 from mlmadapt.resumption import RunState
 from mlmadapt.seeding import derive_key
@@ -82,13 +82,13 @@ def take_step(
 
 
 def _round_up(positions: torch.Tensor) -> torch.Tensor:
-    """Add positions without a target, which count for nothing, up to a multiple of `POSITIONS`.
+    """Add positions without a target, which count for nothing, up to a `POSITION_MULTIPLE`.
 
     The model's handle would add some too, and take them off again: a copy of all logits' gradients.
     """
     filled = positions.flatten().clone()
     others = (~filled).nonzero().squeeze(1)
-    filled[others[: -int(filled.sum()) % POSITIONS]] = True
+    filled[others[: -int(filled.sum()) % POSITION_MULTIPLE]] = True
     return filled.view_as(positions)
 
 

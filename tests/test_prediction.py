@@ -144,7 +144,7 @@ def test_same_gradients_in_the_memory_of_the_logits(architecture: str) -> None:
 def test_the_head_works_in_few_sizes(model: PreTrainedModel, return_dict: bool) -> None:  # noqa: FBT001
     """Blocks of memory of ever other sizes would stay with the allocator, more in each step.
 
-    What the caller gets has the masked positions only, in a dict and in a tuple.
+    What the caller gets has the masked positions only, in a dict and in a tuple, and so has the loss.
     """
     sizes = []
     model.get_output_embeddings().register_forward_hook(
@@ -165,6 +165,9 @@ def test_the_head_works_in_few_sizes(model: PreTrainedModel, return_dict: bool) 
             )
         torch.testing.assert_close(asked[0][0], expected)
         assert outputs[1].shape == (1, *expected.shape)
+        # What rounds up, the first position, has a label here, and counts once all the same.
+        loss = nn.functional.cross_entropy(outputs[1][0], torch.full((masked,), 7))
+        torch.testing.assert_close(outputs[0], loss, equal_nan=True)
     assert sizes[1:] == [0, 0, 32, 32, 32, 32, 64, 64, *[-(-total // 32) * 32] * 2]
 
 

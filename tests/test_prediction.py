@@ -144,7 +144,7 @@ def test_same_gradients_in_the_memory_of_the_logits(architecture: str) -> None:
 def test_the_head_works_in_few_sizes(model: PreTrainedModel, return_dict: bool) -> None:  # noqa: FBT001
     """Blocks of memory of ever other sizes would stay with the allocator, more in each step.
 
-    What the caller gets has the masked positions only, in a dict and in a tuple, and so has the loss.
+    What the caller gets, and the loss, have the masked positions only, in a dict and in a tuple.
     """
     sizes = []
     model.get_output_embeddings().register_forward_hook(

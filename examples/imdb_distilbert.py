@@ -80,7 +80,7 @@ def main() -> None:
     transformers.set_seed(config.seed)
     # No bars for what takes a blink; what chunking drops is said below.
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("mlmadapt.chunking").setLevel(logging.ERROR)
+    logging.getLogger("mlmadapt.data.chunking").setLevel(logging.ERROR)
 
     if args.demo:
         import demo_corpus  # noqa: PLC0415  # beside this file, which goes without it
@@ -166,9 +166,9 @@ def parse_arguments() -> tuple[Arguments, TrainingConfig]:
         if getattr(args, name) < 1:
             parser.error(f"{name} is {getattr(args, name)}; it must be 1 or more")
     # What the model card tells, beside what the run knows of itself.
-    probes = config.probes or [args.sentence]
+    sentences = config.fill_mask or [args.sentence]
     name = config.dataset_name or ("Python's documentation" if args.demo else args.dataset)
-    return args, replace(config, probes=probes, dataset_name=name)
+    return args, replace(config, fill_mask=sentences, dataset_name=name)
 
 
 def trust_cache_if_hub_is_silent(*sources: str) -> None:

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ import pytest
 
 import mlmadapt
 import mlmadapt.testing
+from mlmadapt import accelerate_train
 from mlmadapt._pytest_plugin import mlmadapt_model, mlmadapt_tokenizer
-from mlmadapt.prediction import SparsePrediction
-from mlmadapt.view import MaskView
+from mlmadapt.masking.show import MaskView
+from mlmadapt.model.sparse_head import SparsePrediction
 
 SOURCE = Path(mlmadapt.__file__).parent
+ROOT = Path(__file__).parents[1]
 FILES = sorted(SOURCE.rglob("*.py"))
 PUBLIC = {name: getattr(mlmadapt, name) for name in mlmadapt.__all__} | {
     name: getattr(mlmadapt.testing, name)
@@ -189,16 +192,36 @@ def calls_print(node: ast.AST) -> bool:
 def lines_of_code(path: Path) -> int:
     """Count the lines that do something: not blank, not a comment, not a docstring."""
     text = path.read_text(encoding="utf-8")
-    documented = set()
+    told: set[int] = set()
     for node in ast.walk(ast.parse(text)):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            documented |= set(range(body[0].lineno, body[0].end_lineno + 1))
+        # A string that stands alone: of a module, class or function, or of the name before it.
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            told |= {*range(node.lineno, node.end_lineno + 1)}
     lines = enumerate(text.splitlines(), start=1)
     return sum(
-        number not in documented and not line.lstrip().startswith("#") and bool(line.strip())
+        number not in told and not line.lstrip().startswith("#") and bool(line.strip())
         for number, line in lines
     )
+
+
+def test_lines_of_code_are_counted_as_they_are(tmp_path: Path) -> None:
+    """Docstrings, comments and blank lines are not code; a call at the top of a function is."""
+    path = tmp_path / "counted.py"
+    path.write_text('''"""Module,
+
+in lines."""
+# a comment
+
+LIMIT = 3
+"""Of a name."""
+
+def function():
+    """Function."""
+    print(
+        LIMIT,  # counts
+    )
+''')
+    assert lines_of_code(path) == 5
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
@@ -207,44 +230,107 @@ def test_source(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
     assert ast.get_docstring(tree)
-    assert lines_of_code(path) <= 400
+    # Or its docstring says why one noun needs more.
+    assert len(text.splitlines()) <= 420 or "420 lines" in ast.get_docstring(tree)
     assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
     assert not [node for node in ast.walk(tree) if calls_print(node)]
 
 
 def test_source_stays_small() -> None:
     """The library can be read in an afternoon, and its help for tests in a coffee break."""
-    for_tests = {path for path in FILES if noun_of(path) in {"testing", "_pytest_plugin"}}
-    assert sum(map(lines_of_code, set(FILES) - for_tests)) <= 3195
-    assert sum(map(lines_of_code, for_tests)) <= 700
+    for_tests = {path for path in FILES if room_of(path) in {"testing", "_pytest_plugin"}}
+    assert sum(map(lines_of_code, set(FILES) - for_tests)) <= 3255
+    assert sum(map(lines_of_code, for_tests)) <= 800
 
 
-def noun_of(path: Path) -> str:
-    """The module or the package that a file is of."""
-    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+ROOMS = ["_types", "data", "masking", "model", "training", "testing", "_pytest_plugin"]
+"""In the order in which data flows; each may use those before it."""
+
+
+def module_of(path: Path) -> str:
+    """The name of a file's module below this package."""
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(path: Path) -> str:
+    """The package that a file is in, or its own name at the top."""
+    return module_of(path).partition(".")[0]
 
 
 def imports(path: Path) -> set[str]:
-    """The files of this package that one imports, at the top, in functions or for types."""
+    """The modules of this package that a file imports, at the top, in functions or for types."""
+    modules = {module_of(each) for each in FILES}
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "mlmadapt":
-            found |= {mlmadapt._HOME.get(alias.name, alias.name) for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlmadapt."):
-            found.add(str(node.module).split(".")[1])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mlmadapt":
+            inside = str(node.module).removeprefix("mlmadapt").removeprefix(".")
+            for alias in node.names:
+                full = f"{inside}.{alias.name}".strip(".")
+                home = mlmadapt._HOME.get(alias.name, alias.name) if not inside else inside
+                found.add(full if full in modules else home)
         elif isinstance(node, ast.Import):
-            names = [alias.name.split(".") for alias in node.names]
-            found |= {parts[1] for parts in names if parts[0] == "mlmadapt" and len(parts) > 1}
+            names = [alias.name for alias in node.names if alias.name.startswith("mlmadapt.")]
+            found |= {name.removeprefix("mlmadapt.") for name in names}
+    assert found <= modules
     return found
 
 
+def floors(graph: dict[str, set[str]]) -> dict[str, int]:
+    """How deep the imports below each go, 1 for what imports nothing.
+
+    Raises:
+        graphlib.CycleError: If some import each other.
+    """
+    deep: dict[str, int] = {}
+    for name in graphlib.TopologicalSorter(graph).static_order():
+        deep[name] = 1 + max((deep[each] for each in graph[name]), default=0)
+    return deep
+
+
+# What stands at the top names all the others, and loads them when they are asked for.
+GRAPH = {module_of(path): imports(path) for path in FILES if path != SOURCE / "__init__.py"}
+
+
 def test_imports_run_one_way() -> None:
-    """No file imports one that imports it, by whatever way round."""
-    graph: dict[str, set[str]] = {}
+    """From room to room as data flows, from file to file never round, on few floors."""
+    for name, found in GRAPH.items():
+        place = ROOMS.index(name.partition(".")[0])
+        later = {each for each in found if ROOMS.index(each.partition(".")[0]) > place}
+        assert not later, f"{name} imports {later}"
+    rooms = {room: set[str]() for room in ROOMS}
+    for name, found in GRAPH.items():
+        room = name.partition(".")[0]
+        rooms[room] |= {each.partition(".")[0] for each in found} - {room}
+    assert rooms["training"] >= {"masking", "model"}
+    assert max(floors(rooms).values()) <= 6
+    for room in ROOMS:
+        inside = {name: found for name, found in GRAPH.items() if name.partition(".")[0] == room}
+        inside = {name: found & inside.keys() for name, found in inside.items()}
+        deep = floors(inside)
+        assert max(deep.values()) <= 5, deep
+    deep = floors(GRAPH)
+    assert deep["training.loop"] > deep["model.evaluation"] > deep["data.rows"]
+
+
+def test_every_package_that_is_imported_is_a_dependency() -> None:
+    """One that comes with another today may not come with it tomorrow."""
+    top = set()
     for path in FILES:
-        if path.parent != SOURCE or path.stem != "__init__":
-            graph.setdefault(noun_of(path), set()).update(imports(path) - {noun_of(path)})
-    assert graph["training"] >= {"batches", "config", "evaluation"}
-    assert set().union(*graph.values()) <= graph.keys()
-    order = list(graphlib.TopologicalSorter(graph).static_order())
-    assert order.index("prediction") < order.index("evaluation") < order.index("training")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                top.add(str(node.module).partition(".")[0])
+            elif isinstance(node, ast.Import):
+                top |= {alias.name.partition(".")[0] for alias in node.names}
+    top -= {*sys.stdlib_module_names, "mlmadapt"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = (re.split(r"[<>=\[; ]", each)[0] for each in project["dependencies"])
+    declared = {name.replace("-", "_") for name in names}
+    # By the plugin, which only pytest loads, and by `plot`, which asks for its extra.
+    assert top - declared == {"matplotlib", "pytest"}
+
+
+def test_the_forward_pass_is_two_calls_from_the_function_that_is_called() -> None:
+    """The loop stands where a reader looks for it: `accelerate_train`, a step, the model."""
+    loop = inspect.getsource(sys.modules[accelerate_train.__module__].take_step)
+    assert "take_step(run, batches" in inspect.getsource(accelerate_train)
+    assert "run.wrapped(**inputs)" in loop

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from .scripts.processes import run_script
+from tests.scripts.processes import run_script
 
 FOLDER = Path(__file__).parent / "benchmarks"
 REPORT = """

@@ -19,10 +19,10 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 import mlmadapt
-from mlmadapt import TrainingConfig, WholeWordMaskingCollator, accelerate_train, identity, testing
+from mlmadapt import TrainingConfig, WholeWordMaskingCollator, accelerate_train, testing
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
-
-from .scripts.processes import run_script
+from mlmadapt.training import fingerprint
+from tests.scripts.processes import run_script
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -116,7 +116,7 @@ def test_what_may_change_in_a_resumed_run_is_listed() -> None:
     settings = {each.name for each in fields(TrainingConfig)}
     rows = table[: next(i for i, row in enumerate(table) if "SIGTERM" in row[0])]
     refused, free = (settings & set(re.findall(r"`(\w+)`", str(each))) for each in zip(*rows))  # noqa: B905
-    assert free == identity._FREE
+    assert free == fingerprint._FREE
     assert refused == settings - free
 
 

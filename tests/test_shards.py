@@ -13,8 +13,7 @@ from datasets import load_dataset
 
 from mlmadapt import group_texts, tokenize_with_word_ids
 from mlmadapt.testing import tiny_corpus, tiny_tokenizer
-
-from .scripts.processes import run_script
+from tests.scripts.processes import run_script
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "shards.py"
 

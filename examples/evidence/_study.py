@@ -46,7 +46,9 @@ if TYPE_CHECKING:
 
 datasets.disable_progress_bars()
 transformers.utils.logging.disable_progress_bar()
-logging.getLogger("mlmadapt.chunking").setLevel(logging.ERROR)  # drops less than one row in all
+logging.getLogger("mlmadapt.data.chunking").setLevel(
+    logging.ERROR
+)  # drops less than one row in all
 
 MODEL = Path("models", "bert-tiny-mlm")
 BATCH, CHUNK = 64, 128

@@ -14,17 +14,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlmadapt.chunking import group_texts
-    from mlmadapt.config import TrainingConfig
-    from mlmadapt.evaluation import MaskedLMMetrics, evaluate_mlm
-    from mlmadapt.freezing import insert_random_mask
-    from mlmadapt.gazetteer import phrases
-    from mlmadapt.masking import WholeWordMaskingCollator
-    from mlmadapt.prediction import masked_lm_loss, sparse_prediction
-    from mlmadapt.result import TrainingResult
-    from mlmadapt.tokenization import tokenize_with_word_ids
-    from mlmadapt.training import accelerate_train
-    from mlmadapt.view import show_masks
+    from mlmadapt.data.chunking import group_texts
+    from mlmadapt.data.phrases import phrases
+    from mlmadapt.data.tokenization import tokenize_with_word_ids
+    from mlmadapt.masking.collator import WholeWordMaskingCollator
+    from mlmadapt.masking.freezing import insert_random_mask
+    from mlmadapt.masking.show import show_masks
+    from mlmadapt.model.evaluation import MaskedLMMetrics, evaluate_mlm
+    from mlmadapt.model.loss import masked_lm_loss
+    from mlmadapt.model.sparse_head import sparse_prediction
+    from mlmadapt.training.config import TrainingConfig
+    from mlmadapt.training.loop import accelerate_train
+    from mlmadapt.training.result import TrainingResult
 
 __all__ = [
     "MaskedLMMetrics",
@@ -43,19 +44,19 @@ __all__ = [
 ]
 
 _HOME = {
-    "MaskedLMMetrics": "evaluation",
-    "TrainingConfig": "config",
-    "TrainingResult": "result",
-    "WholeWordMaskingCollator": "masking",
-    "accelerate_train": "training",
-    "evaluate_mlm": "evaluation",
-    "group_texts": "chunking",
-    "insert_random_mask": "freezing",
-    "masked_lm_loss": "prediction",
-    "phrases": "gazetteer",
-    "show_masks": "view",
-    "sparse_prediction": "prediction",
-    "tokenize_with_word_ids": "tokenization",
+    "MaskedLMMetrics": "model.evaluation",
+    "TrainingConfig": "training.config",
+    "TrainingResult": "training.result",
+    "WholeWordMaskingCollator": "masking.collator",
+    "accelerate_train": "training.loop",
+    "evaluate_mlm": "model.evaluation",
+    "group_texts": "data.chunking",
+    "insert_random_mask": "masking.freezing",
+    "masked_lm_loss": "model.loss",
+    "phrases": "data.phrases",
+    "show_masks": "masking.show",
+    "sparse_prediction": "model.sparse_head",
+    "tokenize_with_word_ids": "data.tokenization",
 }
 
 

@@ -26,8 +26,6 @@ from datasets import Dataset
 from torch.distributed.fsdp import fully_shard
 from transformers import DataCollatorForLanguageModeling
 
-import mlmadapt.checkpoints
-import mlmadapt.training
 from mlmadapt import (
     TrainingConfig,
     WholeWordMaskingCollator,
@@ -35,8 +33,9 @@ from mlmadapt import (
     insert_random_mask,
     tokenize_with_word_ids,
 )
-from mlmadapt.batches import BatchPlan
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
+from mlmadapt.training import checkpoint, loop
+from mlmadapt.training.batches import BatchPlan
 
 SETTINGS = {
     "num_train_epochs": 2,
@@ -275,18 +274,18 @@ def _act(model: torch.nn.Module, name: str, rank: int = -1) -> None:
 
 
 def _act_at_steps(model: torch.nn.Module, actions: dict[str, list[Any]]) -> None:
-    original = mlmadapt.training.take_step
+    original = loop.take_step
 
-    def take_step(trained: Any, batches: Any, state: Any, **kwargs: Any) -> Any:
-        for action in actions.get(str(state.step), []):
+    def take_step(run: Any, batches: Any, **kwargs: Any) -> Any:
+        for action in actions.get(str(run.state.step), []):
             _act(model, *([action] if isinstance(action, str) else action))
-        return original(trained, batches, state, **kwargs)
+        return original(run, batches, **kwargs)
 
-    mlmadapt.training.take_step = take_step
+    loop.take_step = take_step
 
 
 def _act_while_saving(model: torch.nn.Module, actions: dict[str, list[Any]]) -> None:
-    original = mlmadapt.checkpoints.save_file
+    original = checkpoint.save_file
 
     def save_file(tensors: Any, path: Path, **kwargs: Any) -> None:
         step = path.parent.name.strip(".").removesuffix(".tmp").rpartition("-")[2]
@@ -295,7 +294,7 @@ def _act_while_saving(model: torch.nn.Module, actions: dict[str, list[Any]]) -> 
                 _act(model, action)
         original(tensors, path, **kwargs)
 
-    mlmadapt.checkpoints.save_file = save_file
+    checkpoint.save_file = save_file
 
 
 def _watch_files(folder: str, at_event: list[Any] | None) -> list[str]:

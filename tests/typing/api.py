@@ -89,7 +89,7 @@ def train(model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerB
         learning_rate=2e-5,
         eval_strategy="epoch",
         dataset_name="stanfordnlp/imdb",
-        probes=["This is a great [MASK]."],
+        fill_mask=["This is a great [MASK]."],
         push_to_hub=True,
         hub_model_id="me/adapted",
         hub_private_repo=True,

@@ -109,7 +109,7 @@ def _join(data: Any) -> Columns:
     """Lay the rows of each token column end to end, with their numbers and without padding."""
     import numpy as np
 
-    from mlmadapt.padding import join_rows, to_columns
+    from mlmadapt.data.rows import join_rows, to_columns
 
     names = data.column_names if hasattr(data, "column_names") else None
     if names is None and not isinstance(data, Mapping):

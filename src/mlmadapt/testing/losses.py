@@ -64,7 +64,7 @@ def assert_same_loss(
     __tracebackhide__ = True
     import torch
 
-    from mlmadapt.prediction import evaluation_mode, masked_logits
+    from mlmadapt.model.sparse_head import evaluation_mode, masked_logits
 
     device = next(model.parameters()).device
     step = {name: torch.as_tensor(values).to(device) for name, values in batch.items()}
@@ -76,7 +76,7 @@ def assert_same_loss(
     def exact_loss(model: Any, part: dict[str, torch.Tensor], count: int) -> torch.Tensor:
         labels = part.pop("labels")
         targets = labels[labels != -100]
-        logits = masked_logits(model, part, labels != -100, None)
+        logits = masked_logits(model(**part), labels != -100)
         return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / count
 
     def measure(loss_of: Any, part: dict[str, torch.Tensor]) -> tuple[float, list[torch.Tensor]]:

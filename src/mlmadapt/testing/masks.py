@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from mlmadapt.padding import Features
+    from mlmadapt._types import Features
     from mlmadapt.testing.rows import FoundRow
 
 
@@ -61,7 +61,7 @@ token 8, is no target
     __tracebackhide__ = True
     import numpy as np
 
-    from mlmadapt.tokenization import special_token_ids
+    from mlmadapt.data.tokenization import special_token_ids
 
     special = [] if tokenizer is None else list(special_token_ids(tokenizer))
     word_rows = column_of(features, "word_ids")
@@ -136,7 +136,7 @@ label 7 as a batch of its own; a mask must depend on seed, epoch and the row's t
     __tracebackhide__ = True
     import torch
 
-    from mlmadapt.seeding import seeded
+    from mlmadapt.masking.seeding import seeded
 
     features = [dict(row) for row in features]
 

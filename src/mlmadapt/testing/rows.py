@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from transformers import PreTrainedTokenizerBase
 
-    from mlmadapt.padding import Features
+    from mlmadapt._types import Features
 
 
 class FoundRow(NamedTuple):
@@ -102,7 +102,7 @@ def column_of(features: Features, name: str) -> list[npt.NDArray[np.int64]]:
     """
     import numpy as np
 
-    from mlmadapt.padding import join_rows
+    from mlmadapt.data.rows import join_rows
 
     for number, row in enumerate(features):
         for needed in ("input_ids", name):

@@ -1,0 +1,1 @@
+"""Documents to rows: tokens that know their word, and rows of one length."""

@@ -1,0 +1,94 @@
+"""Phrases that are one word: names, codes, fixed expressions.
+
+Masked a word at a time, the rest of a collocation gives the word away, and the model learns little
+from it (Levine et al. 2021).
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from functools import cache, partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlmadapt.data.tokenization import WordBoundaries
+
+
+def phrases(units: Iterable[str], *, ignore_case: bool = True) -> "WordBoundaries":
+    """Make `word_boundaries` of a list of phrases, so that each is masked as one word.
+
+    For gazetteers, code lists and PMI phrase lists. The longest phrase wins where several begin at
+    the same word; phrases match whole words only, across any white space. Looking up takes time by
+    the length of the text, not of the list.
+
+    Args:
+        units: The phrases, such as ``"New York"``.
+        ignore_case: Match ``"new york"`` too.
+
+    Returns:
+        A callable from a text to the ``(start, end)`` character spans of its phrases, in order; it
+        can be pickled, for `map`'s processes and fingerprint.
+
+    Raises:
+        TypeError: If the phrases are one string, or one of them is none.
+        ValueError: If a phrase holds no word.
+
+    Source:
+        Levine et al. 2021, arXiv:2010.01825 (PMI-Masking: collocations masked as units).
+
+    Examples:
+        >>> boundaries = phrases(["New York", "New York Times"])
+        >>> boundaries("The New York Times is read in New  York.")
+        [(4, 18), (30, 39)]
+    """
+    if isinstance(units, str):
+        raise TypeError(
+            f"units is the string {units!r:.40}; it must be a list of phrases: [{units!r:.40}]"
+        )
+    known = set()
+    for unit in units:
+        words = _word().findall(unit)
+        if not words:
+            raise ValueError(f"phrase {unit!r} holds no word; remove it from the list")
+        known.add(tuple(word.casefold() if ignore_case else word for word in words))
+    longest: dict[str, int] = {}
+    for phrase in known:
+        longest[phrase[0]] = max(len(phrase), longest.get(phrase[0], 0))
+    return partial(_find_phrases, known=known, longest=longest, ignore_case=ignore_case)
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    """Match a run of letters, a character of a script without spaces, or a punctuation mark."""
+    no_spaces = (
+        "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+        "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+    )
+    # Combining marks and joiners, which are no letters to `re`, end no word.
+    characters = map(chr, range(0x300, 0x20000))
+    joined = "".join(c for c in characters if unicodedata.category(c)[0] == "M") + "\u200c\u200d"
+    return re.compile(rf"(?:(?![{no_spaces}])[\w{joined}])+|(?:[{no_spaces}]|[^\w\s])[{joined}]*")
+
+
+def _find_phrases(
+    text: str,
+    *,
+    known: set[tuple[str, ...]],
+    longest: Mapping[str, int],
+    ignore_case: bool,
+) -> list[tuple[int, int]]:
+    places = [match.span() for match in _word().finditer(text)]
+    words = [text[start:end] for start, end in places]
+    if ignore_case:
+        words = [word.casefold() for word in words]
+    spans, position = [], 0
+    while position < len(words):
+        most = min(longest.get(words[position], 0), len(words) - position)
+        for length in range(most, 0, -1):
+            if tuple(words[position : position + length]) in known:
+                spans.append((places[position][0], places[position + length - 1][1]))
+                position += length
+                break
+        else:
+            position += 1
+    return spans

@@ -1,0 +1,450 @@
+"""Whole-word masks that depend on nothing but the example.
+
+A mask is a hash, not a draw: each row's tokens give a key, the key and a word's place in the row
+give the numbers that decide about the word. Nothing is remembered between calls, so batch size,
+order, padding, workers, processes and an interruption cannot change a mask. All rows of a batch are
+hashed at once, laid end to end, in time and memory linear in their tokens.
+
+The hash is splitmix64's finaliser over a counter (Steele, Lea and Flood, OOPSLA 2014), the scheme
+of counter-based generators (Salmon et al., SC 2011).
+"""
+
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, fields
+from itertools import pairwise
+from multiprocessing.context import get_spawning_popen
+from multiprocessing.sharedctypes import RawValue
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mlmadapt._types import Features, Floats, Hashes, Ints, Tokenizer
+from mlmadapt.data.rows import join_rows, pad_rows, to_columns
+from mlmadapt.data.tokenization import special_token_ids
+from mlmadapt.masking.seeding import derive_key, hash_counters, hash_rows, spread_keys, to_unit
+from mlmadapt.masking.selection import WordWeights, spread_rate
+
+
+@dataclass(eq=False)  # weights may be an array, which has no one truth
+class WholeWordMaskingCollator:
+    """Collate rows into a batch whose words are masked as a whole.
+
+    The defaults are those of the Hugging Face course: 20 % of words, always the mask token. Every
+    row that has a word has at least one target, so that no batch has a NaN loss; rows of few words
+    are therefore masked somewhat more often than `wwm_probability` says (at 20 %, one row of 10
+    words in 9 gets its target that way, and one of 100 words in 5 billion).
+
+    With a `seed`, a mask depends on (seed, epoch, tokens of the row) alone. Call `set_epoch` before
+    each epoch, or every epoch has the masks of epoch 0; DataLoader workers see it too, persistent
+    ones included. `Trainer` does not call it (see the how-to page); ``seed=None`` needs no call.
+
+    Args:
+        tokenizer: The tokenizer that made the rows; it needs a mask token.
+        wwm_probability: Share of words to predict, in [0, 1].
+        mask_replace_prob: Share of these words that become the mask token, in [0, 1].
+        random_replace_prob: Share of these words that become random tokens, in [0, 1]; never
+            special, added or unused tokens. The rest is kept: 0.8 and 0.1 are BERT's 80/10/10, by
+            word.
+        budget: ``"bernoulli"`` decides each word by itself; ``"exact"`` gives each row its share of
+            words, rounded up or down at random without bias, and never to 0.
+        word_weights: Makes some words likelier targets at the same overall rate: a weight for each
+            token id, shape ``(vocabulary,)`` (a word has the mean of its tokens), or a callable
+            from a word's text to its weight. 0 or more; only ratios within a row matter. A word of
+            weight 0 is never a target, unless all words of its row weigh 0.
+        seed: A seed of its own, or None to follow ``torch.manual_seed`` and `set_seed`: one number
+            a batch is drawn from torch's global generator.
+        pad_to_multiple_of: Pad rows to a multiple of this many tokens.
+        return_tensors: ``"pt"`` or ``"np"``.
+
+    Raises:
+        ValueError: If the tokenizer has no mask token or an argument is out of range.
+
+    Source:
+        Devlin et al. 2019 (80/10/10); Cui et al. 2019, arXiv:1906.08101 (whole words).
+
+    Examples:
+        >>> from mlmadapt import tokenize_with_word_ids
+        >>> from mlmadapt.testing import tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer("wordpiece")
+        >>> tokens = tokenize_with_word_ids({"text": ["an unfilmable film"]}, tokenizer)
+        >>> rows = [dict(zip(tokens, row)) for row in zip(*tokens.values())]
+        >>> collator = WholeWordMaskingCollator(tokenizer, wwm_probability=0.3, seed=0)
+        >>> batch = collator(rows)
+        >>> tokenizer.decode(batch["input_ids"][0])
+        '[CLS] an [MASK] [MASK] [MASK] [MASK] film [SEP]'
+    """
+
+    tokenizer: Tokenizer
+    _: KW_ONLY
+    wwm_probability: float = 0.2
+    mask_replace_prob: float = 1.0
+    random_replace_prob: float = 0.0
+    budget: Literal["bernoulli", "exact"] = "bernoulli"
+    word_weights: npt.ArrayLike | Callable[[str], float] | None = None
+    seed: int | None = None
+    pad_to_multiple_of: int | None = None
+    return_tensors: Literal["pt", "np"] = "pt"
+
+    def __post_init__(self) -> None:
+        for name in ("wwm_probability", "mask_replace_prob", "random_replace_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it must be a probability in [0, 1]"
+                )
+        # A hair of tolerance, since 0.9 + 0.1 need not be 1 in binary.
+        if self.mask_replace_prob + self.random_replace_prob > 1 + 1e-9:
+            raise ValueError(
+                f"mask_replace_prob {self.mask_replace_prob} and random_replace_prob "
+                f"{self.random_replace_prob} sum to more than 1; what is left of 1 is kept as it is"
+            )
+        _check_choice("budget", self.budget, ("bernoulli", "exact"))
+        _check_choice("return_tensors", self.return_tensors, ("pt", "np"))
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+            raise ValueError(
+                f"pad_to_multiple_of is {self.pad_to_multiple_of}; it must be 1 token or more"
+            )
+        if self.tokenizer.mask_token_id is None:
+            raise ValueError(
+                f"tokenizer {type(self.tokenizer).__name__} ({self.tokenizer.name_or_path!r}) has "
+                "no mask token; use the tokenizer of a masked language model, or set "
+                "tokenizer.mask_token"
+            )
+        self.__setstate__({"_epoch": 0})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what `__setstate__` makes, so that equal collators have equal fingerprints."""
+        state = {each.name: getattr(self, each.name) for each in fields(self)}
+        if get_spawning_popen() is None:
+            return {**state, "_epoch": self._epoch.value}  # a copy has its own epoch
+        return {**state, "_epoch": self._epoch, "_owner": self._owner}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the look-up tables, and the epoch in memory that persistent workers share."""
+        self.__dict__.update(state)
+        if isinstance(state["_epoch"], int):
+            self._epoch = RawValue("q", state["_epoch"])
+            self._owner: int = os.getpid()
+        size = max(self.tokenizer.get_vocab().values()) + 1
+        self._is_special = np.zeros(size, bool)
+        self._is_special[list(special_token_ids(self.tokenizer))] = True
+        self._pool = _replacement_pool(self.tokenizer)
+        self._mask_id: int = self.tokenizer.mask_token_id
+        if self.random_replace_prob and not self._pool.size:
+            raise ValueError(
+                f"random_replace_prob is {self.random_replace_prob}, but the tokenizer has no "
+                "token to draw that is not special, added or unused; set it to 0"
+            )
+        self._weights = None
+        if self.word_weights is not None:
+            self._weights = WordWeights(self.word_weights, self.tokenizer, size)
+        self._warned: bool = False
+
+    def __call__(
+        self, features: Features, return_tensors: Literal["pt", "np"] | None = None
+    ) -> dict[str, Any]:
+        """Collate rows: ``input_ids``, ``attention_mask``, ``labels`` and the other model inputs.
+
+        All have shape ``(batch, sequence)``; ``labels`` is -100 where nothing is to be predicted. A
+        column ``labels`` of the rows is not used, and the rows are not changed.
+
+        Args:
+            features: Rows of columns: lists, arrays or tensors of one whole number a token, and
+                ``word_ids``, in which None and -1 both say "no word".
+            return_tensors: In place of the collator's own, for this call.
+
+        Returns:
+            The batch, of int64 tensors or arrays.
+
+        Raises:
+            ValueError: If there are no rows, they differ in columns, a row has no ``word_ids``, a
+                column is not one whole number a token, a token is none of the tokenizer's,
+                `word_weights` returns no weight, or padding needs a token that there is not.
+            TypeError: If a row is not a dict, or the seed is no whole number.
+
+        Warns:
+            UserWarning: If the words of a row are 32 tokens long or more on average.
+
+        Examples:
+            >>> from mlmadapt.testing import tiny_tokenizer
+            >>> collator = WholeWordMaskingCollator(tiny_tokenizer(), wwm_probability=1.0)
+            >>> rows = [{"input_ids": [2, 7, 3], "word_ids": [-1, 0, -1]}]
+            >>> collator(rows, return_tensors="np")["labels"]
+            array([[-100,    7, -100]])
+        """
+        return_tensors = return_tensors or self.return_tensors
+        _check_choice("return_tensors", return_tensors, ("pt", "np"))
+        if self.seed is None:
+            key = int(torch.randint(2**63 - 1, ()))
+        else:
+            key = derive_key(self.seed, "mask", self._epoch.value)
+        batch = self.collate(features, key=key)
+        if return_tensors == "np":
+            return dict(batch)
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the masks of an epoch, as samplers choose their order.
+
+        Args:
+            epoch: Any whole number; equal ones give equal masks.
+
+        Raises:
+            TypeError: If it is not one.
+
+        Examples:
+            >>> from mlmadapt.testing import tiny_tokenizer
+            >>> collator = WholeWordMaskingCollator(tiny_tokenizer(), seed=0)
+            >>> row = {"input_ids": [2, 7, 8, 9, 3], "word_ids": [-1, 0, 1, 2, -1]}
+            >>> for epoch in (0, 1, 0):
+            ...     collator.set_epoch(epoch)
+            ...     collator([row])["input_ids"][0].tolist()
+            [2, 4, 8, 9, 3]
+            [2, 7, 8, 4, 3]
+            [2, 4, 8, 9, 3]
+        """
+        if self._owner != os.getpid():
+            # A training process of several that were handed one collator: each counts for itself.
+            self._epoch, self._owner = RawValue("q"), os.getpid()
+        self._epoch.value = epoch
+
+    def collate(self, features: Features, *, key: int) -> dict[str, Ints]:
+        """Collate rows into arrays whose masks depend on (`key`, tokens of the row) alone.
+
+        Args:
+            features: As for the call.
+            key: In place of seed and epoch; 0 or more, below 2**64.
+
+        Returns:
+            Arrays of shape ``(batch, sequence)``, as the call.
+
+        Raises:
+            ValueError: As the call.
+            TypeError: As the call.
+
+        Examples:
+            >>> from mlmadapt.testing import tiny_tokenizer
+            >>> rows = [{"input_ids": [2, 7, 3], "word_ids": [-1, 0, -1]}]
+            >>> WholeWordMaskingCollator(tiny_tokenizer()).collate(rows, key=0)["input_ids"]
+            array([[2, 4, 3]])
+        """
+        masked, lengths = self.mask(to_columns(features), key=key)
+        return pad_rows(masked, lengths, self.tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
+
+    def mask(self, columns: Mapping[str, Any], *, key: int) -> tuple[dict[str, Ints], Ints]:
+        """Mask rows given as columns, without padding them.
+
+        Args:
+            columns: Lists of rows by name, as a batch of `map` has them.
+            key: As for `collate`.
+
+        Returns:
+            Arrays of shape ``(tokens,)``, the rows end to end, and the rows' lengths in tokens.
+
+        Raises:
+            ValueError: As the call.
+
+        Examples:
+            >>> from mlmadapt.testing import tiny_tokenizer
+            >>> columns = {"input_ids": [[2, 7, 3]], "word_ids": [[-1, 0, -1]]}
+            >>> masked, lengths = WholeWordMaskingCollator(tiny_tokenizer()).mask(columns, key=0)
+            >>> masked["input_ids"], lengths
+            (array([2, 4, 3]), array([3]))
+        """
+        for row, words in enumerate(columns.get("word_ids", [None])):
+            if words is None:
+                raise ValueError(
+                    f"row {row} of the batch has no 'word_ids', of columns {list(columns)}; "
+                    "tokenize with tokenize_with_word_ids, and pass remove_unused_columns=False to "
+                    "Trainer"
+                )
+        masked, lengths = join_rows(
+            {name: rows for name, rows in columns.items() if name != "labels"}
+        )
+        tokens, word_ids = masked["input_ids"], masked.pop("word_ids")
+        self._check_ids(tokens, lengths)
+        is_special = self._is_special.take(tokens)
+        if "special_tokens_mask" in masked:
+            is_special |= masked.pop("special_tokens_mask") != 0
+        if "attention_mask" not in masked:
+            masked["attention_mask"] = np.ones_like(tokens)
+        is_real = masked["attention_mask"] != 0
+        words = np.where(is_special, -1, word_ids)
+        bounds = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=bounds[1:])
+        labels = np.full_like(tokens, -100)
+        if is_real.all():
+            inputs = self._mask_blocks(tokens, words, bounds, key, labels)
+        else:
+            # Rows can come padded already. That is left out, so that it plays no part.
+            bounds = np.searchsorted(np.flatnonzero(is_real), bounds)
+            inputs, real_labels = tokens.copy(), labels[is_real]
+            inputs[is_real] = self._mask_blocks(
+                tokens[is_real], words[is_real], bounds, key, real_labels
+            )
+            labels[is_real] = real_labels
+        return {**masked, "input_ids": inputs, "labels": labels}, lengths
+
+    def _mask_blocks(self, tokens: Ints, words: Ints, bounds: Ints, key: int, labels: Ints) -> Ints:
+        """Return the tokens with masks, and write the targets into `labels`."""
+        inputs = tokens.copy()
+        for rows in _blocks(bounds):
+            block = slice(rows[0], rows[-1])
+            targets, instead = self._choose_tokens(tokens[block], words[block], rows - rows[0], key)
+            targets += rows[0]
+            labels[targets] = tokens[targets]
+            inputs[targets] = instead
+        return inputs
+
+    def _choose_tokens(
+        self, tokens: Ints, words: Ints, bounds: Ints, key: int
+    ) -> tuple[Ints, Ints]:
+        """Return which tokens of some rows are targets, and what stands there instead."""
+        first, size = _find_words(words, bounds)
+        words_before = np.searchsorted(first, bounds)
+        self._warn_if_collapsed(size, words_before)
+        weights = None
+        if self._weights is not None:
+            weights = self._weights.weigh(tokens[words >= 0], size, np.diff(words_before))
+        row_keys = hash_rows(tokens, bounds, key)
+        chosen, fate = self._choose_words(words_before, row_keys, weights)
+
+        size = size[chosen]
+        targets = np.arange(size.sum()) + np.repeat(first[chosen] - np.cumsum(size) + size, size)
+        fate = np.repeat(fate, size)
+        instead = tokens[targets]
+        instead[fate < self.mask_replace_prob] = self._mask_id
+        is_random = fate >= self.mask_replace_prob
+        is_random &= fate < self.mask_replace_prob + self.random_replace_prob
+        if is_random.any():
+            replaced = targets[is_random]
+            row = np.searchsorted(bounds, replaced, side="right") - 1
+            draws = hash_counters(row_keys[row] ^ _REPLACEMENT, replaced - bounds[row])
+            instead[is_random] = self._pool[draws % np.uint64(len(self._pool))]
+        return targets, instead
+
+    def _choose_words(
+        self, words_before: Ints, row_keys: Hashes, weights: Floats | None
+    ) -> tuple[Ints, Floats]:
+        """Return the words that are targets, and the fate in [0, 1) of each.
+
+        `words_before` counts the words before each row, and at its end all words.
+        """
+        words_in_row = np.diff(words_before)
+        keys = spread_keys(row_keys, words_in_row, step=2)
+        urgency = draw = to_unit(hash_counters(keys, 0))
+        if weights is not None:
+            # An exponential race: who comes first is chosen in proportion to its weight.
+            with np.errstate(divide="ignore", invalid="ignore"):
+                urgency = -np.log1p(-draw) / weights
+
+        if self.budget == "exact":
+            share = self.wwm_probability * words_in_row
+            rounding = to_unit(hash_counters(row_keys, -1))
+            quota = np.maximum(np.floor(share) + (rounding < share % 1), 1)
+            # A word of weight 0 has an infinite urgency, and is not there to fill a quota.
+            is_chosen = _rank(urgency, words_in_row) < np.repeat(quota, words_in_row)
+            is_chosen &= np.isfinite(urgency)
+        elif weights is None:
+            is_chosen = draw < self.wwm_probability
+        else:
+            is_chosen = draw < spread_rate(self.wwm_probability, weights, words_in_row)
+        chosen = np.flatnonzero(is_chosen)
+        without = (np.diff(np.searchsorted(chosen, words_before)) == 0) & (words_in_row > 0)
+        if without.any():
+            is_chosen |= np.repeat(without, words_in_row) & (_rank(urgency, words_in_row) == 0)
+            chosen = np.flatnonzero(is_chosen)
+        return chosen, to_unit(hash_counters(keys[chosen], 1))
+
+    def _check_ids(self, tokens: Ints, lengths: Ints) -> None:
+        size = len(self._is_special)
+        if tokens.view(np.uint64).max(initial=0) >= size:  # negative ids are large ones
+            place = np.flatnonzero((tokens < 0) | (tokens >= size))[0]
+            row = np.searchsorted(np.cumsum(lengths), place, side="right")
+            raise ValueError(
+                f"row {row} of the batch has token id {tokens[place]}, but the tokenizer had ids 0 "
+                f"to {size - 1} when this collator was made; use the tokenizer that made the rows, "
+                "and make the collator after adding tokens"
+            )
+
+    def _warn_if_collapsed(self, size: Ints, words_before: Ints) -> None:
+        # A mean over the row, since a single word can be as long as it likes.
+        if self._warned or size.max(initial=0) < _TOO_LONG:
+            return
+        words_in_row = np.diff(words_before)
+        tokens_in_row = np.diff(np.append(0, np.cumsum(size))[words_before])
+        collapsed = np.flatnonzero(tokens_in_row >= _TOO_LONG * np.maximum(words_in_row, 1))
+        if collapsed.size:
+            self._warned = True
+            row = collapsed[0]
+            warnings.warn(
+                f"word_ids make {words_in_row[row]} word(s) of the {tokens_in_row[row]} tokens of "
+                "a row, each masked as a whole: they come from a tokenizer that does not split "
+                "words. Tokenize with tokenize_with_word_ids, and pass word_boundaries for a "
+                "language without spaces",
+                stacklevel=7,
+            )
+
+
+# So many tokens a word, over a whole row, come from a tokenizer that does not split words.
+_TOO_LONG = 32
+_BLOCK = 8192  # tokens
+# Keeps the draws of replacements apart from those of words.
+_REPLACEMENT = np.uint64(0x6A09E667F3BCC909)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+
+
+def _replacement_pool(tokenizer: Tokenizer) -> Ints:
+    """Return the ids of ordinary tokens: not special, not added, not reserved as unused."""
+    left_out = special_token_ids(tokenizer) | set(tokenizer.added_tokens_decoder)
+    is_unused = re.compile(r"[\[<]unused_?\d+[\]>]").fullmatch
+    ids = (
+        token_id
+        for token, token_id in tokenizer.get_vocab().items()
+        if token_id not in left_out and not is_unused(token)
+    )
+    return np.array(sorted(ids), np.int64)
+
+
+def _blocks(bounds: Ints) -> list[Ints]:
+    """Share rows out over blocks whose arrays stay in the processor's cache; return their bounds.
+
+    One block of all takes half again as long, most of it for fresh memory.
+    """
+    cuts = np.flatnonzero(np.diff(bounds[:-1] // _BLOCK)) + 1
+    edges = [0, *cuts.tolist(), len(bounds) - 1]
+    return [bounds[a : b + 1] for a, b in pairwise(edges)]
+
+
+def _find_words(words: Ints, bounds: Ints) -> tuple[Ints, Ints]:
+    """Return the first token and the size of each word: a run of one number, 0 or more."""
+    changes = np.ones(len(words) + 1, bool)
+    np.not_equal(words[1:], words[:-1], out=changes[1:-1])
+    changes[bounds] = True
+    edges = np.flatnonzero(changes)
+    runs = np.flatnonzero(words.take(edges[:-1]) >= 0)
+    first = edges.take(runs)
+    return first, edges.take(runs + 1) - first
+
+
+def _rank(urgency: Floats, words_in_row: Ints) -> Ints:
+    """Return the place of each word in its row when the row is sorted by urgency."""
+    rows = len(words_in_row)
+    row_of_word = np.repeat(np.arange(rows, dtype=np.min_scalar_type(rows)), words_in_row)
+    # As lexsort((urgency, row_of_word)) does in six times the time: NumPy has a radix sort, for
+    # small integers.
+    order = np.argsort(urgency)
+    order = order[np.argsort(row_of_word[order], kind="stable")]
+    rank = np.empty(len(urgency), np.int64)
+    rank[order] = np.arange(len(urgency)) - np.repeat(
+        np.cumsum(words_in_row) - words_in_row, words_in_row
+    )
+    return rank

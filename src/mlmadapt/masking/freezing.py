@@ -1,0 +1,139 @@
+"""Masks frozen into the rows of an evaluation set, so that every evaluation sees the same ones.
+
+Perplexity under fresh masks moves by whole points from run to run. The recipe masks once, but from
+the global generator: its frozen set depends on the batch size of `map`, on what was drawn before,
+and a second seed gets the first one's rows out of `map`'s cache. Here a row's mask depends on the
+seed and the row.
+"""
+
+from collections.abc import Mapping
+from copy import copy, deepcopy
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mlmadapt._types import DataCollator
+from mlmadapt.data.rows import split_rows
+from mlmadapt.masking.collator import WholeWordMaskingCollator
+from mlmadapt.masking.seeding import derive_key, seeded
+
+
+def insert_random_mask(
+    examples: Mapping[str, Any] | pa.Table,
+    data_collator: DataCollator,
+    *,
+    seed: int = 0,
+    prefix: str = "masked_",
+) -> dict[str, Any]:
+    """Mask a batch of rows once and for all.
+
+    For ``dataset.map(insert_random_mask, batched=True, fn_kwargs={"data_collator": collator},
+    remove_columns=dataset.column_names)``; without `remove_columns`, `map` keeps ``word_ids``
+    beside the new columns. `seed` takes the place of the collator's own seed and epoch, and is part
+    of `map`'s fingerprint, so that another seed is never served old rows.
+
+    Args:
+        examples: A batch of rows: a dict of lists, or a ``pyarrow.Table`` (datasets with format
+            "arrow", which `map` reads and masks twice as fast).
+        data_collator: `WholeWordMaskingCollator`, or another library's. That one is called row by
+            row (about 0.4 ms each) with the global generators seeded from (seed, row), and they are
+            restored.
+        seed: Seed of the masks, a whole number.
+        prefix: Put before the names of the new columns; ``""`` keeps the names.
+
+    Returns:
+        The model's inputs and ``labels`` by their new names, rows of shape ``(sequence,)``. A
+        column is one array of shape ``(batch, sequence)`` where our collator has masked rows of one
+        length, else an array or a list of arrays.
+
+    Raises:
+        ValueError: If there are no ``input_ids``, the collator returns no ``labels`` or rows of
+            another length, and as the collator does.
+        TypeError: If `seed` is not a whole number, and as the collator does.
+
+    Source:
+        The recipe's function of this name: the Hugging Face course, chapter 7.3.
+
+    Examples:
+        >>> from mlmadapt import tokenize_with_word_ids
+        >>> from mlmadapt.testing import tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer("wordpiece")
+        >>> rows = tokenize_with_word_ids({"text": ["a film"]}, tokenizer)
+        >>> frozen = insert_random_mask(rows, WholeWordMaskingCollator(tokenizer), prefix="")
+        >>> tokenizer.decode(frozen["input_ids"][0]), frozen["labels"].shape
+        ('[CLS] a [MASK] [SEP]', (1, 4))
+    """
+    if isinstance(examples, pa.Table):
+        examples = {name: examples[name].to_numpy() for name in examples.column_names}
+    if isinstance(data_collator, WholeWordMaskingCollator):
+        joined, lengths = data_collator.mask(examples, key=derive_key(seed, "frozen"))
+        frozen = {name: split_rows(values, lengths) for name, values in joined.items()}
+    else:
+        frozen = _freeze_row_by_row(examples, data_collator, seed)
+    return {prefix + name: rows for name, rows in frozen.items()}
+
+
+def collate_seeded(
+    data_collator: DataCollator, rows: list[Mapping[str, Any]], *, key: int
+) -> dict[str, Any]:
+    """Call another library's collator, which draws by `key`, on copies: some change their rows.
+
+    Raises:
+        ValueError: If it returns no ``labels``.
+    """
+    with seeded(key):
+        batch = data_collator(deepcopy([dict(row) for row in rows]))
+    if "labels" not in batch:
+        raise ValueError(
+            f"data_collator {type(data_collator).__name__} returned {list(batch)}; it must return "
+            "'labels' with -100 where nothing is to be predicted"
+        )
+    return {name: batch[name] for name in batch if name != "word_ids"}
+
+
+def purify(data_collator: DataCollator) -> DataCollator:
+    """Return a collator without random state of its own, so that `seeded` decides what it draws.
+
+    transformers' collators keep a generator once they have a seed; and they fail on ``word_ids``,
+    and on ``labels`` of unequal length, both of which they would not use.
+    """
+    from transformers import DataCollatorForLanguageModeling  # noqa: PLC0415  # a second to load
+
+    if not isinstance(data_collator, DataCollatorForLanguageModeling):
+        return data_collator
+    stateless = copy(data_collator)
+    stateless.seed = None
+    stateless.generator = None
+    return partial(_call_without_extras, data_collator=stateless)
+
+
+def _call_without_extras(rows: list[dict[str, Any]], *, data_collator: DataCollator) -> Any:
+    return data_collator(
+        [{name: row[name] for name in row if name not in ("labels", "word_ids")} for row in rows]
+    )
+
+
+def _freeze_row_by_row(
+    examples: Mapping[str, Any], data_collator: DataCollator, seed: int
+) -> dict[str, Any]:
+    collate = purify(data_collator)
+    frozen: dict[str, list[Any]] = {}
+    if "input_ids" not in examples:
+        raise ValueError(
+            f"the batch has no 'input_ids', only {list(examples)}; tokenize the documents first"
+        )
+    for index, values in enumerate(zip(*(examples[name] for name in examples), strict=True)):
+        row = dict(zip(examples, values, strict=True))
+        tokens = [int(token) for token in row["input_ids"]]
+        batch = collate_seeded(collate, [row], key=derive_key(seed, "frozen", *tokens))
+        for name, array in batch.items():
+            masked = np.asarray(array)[0]
+            if len(masked) != len(tokens):
+                raise ValueError(
+                    f"data_collator returned {len(masked)} {name!r} for row {index} of "
+                    f"{len(tokens)} tokens; switch off its padding to a fixed length"
+                )
+            frozen.setdefault(name, []).append(masked)
+    return frozen

@@ -1,0 +1,115 @@
+"""Words that are likelier targets than others, at the same overall rate.
+
+A domain's own words are few among its words: masked evenly, most of a budget goes to words that the
+model knows already.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from mlmadapt._types import Floats, Ints, Tokenizer
+
+
+class WordWeights:
+    """The weights of words, from an array by token id or a callable by text.
+
+    Args:
+        given: An array of shape ``(size,)``; a word has the mean of its tokens. Or a callable from
+            text to weight, called once a word and remembered.
+        tokenizer: Turns the tokens of a word into its text.
+        size: How many token ids there are.
+
+    Raises:
+        ValueError: If an array is of another shape, or a weight is negative or not finite.
+    """
+
+    def __init__(
+        self,
+        given: npt.ArrayLike | Callable[[str], float],
+        tokenizer: Tokenizer,
+        size: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._weight_of_text = given if callable(given) else None
+        self._weight_of_token = np.empty(0) if callable(given) else _read(given, size)
+        self._known: dict[tuple[int, ...], float] = {}
+
+    def weigh(self, tokens: Ints, size: Ints, words_in_row: Ints) -> Floats:
+        """Return a weight a word, the heaviest of each row 1; words that all weigh 0 weigh 1.
+
+        Args:
+            tokens: The tokens of the words of all rows, one after the other.
+            size: How many tokens each word has.
+            words_in_row: How many words each row has.
+        """
+        if not size.size:
+            return np.empty(0)
+        if self._weight_of_text is None:
+            word_of_token = np.repeat(np.arange(len(size)), size)
+            weights = np.bincount(word_of_token, self._weight_of_token[tokens]) / size
+        else:
+            words = np.split(tokens, np.cumsum(size)[:-1])
+            weights = np.array([self._weigh_text(tuple(word.tolist())) for word in words])
+        has_words = words_in_row > 0
+        firsts = (np.cumsum(words_in_row) - words_in_row)[has_words]
+        heaviest = np.repeat(np.maximum.reduceat(weights, firsts), words_in_row[has_words])
+        scaled: Floats = np.ones_like(weights)
+        np.divide(weights, heaviest, out=scaled, where=heaviest > 0)
+        return scaled
+
+    def _weigh_text(self, word: tuple[int, ...]) -> float:
+        if word not in self._known and self._weight_of_text is not None:
+            text = str(self._tokenizer.decode(list(word))).strip()
+            given = self._weight_of_text(text)
+            try:
+                weight = float(given)
+            except (TypeError, ValueError):
+                weight = np.nan
+            if not 0 <= weight < np.inf:
+                raise ValueError(
+                    f"word_weights({text!r}) is {given!r}; a weight must be a finite number, 0 or "
+                    "more"
+                )
+            self._known[word] = weight
+        return self._known[word]
+
+
+def spread_rate(rate: float, weights: Floats, words_in_row: Ints) -> Floats:
+    """Return a probability a word in proportion to its weight, `rate` on average over each row.
+
+    None can pass 1: what a heavy word cannot take goes to the others of its row.
+
+    Examples:
+        >>> spread_rate(0.5, np.array([1.0, 0.5, 0.5, 0.0]), np.array([4]))
+        array([1. , 0.5, 0.5, 0. ])
+    """
+    rows = len(words_in_row)
+    row_of_word = np.repeat(np.arange(rows), words_in_row)
+    is_full = np.zeros(len(weights), bool)
+    while True:
+        open_weight = np.bincount(row_of_word, weights * ~is_full, rows)
+        to_give = rate * words_in_row - np.bincount(row_of_word, is_full, rows)
+        scale = np.divide(to_give, open_weight, out=np.zeros(rows), where=open_weight > 0)
+        probability = np.where(is_full, 1.0, weights * scale[row_of_word])
+        overfull = ~is_full & (probability > 1)
+        if not overfull.any():
+            return probability
+        is_full |= overfull
+
+
+def _read(given: npt.ArrayLike, size: int) -> Floats:
+    weights = np.asarray(given, np.float64)
+    if weights.shape != (size,):
+        raise ValueError(
+            f"word_weights has shape {weights.shape}; it must be ({size},), a weight for each "
+            "token id of the tokenizer"
+        )
+    wrong = np.flatnonzero(~((weights >= 0) & (weights < np.inf)))
+    if wrong.size or not weights.any():
+        seen = f"{weights[wrong[0]]} for token {wrong[0]}" if wrong.size else "0 for all tokens"
+        raise ValueError(
+            f"word_weights is {seen}; weights must be finite, 0 or more, and not all 0"
+        )
+    return weights

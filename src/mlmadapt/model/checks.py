@@ -1,0 +1,94 @@
+"""What can be known to fail is found before the first step, not hours after it.
+
+A token id past the embedding is an `IndexError` without a name on the CPU and a device assert on a
+GPU; an output folder that cannot be written costs the whole run.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+import pyarrow.compute as pc
+
+from mlmadapt._types import Model, Rows, Tokenizer
+
+
+def check_rows(
+    name: str,
+    dataset: Rows,
+    *,
+    model: Model,
+    tokenizer: Tokenizer,
+) -> None:
+    """Check that `model` can read every row of `dataset`.
+
+    Raises:
+        ValueError: If there are no rows, the tokenizer or a row has ids past the model's embedding,
+            or a row is longer than the model's positions.
+        TypeError: If `dataset` is a dict of datasets, or has no length.
+    """
+    if isinstance(dataset, Mapping) or not hasattr(dataset, "__len__"):
+        raise TypeError(
+            f"{name} is a {type(dataset).__name__}; it must be one dataset (of a dict, one of its "
+            "values), or a list, of rows that can be counted"
+        )
+    if not len(dataset):
+        raise ValueError(f"{name} has no rows; group_texts drops what is shorter than chunk_size")
+    embedding: Any = model.get_input_embeddings()
+    embeddings = len(embedding.weight)
+    if len(tokenizer) > embeddings:
+        raise ValueError(
+            f"tokenizer has {len(tokenizer)} tokens, the model's embedding {embeddings}; call "
+            f"model.resize_token_embeddings({len(tokenizer)})"
+        )
+    longest, highest = _measure(name, dataset)
+    if highest >= embeddings:
+        raise ValueError(
+            f"{name} has token id {highest}, the model's embedding {embeddings} rows; tokenize "
+            "with the model's own tokenizer"
+        )
+    positions = position_capacity(model)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"{name} has a row of {longest} tokens, the model has positions for {positions}; call "
+            f"group_texts with chunk_size={positions} or less"
+        )
+
+
+def position_capacity(model: Model) -> int | None:
+    """Return how many tokens the model has positions for; None where positions are not a table.
+
+    Not all of the table is used: RoBERTa and its kin count positions from the padding id, so of
+    514 two never are; Nystromformer and YOSO list those they use in a buffer.
+
+    Examples:
+        >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
+        >>> position_capacity(tiny_model(tiny_tokenizer("byte_bpe"), architecture="roberta"))
+        512
+    """
+    module: Any
+    for path, module in model.named_modules():
+        parent, _, name = path.rpartition(".")
+        if name in ("position_embeddings", "embed_positions") and hasattr(module, "weight"):
+            padding_idx = getattr(module, "padding_idx", None)
+            offset = 0 if padding_idx is None else padding_idx + 1
+            capacity = len(module.weight) - offset
+            listed = getattr(model.get_submodule(parent), "position_ids", None)
+            return capacity if listed is None else min(capacity, listed.shape[-1])
+    return None
+
+
+def _measure(name: str, dataset: Rows) -> tuple[int, int]:
+    """Return the longest row in tokens and the highest token id."""
+    columns = list(dataset[0])
+    column = "input_ids" if "input_ids" in columns else "masked_input_ids"
+    if column not in columns:
+        raise ValueError(f"{name} has {columns}, without 'input_ids'; tokenize the documents first")
+    if not isinstance(dataset, datasets.Dataset):
+        rows = [row[column] for row in dataset]
+        return max(map(len, rows)), max((int(max(row)) for row in rows if len(row)), default=0)
+    longest = highest = 0
+    for table in dataset.select_columns(column).with_format("arrow").iter(batch_size=10_000):
+        longest = max(longest, pc.max(pc.list_value_length(table[column])).as_py() or 0)
+        highest = max(highest, pc.max(pc.list_flatten(table[column])).as_py() or 0)
+    return longest, highest

@@ -1,0 +1,75 @@
+"""Sentences with a mask, and the words that a model fills in: what a perplexity means in words."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mlmadapt._types import Model, Row, Tokenizer
+from mlmadapt.data.tokenization import tokenize_with_word_ids
+from mlmadapt.model.sparse_head import SparsePrediction, evaluation_mode, masked_logits, predict_at
+
+
+def read_sentences(sentences: Sequence[str], tokenizer: Tokenizer) -> list[Row]:
+    """Return the model's inputs of each sentence, arrays of shape ``(sequence,)``.
+
+    A mask is ``[MASK]`` or what the tokenizer calls it, so that one list does for all models.
+
+    Raises:
+        TypeError: If the sentences are one string.
+        ValueError: If a sentence has not one mask.
+
+    Examples:
+        >>> from mlmadapt.testing import tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer("byte_bpe")
+        >>> tokenizer.decode(read_sentences(["a [MASK] film"], tokenizer)[0]["input_ids"])
+        '<s>a<mask> film</s>'
+    """
+    if isinstance(sentences, str):
+        raise TypeError(f"fill_mask is {sentences!r:.40}; it must be a list: [{sentences!r:.40}]")
+    mask = str(tokenizer.mask_token)
+    rows: list[Row] = []
+    for sentence in sentences:
+        columns = tokenize_with_word_ids({"text": [sentence.replace("[MASK]", mask)]}, tokenizer)
+        row = {name: column[0] for name, column in columns.items() if name != "word_ids"}
+        masks = int((row["input_ids"] == tokenizer.mask_token_id).sum())
+        if masks != 1:
+            raise ValueError(
+                f"fill_mask has {sentence!r} with {masks} masks; each sentence must have one [MASK]"
+            )
+        rows.append(row)
+    return rows
+
+
+def fill_masks(
+    model: Model,
+    sentences: Sequence[str],
+    *,
+    tokenizer: Tokenizer,
+    sparse: SparsePrediction | None = None,
+) -> dict[str, str]:
+    """Return by sentence the five likeliest tokens for its mask, and their probabilities.
+
+    No random state is moved, and the model is left in its mode.
+
+    Examples:
+        >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer()
+        >>> fill_masks(tiny_model(tokenizer), ["a [MASK] film"], tokenizer=tokenizer)
+        {'a [MASK] film': '...%, ...%, ...%, ...%, ...%'}
+    """
+    filled = {}
+    for sentence, row in zip(sentences, read_sentences(sentences, tokenizer), strict=True):
+        inputs = {
+            name: torch.from_numpy(values.astype(np.int64))[None].to(model.device)
+            for name, values in row.items()
+        }
+        positions = inputs["input_ids"] == tokenizer.mask_token_id
+        with evaluation_mode(model), predict_at(sparse, positions):
+            chances = masked_logits(model(**inputs), positions).softmax(-1)
+        best = chances[0].topk(5)
+        filled[sentence] = ", ".join(
+            f"{str(tokenizer.decode([token])).strip()} {chance:.1%}"
+            for chance, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        )
+    return filled

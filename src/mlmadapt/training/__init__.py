@@ -1,0 +1,1 @@
+"""`accelerate_train`: the loop, and what surrounds it."""

@@ -1,0 +1,227 @@
+"""Which rows are trained when: a plan that can be entered at any step without reading a row.
+
+The order of an epoch is a function of (seed, epoch). An optimizer step takes the next rows of it,
+as many as all processes hold in all their forward passes, and shares them out; the same rows make
+the same step on 1 process or on 8. Every row comes exactly once per epoch: the last step is
+shorter, and a process left without a row for a forward pass that others make gets a filler whose
+labels are all -100.
+
+A stream keeps its own order. Each process reads all of it and takes its share of every step; to
+resume, the rows of finished steps are read and passed over, which is exact for shuffle buffers too
+(their `state_dict` loses rows).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader
+
+from mlmadapt._types import Batch, DataCollator, Row, Rows
+from mlmadapt.masking.collator import WholeWordMaskingCollator
+from mlmadapt.masking.freezing import collate_seeded, purify
+from mlmadapt.masking.seeding import derive_key
+
+Dealt = TypeVar("Dealt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """The batches of one process.
+
+    Attributes:
+        rows: Rows of the training set, 0 for a stream.
+        batch_size: Rows a process and forward pass.
+        accumulation: Forward passes an optimizer step.
+        seed: Decides the order of each epoch.
+        rank: This process.
+        world: All processes.
+    """
+
+    rows: int
+    batch_size: int
+    accumulation: int = 1
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step over all processes."""
+        return self.batch_size * self.accumulation * self.world
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch, the last, shorter one included."""
+        return math.ceil(self.rows / self.rows_per_step)
+
+    def order(self, epoch: int) -> torch.Tensor:
+        """Return the rows in the order in which `epoch` takes them, over all processes.
+
+        A tensor, which takes 8 bytes a row where a list takes 36.
+        """
+        generator = torch.Generator().manual_seed(derive_key(self.seed, "order", epoch))
+        return torch.randperm(self.rows, generator=generator)
+
+    def rows_of_step(self, epoch: int, step: int) -> str:
+        """Name the rows of a step over all processes.
+
+        Examples:
+            >>> BatchPlan(rows=0, batch_size=2, world=2).rows_of_step(0, 3)
+            '12 to 15 of the stream'
+        """
+        first, end = step * self.rows_per_step, (step + 1) * self.rows_per_step
+        if not self.rows:
+            return f"{first} to {end - 1} of the stream"
+        rows = self.order(epoch)[first:end].tolist()
+        more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+        return ", ".join(map(str, rows[:8])) + more
+
+    def steps(self, epoch: int, *, start: int = 0) -> Iterator[list[list[tuple[int, bool]]]]:
+        """Yield the forward passes of each optimizer step: pairs of a row and whether it counts.
+
+        Examples:
+            >>> plan = BatchPlan(rows=5, batch_size=2, world=2, rank=1)
+            >>> [[len(batch) for batch in step] for step in plan.steps(0)]
+            [[2], [1]]
+            >>> list(plan.steps(0))[1][0][0][1]
+            False
+        """
+        order = self.order(epoch)
+        for step in range(start, self.steps_per_epoch):
+            rows = order[step * self.rows_per_step : (step + 1) * self.rows_per_step]
+            yield self.deal(rows.tolist())
+
+    def deal(self, rows: Sequence[Dealt]) -> list[list[tuple[Dealt, bool]]]:
+        """Share the rows of a step out like cards, so that a short step is short everywhere.
+
+        Examples:
+            >>> BatchPlan(rows=5, batch_size=2, accumulation=2).deal("abc")
+            [[('a', True), ('c', True)], [('b', True)]]
+        """
+        passes = math.ceil(len(rows) / (self.batch_size * self.world))
+        mine = rows[self.rank :: self.world]
+        return [
+            [(row, True) for row in mine[place::passes]] or [(rows[0], False)]
+            for place in range(passes)
+        ]
+
+
+def training_batches(
+    dataset: Any,
+    plan: BatchPlan,
+    data_collator: DataCollator,
+    *,
+    epoch: int,
+    start: int = 0,
+    num_workers: int = 0,
+) -> Iterator[tuple[list[Batch], bool]]:
+    """Yield this process's batches of each optimizer step, and whether the step ends the epoch.
+
+    Masks come from (seed, epoch, row), with the collator's own seed where it has one.
+
+    Raises:
+        ValueError: If a stream has no rows, or none that a resumed run has not had.
+    """
+    collate = epoch_collator(data_collator, seed=plan.seed, epoch=epoch)
+    if not plan.rows:
+        yield from _stream_batches(dataset, plan, collate, epoch=epoch, start=start)
+        return
+    loader = DataLoader(
+        _IndexedRows(dataset),
+        # As it is asked for: a list of all rows to come is large.
+        batch_sampler=chain.from_iterable(plan.steps(epoch, start=start)),
+        collate_fn=collate,
+        num_workers=num_workers,
+        # Of its own, or each iterator would move torch's global one.
+        generator=torch.Generator(),
+    )
+    batches = iter(loader)
+    for step, shares in enumerate(plan.steps(epoch, start=start), start + 1):
+        yield [next(batches) for _ in shares], step == plan.steps_per_epoch
+
+
+def _stream_batches(
+    dataset: Any,
+    plan: BatchPlan,
+    collate: Callable[[list[tuple[int, bool, Row]]], Batch],
+    *,
+    epoch: int,
+    start: int,
+) -> Iterator[tuple[list[Batch], bool]]:
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)
+    rows = enumerate(dataset)
+    # Passed over here and now.
+    next(islice(rows, start * plan.rows_per_step, start * plan.rows_per_step), None)
+    step = list(islice(rows, plan.rows_per_step))
+    if not step:
+        raise ValueError(
+            f"train_dataset, a stream, ended before row {start * plan.rows_per_step} of epoch "
+            f"{epoch}; it must have rows, and yield the same ones each time it is read"
+        )
+    while step:
+        following = list(islice(rows, plan.rows_per_step))
+        shares = plan.deal(step)
+        yield (
+            [collate([(index, counts, row) for (index, row), counts in each]) for each in shares],
+            not following,
+        )
+        step = following
+
+
+def epoch_collator(
+    data_collator: DataCollator, *, seed: int, epoch: int
+) -> Callable[[list[tuple[int, bool, Row]]], Batch]:
+    """Return a collate function for (index, counts, row) whose masks are those of an epoch."""
+    if isinstance(data_collator, WholeWordMaskingCollator):
+        own_seed = seed if data_collator.seed is None else data_collator.seed
+        key = derive_key(own_seed, "mask", epoch)
+        return partial(_collate_ours, collator=data_collator, key=key)
+    return partial(_collate_foreign, collator=purify(data_collator), seed=seed, epoch=epoch)
+
+
+def count_tokens(batch: Batch) -> int:
+    """Count the tokens of rows that have a target, which a filler does not."""
+    trained = (batch["labels"] != -100).any(1, keepdim=True)
+    tokens = batch.get("attention_mask", torch.ones_like(batch["labels"]))
+    return int((tokens * trained).sum())
+
+
+class _IndexedRows(torch.utils.data.Dataset[Any]):
+    def __init__(self, dataset: Rows) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, picks: list[tuple[int, bool]]) -> list[tuple[int, bool, Row]]:
+        indices = [index for index, _ in picks]
+        if hasattr(self.dataset, "__getitems__"):
+            rows = self.dataset.__getitems__(indices)
+        else:
+            rows = [self.dataset[index] for index in indices]
+        return [(index, counts, row) for (index, counts), row in zip(picks, rows, strict=True)]
+
+
+def _collate_ours(
+    items: list[tuple[int, bool, Row]], *, collator: WholeWordMaskingCollator, key: int
+) -> Batch:
+    arrays = collator.collate([row for _, _, row in items], key=key)
+    return _fill(items, {name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+def _collate_foreign(
+    items: list[tuple[int, bool, Row]], *, collator: DataCollator, seed: int, epoch: int
+) -> Batch:
+    indices = [index for index, _, _ in items]
+    key = derive_key(seed, "mask", epoch, *indices)
+    batch = collate_seeded(collator, [row for _, _, row in items], key=key)
+    return _fill(items, {name: torch.as_tensor(values) for name, values in batch.items()})
+
+
+def _fill(items: list[tuple[int, bool, Row]], batch: Batch) -> Batch:
+    if not items[0][1]:
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+    return batch

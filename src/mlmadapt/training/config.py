@@ -1,0 +1,175 @@
+"""The settings of a training run, checked once, where they are made."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    _Checkpoint: TypeAlias = str | Literal[True] | None
+    _Arguments: TypeAlias = dict[str, Any] | str | None
+else:
+    # All that HfArgumentParser can read; it gives "true" for True, and JSON for arguments.
+    _Checkpoint = _Arguments = str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How `accelerate_train` trains.
+
+    Names are those of transformers' `TrainingArguments`; the defaults are the recipe's (batch 64 a
+    process, lr 5e-5, linear schedule, 3 epochs, evaluation and saving once an epoch) and
+    `TrainingArguments`' where the recipe sets none. Fit for `HfArgumentParser`.
+
+    Args:
+        output_dir: Folder of the final model.
+        overwrite: Train into an `output_dir` that holds another run; its checkpoints are removed.
+        resume_from_checkpoint: True for the newest whole checkpoint in `output_dir` (from the
+            start, where there is none), or the folder of one.
+        num_train_epochs: Passes over the training rows; a part of one is allowed.
+        max_steps: Optimizer steps; above 0 it takes the place of `num_train_epochs`.
+        per_device_train_batch_size: Rows a process and forward pass.
+        per_device_eval_batch_size: Rows a process and forward pass; no effect on the metrics.
+        gradient_accumulation_steps: Forward passes an optimizer step. Tokens weigh the same
+            however the rows of a step are cut up.
+        learning_rate: Of AdamW, at its peak.
+        weight_decay: Of weight matrices; not of biases and norms.
+        max_grad_norm: Gradients of a step are clipped to this norm; 0 for no clipping.
+        lr_scheduler_type: A name that `transformers.get_scheduler` takes. Those that wait for a
+            metric get the loss of the first evaluation set, after each evaluation.
+        lr_scheduler_kwargs: Further arguments of that schedule, as a dict or its JSON:
+            ``{"min_lr": 1e-6}`` for ``"cosine_with_min_lr"``.
+        warmup_steps: Optimizer steps of warm-up; below 1, their share of all steps.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; None leaves it to ``accelerate
+            launch``.
+        seed: Decides order, masks (unless the collator has a seed of its own) and dropout.
+        eval_strategy: Evaluate each ``"epoch"``, every `eval_steps` ``"steps"``, or at the ends
+            only (``"no"``).
+        eval_steps: Optimizer steps between evaluations, with ``eval_strategy="steps"``.
+        save_strategy: Write a checkpoint each ``"epoch"``, every `save_steps` ``"steps"``, or only
+            when interrupted (``"no"``).
+        save_steps: Optimizer steps between checkpoints, with ``save_strategy="steps"``.
+        save_total_limit: Checkpoints to keep, the best one not counted; None keeps all.
+        load_best_model_at_end: Save the model of the best evaluation, by the loss of the first set,
+            in place of the last; wants evaluations and checkpoints at the same steps.
+        early_stopping_patience: Stop after this many evaluations without a better one.
+        gradient_checkpointing: Compute activations again in the backward pass: less memory, about
+            a third more time.
+        logging_steps: Optimizer steps between entries of the history and the trackers.
+        report_to: Trackers by their names in Accelerate: ``"tensorboard"``, ``"trackio"``,
+            ``"wandb"``, several with commas, or ``"none"``.
+        dataloader_num_workers: Processes that collate ahead; 0 collates in the training process.
+        disable_tqdm: Show no progress bar.
+        dataset_name: What the model card calls the training data: its name on the hub, or any
+            words; of a path, the last part.
+        fill_mask: Sentences with one ``[MASK]`` each; the model card shows how the model fills them
+            in before and after.
+        push_to_hub: Upload the model, tokenizer and card when all is saved, with the token of ``hf
+            auth login`` or `HF_TOKEN`. The repository is made before the first step.
+        hub_model_id: Name of the repository; that of the last folder of `output_dir` by default.
+        hub_private_repo: Whether a new repository is private; None takes the hub's default.
+
+    Raises:
+        ValueError: If a value is out of range, or `load_best_model_at_end` lacks its checkpoints.
+
+    Source:
+        The names and defaults of transformers' documentation of `TrainingArguments`; the recipe's
+        of the Hugging Face course, chapter 7.3.
+
+    Examples:
+        >>> TrainingConfig(output_dir="adapted", learning_rate=1e-4).lr_scheduler_type
+        'linear'
+    """
+
+    output_dir: str = "trainer_output"
+    overwrite: bool = False
+    resume_from_checkpoint: _Checkpoint = None
+    num_train_epochs: float = 3.0
+    max_steps: int = -1
+    per_device_train_batch_size: int = 64
+    per_device_eval_batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: str = "linear"
+    lr_scheduler_kwargs: _Arguments = None
+    warmup_steps: float = 0
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    seed: int = 42
+    eval_strategy: Literal["no", "epoch", "steps"] = "epoch"
+    eval_steps: int = 500
+    save_strategy: Literal["no", "epoch", "steps"] = "epoch"
+    save_steps: int = 500
+    save_total_limit: int | None = None
+    load_best_model_at_end: bool = False
+    early_stopping_patience: int | None = None
+    gradient_checkpointing: bool = False
+    logging_steps: int = 500
+    report_to: str = "none"
+    dataloader_num_workers: int = 0
+    disable_tqdm: bool = False
+    dataset_name: str | None = None
+    fill_mask: list[str] = field(default_factory=list)
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool | None = None
+
+    def __post_init__(self) -> None:
+        at_least_one = (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "eval_steps",
+            "save_steps",
+            "logging_steps",
+        )
+        for name in at_least_one:
+            self._require(name, getattr(self, name) >= 1, "1 or more")
+        for name in ("save_total_limit", "early_stopping_patience"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "None, or 1 or more")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+            value = getattr(self, name)
+            self._require(name, 0 <= value < math.inf, "a finite number, 0 or more")
+        self._require("dataloader_num_workers", self.dataloader_num_workers >= 0, "0 or more")
+        self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
+        is_count = self.max_steps == -1 or self.max_steps > 0
+        self._require("max_steps", is_count, "above 0, or -1 for whole epochs")
+        for name in ("eval_strategy", "save_strategy"):
+            known = getattr(self, name) in ("no", "epoch", "steps")
+            self._require(name, known, "'no', 'epoch' or 'steps'")
+        known = self.mixed_precision in (None, "no", "bf16", "fp16")
+        self._require("mixed_precision", known, "None, 'no', 'bf16' or 'fp16'")
+        if self.load_best_model_at_end:
+            self._check_best()
+        self._read_scheduler_kwargs()
+        from transformers import SchedulerType  # noqa: PLC0415  # a second to load
+
+        schedules = [each.value for each in SchedulerType]
+        known = self.lr_scheduler_type in schedules
+        self._require("lr_scheduler_type", known, f"one of {schedules}")
+
+    def _read_scheduler_kwargs(self) -> None:
+        given = self.lr_scheduler_kwargs
+        try:
+            read = json.loads(given) if isinstance(given, str) else given
+        except ValueError:
+            read = given
+        self._require(
+            "lr_scheduler_kwargs", read is None or isinstance(read, dict), "a dict, or JSON of one"
+        )
+        object.__setattr__(self, "lr_scheduler_kwargs", read)
+
+    def _check_best(self) -> None:
+        together = self.eval_strategy == self.save_strategy != "no"
+        if not together or (self.eval_strategy == "steps" and self.save_steps != self.eval_steps):
+            raise ValueError(
+                "load_best_model_at_end needs a checkpoint at each evaluation, but eval_strategy "
+                f"is {self.eval_strategy!r} (eval_steps {self.eval_steps}) and save_strategy "
+                f"{self.save_strategy!r} (save_steps {self.save_steps}); make them equal"
+            )
+
+    def _require(self, name: str, holds: bool, requirement: str) -> None:  # noqa: FBT001
+        if not holds:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {requirement}")

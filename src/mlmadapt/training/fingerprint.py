@@ -1,0 +1,118 @@
+"""What makes a resumed run the same run.
+
+A checkpoint continued with another learning rate, batch or dataset trains something that neither
+setting describes, and most loops do so without a word. What decides the outcome is stored beside
+the weights and compared field by field.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any
+
+from mlmadapt._types import Model, Tokenizer
+from mlmadapt.training.config import TrainingConfig
+
+# What may differ: where things are written, what is shown, and how rows are cut into batches, as
+# long as a step has the same rows.
+_FREE = {
+    "output_dir",
+    "overwrite",
+    "resume_from_checkpoint",
+    "report_to",
+    "disable_tqdm",
+    "dataloader_num_workers",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "per_device_eval_batch_size",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "dataset_name",
+    "fill_mask",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+}
+_ROWS_LOOKED_AT = 64
+
+
+def describe_run(
+    config: TrainingConfig,
+    *,
+    model: Model,
+    tokenizer: Tokenizer,
+    data_collator: Any,
+    own: Mapping[str, str],
+    datasets: Mapping[str, Any],
+    rows_per_step: int,
+) -> dict[str, Any]:
+    """Return what decides the outcome of a run, as JSON can hold it.
+
+    `own` names the classes of objects that the caller put in the place of settings.
+    """
+    shapes = [(name, list(values.shape)) for name, values in model.state_dict().items()]
+    return {
+        **{name: value for name, value in asdict(config).items() if name not in _FREE},
+        "rows per step (processes x batch x accumulation)": rows_per_step,
+        "model": f"{type(model).__name__} {_digest(shapes)}",
+        "tokenizer": f"{len(tokenizer)} tokens {_digest(sorted(tokenizer.get_vocab().items()))}",
+        "data_collator": _describe_collator(data_collator),
+        **own,
+        **{name: _describe_rows(rows) for name, rows in datasets.items()},
+    }
+
+
+def check_same_run(stored: Mapping[str, Any], given: Mapping[str, Any], *, checkpoint: str) -> None:
+    """Check that a checkpoint belongs to the run that wants to continue it.
+
+    Raises:
+        ValueError: If anything that decides the outcome differs; each field is named with both
+            values.
+
+    Examples:
+        >>> check_same_run({"seed": 1}, {"seed": 2}, checkpoint="checkpoint-5")
+        Traceback (most recent call last):
+        ...
+        ValueError: checkpoint-5 is of another run: seed was 1, is 2; ...
+    """
+    differences = [
+        f"{name} was {stored.get(name)!r}, is {given.get(name)!r}"
+        for name in {**given, **stored}
+        if stored.get(name) != given.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"{checkpoint} is of another run: {'; '.join(differences)}; resume with the same "
+            "settings, or start anew with overwrite=True"
+        )
+
+
+def _describe_collator(data_collator: Any) -> str:
+    name = getattr(data_collator, "__qualname__", type(data_collator).__qualname__)
+    if not is_dataclass(data_collator):
+        return str(name)
+    values = {each.name: getattr(data_collator, each.name) for each in fields(data_collator)}
+    plain = (int, float, str, type(None))
+    settings = {
+        name: value if isinstance(value, plain) else type(value).__name__
+        for name, value in values.items()
+        if name != "tokenizer"
+    }
+    return f"{name} {json.dumps(settings, sort_keys=True)}"
+
+
+def _describe_rows(dataset: Any) -> str:
+    if not hasattr(dataset, "__len__"):
+        return f"a stream, {type(dataset).__name__}"
+    # Rows spread over the whole: reading all of a large dataset would take longer than the resume.
+    places = sorted({i * (len(dataset) - 1) // _ROWS_LOOKED_AT for i in range(_ROWS_LOOKED_AT + 1)})
+    column = "input_ids" if "input_ids" in dataset[0] else "masked_input_ids"
+    rows = [[int(token) for token in dataset[place][column]] for place in places]
+    return f"{len(dataset)} rows {_digest(rows)}"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,58 @@
+"""A finished run on the Hugging Face hub, if the settings ask for it.
+
+What can be wrong with the name or the token is found before the first step, by making the
+repository, and the upload comes when everything is saved: a failure costs a message.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token, is_offline_mode
+
+from mlmadapt.training.config import TrainingConfig
+
+
+def make_repository(config: TrainingConfig) -> str:
+    """Make the model's repository on the hub if it is not there, and return its full name.
+
+    Raises:
+        ValueError: If the hub is switched off, or no token is stored.
+        OSError: If the hub refuses, or cannot be reached.
+    """
+    name = config.hub_model_id or Path(config.output_dir).resolve().name
+    if is_offline_mode():
+        raise ValueError("push_to_hub is True, but HF_HUB_OFFLINE is set; unset one of them")
+    if get_token() is None:
+        raise ValueError(
+            "push_to_hub is True, but no token of the hub is stored; run 'hf auth login', or set "
+            "HF_TOKEN"
+        )
+    try:
+        made = HfApi().create_repo(name, private=config.hub_private_repo, exist_ok=True)
+    except Exception as error:  # the client's own, its HTTP library's, of a bad name
+        raise OSError(
+            f"push_to_hub is True, but the hub makes no repository {name!r} ({error}); set "
+            "hub_model_id, or train without push_to_hub"
+        ) from error
+    return str(made.repo_id)
+
+
+def push(config: TrainingConfig, files: Sequence[str]) -> None:
+    """Upload the files of a saved model; no checkpoint, log or lock.
+
+    Raises:
+        OSError: If that fails.
+    """
+    folder = config.output_dir
+    try:
+        HfApi().upload_folder(
+            repo_id=make_repository(config),
+            folder_path=folder,
+            allow_patterns=[pattern for name in files for pattern in (name, f"{name}/*")],
+            commit_message="Adapt the model with mlmadapt",
+        )
+    except Exception as error:  # as above: whatever it is, the model is saved
+        raise OSError(
+            f"the model is saved in {folder!r}, but was not pushed to the hub ({error}); "
+            "call again with resume_from_checkpoint=True, or push it with 'hf upload'"
+        ) from error

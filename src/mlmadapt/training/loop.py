@@ -1,0 +1,232 @@
+"""The story of a training run: check, prepare, evaluate, train step by step, save.
+
+What a step is stands in `step`, what a run holds in `run`. Nothing random is remembered: order,
+masks and dropout come from (seed, purpose, epoch or step, process), so that a checkpoint is
+weights, moments and a few counts.
+"""
+
+import logging
+from collections.abc import Mapping  # noqa: TC003  # for those who ask for the types
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from mlmadapt._types import DataCollator, Model, Rows, Tokenizer
+from mlmadapt.model.evaluation import FrozenCollator, as_log, evaluate_rows, is_frozen, name_sets
+from mlmadapt.model.fill_mask import fill_masks
+from mlmadapt.training import checkpoint
+from mlmadapt.training.config import TrainingConfig
+from mlmadapt.training.distributed import (
+    check_launcher,
+    leave_group_at_exit,
+    make_accelerator,
+    on_main_process,
+)
+from mlmadapt.training.hub import make_repository, push
+from mlmadapt.training.model_card import write_model_card
+from mlmadapt.training.output_dir import own_output_dir, save_model
+from mlmadapt.training.prepare import check_run, prepare
+from mlmadapt.training.result import TrainingResult
+from mlmadapt.training.run import Run, waits_for_metric
+from mlmadapt.training.signals import Signals
+from mlmadapt.training.step import take_step
+from mlmadapt.training.tracking import log, log_loss
+
+logger = logging.getLogger(__name__)
+
+
+def accelerate_train(  # noqa: C901  # the whole story on one screen
+    model: Model,
+    train_dataset: Any,
+    eval_dataset: "Rows | Mapping[str, Rows] | None" = None,
+    *,
+    tokenizer: Tokenizer,
+    data_collator: DataCollator,
+    config: TrainingConfig | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    accelerator: Accelerator | None = None,
+) -> TrainingResult:
+    """Adapt a masked language model to a dataset, in place, and save it.
+
+    The same call runs under ``python``, ``torchrun`` and ``accelerate launch``. The masks of an
+    epoch are a function of the seed, the epoch and the row, so batch size, workers and processes
+    change the speed and never what is learned from (with our collator; those of transformers draw a
+    batch at a time, which makes their masks depend on which rows share a batch).
+
+    SIGTERM and Ctrl-C finish the step, write a checkpoint and leave; with
+    ``resume_from_checkpoint=True`` the same call goes on and ends, bit for bit on one machine,
+    where it would have ended.
+
+    Args:
+        model: A masked language model of transformers, or a PEFT model of one (its adapter is
+            saved).
+        train_dataset: Rows as `data_collator` wants them, each column of shape ``(sequence,)``; a
+            stream (`IterableDataset`) needs ``max_steps``.
+        eval_dataset: Rows from `insert_random_mask`, taken as they are, or rows like the training
+            ones, which are frozen with `data_collator`; a dict names several sets, and the first is
+            the one that `TrainingResult`, the best model and early stopping go by.
+        tokenizer: Saved beside the model, and pads evaluation rows.
+        data_collator: `WholeWordMaskingCollator`, or another library's.
+        config: Settings; `TrainingConfig()` by default.
+        optimizer: In place of AdamW with the settings' learning rate and weight decay.
+        lr_scheduler: In place of the settings' schedule, of the `optimizer` that is passed;
+            stepped once an optimizer step.
+        accelerator: In place of one made from the settings.
+
+    Returns:
+        Metrics before and after, and the history. The output folder holds the model, the tokenizer
+        and a model card (``README.md``) of what is known here; ``huggingface_hub.ModelCard.load``
+        opens it for the license and all that only you know.
+
+    Raises:
+        ValueError: If rows, tokenizer and model do not fit together, a checkpoint is of another
+            run, or `push_to_hub` lacks a token.
+        TypeError: If a dataset is a dict of splits, or an evaluation set has no length.
+        OSError: If `output_dir` cannot be used, is in use, or a checkpoint cannot be written; if
+            the hub refuses, before the first step or when all is saved.
+        RuntimeError: If a launcher started several processes and each trains alone.
+        FloatingPointError: If the loss or the gradient is not finite, before the update it would
+            spoil.
+
+    Source:
+        Gururangan et al. 2020, arXiv:2004.10964 (adapting to a domain before the task).
+
+    Examples:
+        >>> import tempfile
+        >>> from mlmadapt import TrainingConfig, WholeWordMaskingCollator, tokenize_with_word_ids
+        >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer()
+        >>> columns = tokenize_with_word_ids({"text": ["a film", "the story"]}, tokenizer)
+        >>> rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result = accelerate_train(
+        ...         tiny_model(tokenizer),
+        ...         rows,
+        ...         tokenizer=tokenizer,
+        ...         data_collator=WholeWordMaskingCollator(tokenizer),
+        ...         config=TrainingConfig(output_dir=folder, max_steps=2, disable_tqdm=True),
+        ...     )
+        >>> result.global_step, result.masked_tokens_seen
+        (2, 4)
+    """
+    config = config or TrainingConfig()
+    accelerator = accelerator or make_accelerator(config)
+    check_launcher(accelerator)
+    leave_group_at_exit()
+    eval_sets = name_sets(eval_dataset)
+    check_run(model, train_dataset, eval_sets, tokenizer=tokenizer, config=config)
+    if config.push_to_hub:
+        on_main_process(accelerator, lambda: make_repository(config))
+    with (
+        own_output_dir(accelerator, config),
+        Signals() as signals,
+        # Dropout is seeded; the caller's generators are put back.
+        torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []),
+        prepare(
+            model,
+            train_dataset,
+            eval_sets,
+            tokenizer=tokenizer,
+            data_collator=data_collator,
+            config=config,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            accelerator=accelerator,
+        ) as run,
+    ):
+        if not resume(run):
+            evaluate(run)
+        while not run.is_done:
+            for batches, ends_epoch in run.batches():
+                stop_signal = take_step(run, batches, stop_signal=signals.noted)
+                if accelerator.num_processes == 1:  # several agree within the next step
+                    stop_signal = signals.noted
+                run.progress.update()
+                logs, evaluates, saves = run.due(ends_epoch=ends_epoch)
+                if logs:
+                    log_loss(run)
+                if evaluates:
+                    evaluate(run)
+                if ends_epoch:
+                    run.state.epoch, run.state.epoch_step = run.state.epoch + 1, 0
+                if saves or stop_signal:
+                    save_checkpoint(run)
+                if stop_signal:
+                    signals.leave(stop_signal)
+                if run.is_done:
+                    break
+        files = save(run)
+        result = run.result()
+    if config.push_to_hub:
+        on_main_process(accelerator, lambda: push(config, files))
+    return result
+
+
+def resume(run: Run) -> bool:
+    """Go on from a checkpoint, if the settings ask for it and there is one."""
+    wanted = run.config.resume_from_checkpoint
+    if not wanted:
+        return False
+    found = on_main_process(run.accelerator, lambda: checkpoint.choose(run.folder, wanted))
+    if found is None:
+        logger.warning("%s holds no checkpoint; training starts from the beginning", run.folder)
+        return False
+    checkpoint.read_run(found, run)
+    run.progress.update(run.state.step)
+    return True
+
+
+def evaluate(run: Run) -> None:
+    """Evaluate every set; the first is the one that the result reports."""
+    for place, (name, rows) in enumerate(run.eval_sets.items()):
+        collator = None if is_frozen(rows) else run.data_collator
+        metrics = evaluate_rows(
+            run.model,
+            rows,
+            collate=FrozenCollator(run.tokenizer, collator, run.config.seed),
+            batch_size=run.config.per_device_eval_batch_size,
+            sparse=run.sparse,
+            accelerator=run.accelerator,
+        )
+        log(run, as_log(metrics, name))
+        if place == 0:
+            run.state.evaluations.append((run.state.step, metrics))
+            if run.state.step and waits_for_metric(run.scheduler):
+                run.scheduler.step(metrics.loss)  # type: ignore[arg-type]
+    if not run.state.step:
+        run.state.filled = fill_in(run)
+
+
+def fill_in(run: Run) -> dict[str, str]:
+    """Have the model fill in the masks of the settings' sentences, on every process."""
+    sentences = run.config.fill_mask
+    return fill_masks(run.model, sentences, tokenizer=run.tokenizer, sparse=run.sparse)
+
+
+def save_checkpoint(run: Run) -> None:
+    """Write a checkpoint, then remove those that are not to be kept."""
+    loss_sums = gather_object([run.state.loss_sum])
+
+    def write() -> None:
+        checkpoint.write_run(run, loss_sums=loss_sums)
+        checkpoint.prune(
+            run.folder,
+            keep=run.config.save_total_limit,
+            also=run.saved_step,
+            newest=run.state.step,
+        )
+
+    on_main_process(run.accelerator, write)
+
+
+def save(run: Run) -> list[str]:
+    """Save the model, the best one where asked, tokenizer and card; return the files' names."""
+    if run.saved_step != run.state.step:
+        checkpoint.load_weights(run.folder / f"checkpoint-{run.saved_step}", run.model)
+    files = save_model(run.folder, run.model, run.tokenizer, run.accelerator)
+    after = fill_in(run)
+    on_main_process(run.accelerator, lambda: write_model_card(run, filled=after))
+    return [*files, "README.md", "curves.png"]

@@ -1,0 +1,180 @@
+"""What a run holds: what it was given, what was made of it, and what it has done so far.
+
+All of it is declared here and handed from function to function of the loop, so that nobody has to
+look for where a field comes from. Only `RunState` changes from step to step; it is what a
+checkpoint stores beside weights, moments and schedule. Random state is not part of it: see
+`masking.seeding`.
+"""
+
+import inspect
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
+from mlmadapt.model.evaluation import MaskedLMMetrics
+from mlmadapt.model.sparse_head import SparsePrediction
+from mlmadapt.training.batches import BatchPlan, training_batches
+from mlmadapt.training.config import TrainingConfig
+from mlmadapt.training.result import TrainingResult
+
+
+@dataclass
+class RunState:
+    """The counts of a run.
+
+    Attributes:
+        step: Optimizer steps taken.
+        epoch: Whole passes over the training rows.
+        epoch_step: Steps taken of the pass after them.
+        tokens_seen: Tokens trained on, padding not counted, over all processes.
+        masked_tokens_seen: Tokens predicted.
+        seconds: Wall time before the last interruption.
+        grad_norm: Of the last step, before clipping.
+        skips: Steps in a row that an fp16 scaler has skipped.
+        loss_sum: Loss of this process since the last entry of the history, in nats.
+        loss_tokens: Masked tokens of all processes since then.
+        history: What was logged.
+        evaluations: Step and metrics of each evaluation of the first set.
+        filled: By sentence, how the probes were filled before the first step.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    epoch_step: int = 0
+    tokens_seen: int = 0
+    masked_tokens_seen: int = 0
+    seconds: float = 0.0
+    grad_norm: float = 0.0
+    skips: int = 0
+    loss_sum: float = 0.0
+    loss_tokens: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[tuple[int, MaskedLMMetrics]] = field(default_factory=list)
+    filled: dict[str, str] = field(default_factory=dict)
+
+    def best(self, *, since: int = 0) -> tuple[int, MaskedLMMetrics] | None:
+        """Return step and metrics of the evaluation with the lowest loss, the first of equals."""
+        evaluations = [each for each in self.evaluations if each[0] >= since]
+        return min(evaluations, key=lambda each: each[1].loss, default=None)
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The objects of a run.
+
+    Attributes:
+        config: The settings.
+        model: The caller's, which is evaluated and saved.
+        tokenizer: The caller's.
+        data_collator: The caller's.
+        train_dataset: The caller's rows, or a stream of them.
+        eval_sets: Evaluation rows by the name that they have in logs.
+        accelerator: Knows device, processes and precision.
+        plan: Which rows are trained when.
+        total_steps: Optimizer steps to take.
+        fingerprint: What decides the outcome, for the checkpoints.
+        wrapped: The model in what averages gradients and lowers precision: for training only.
+        sparse: The model's sparse head, or None where its full head runs.
+        optimizer: Skips the steps that an fp16 scaler gives up.
+        scheduler: The schedule of this optimizer.
+        progress: The progress bar.
+        started: When this process began, in seconds of `time.perf_counter`.
+        state: What has been done so far.
+    """
+
+    config: TrainingConfig
+    model: Model
+    tokenizer: Tokenizer
+    data_collator: DataCollator
+    train_dataset: Any
+    eval_sets: Mapping[str, Rows]
+    accelerator: Accelerator
+    plan: BatchPlan
+    total_steps: int
+    fingerprint: Mapping[str, Any]
+    wrapped: nn.Module
+    sparse: SparsePrediction | None
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    progress: Any
+    started: float
+    state: RunState = field(default_factory=RunState)
+
+    @property
+    def folder(self) -> Path:
+        """The output directory."""
+        return Path(self.config.output_dir)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time, that before an interruption included."""
+        return self.state.seconds + time.perf_counter() - self.started
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps are taken, or further ones would not help."""
+        patience, best = self.config.early_stopping_patience, self.state.best()
+        if self.state.step >= self.total_steps or patience is None or best is None:
+            return self.state.step >= self.total_steps
+        evaluations = self.state.evaluations
+        return len(evaluations) - 1 - evaluations.index(best) >= patience
+
+    @property
+    def saved_step(self) -> int:
+        """The step whose model is wanted in the end: the best one where asked, else the last."""
+        best = self.state.best(since=1) if self.config.load_best_model_at_end else None
+        return self.state.step if best is None else best[0]
+
+    def batches(self) -> Iterator[tuple[list[Batch], bool]]:
+        """Yield the batches of each step that is left of this epoch, and whether it is the last."""
+        return training_batches(
+            self.train_dataset,
+            self.plan,
+            self.data_collator,
+            epoch=self.state.epoch,
+            start=self.state.epoch_step,
+            num_workers=self.config.dataloader_num_workers,
+        )
+
+    def due(self, *, ends_epoch: bool) -> tuple[bool, bool, bool]:
+        """Tell whether to log, to evaluate and to save after a step."""
+        config, is_last = self.config, self.state.step == self.total_steps
+
+        def is_due(strategy: str, every: int) -> bool:
+            return ends_epoch if strategy == "epoch" else not self.state.step % every
+
+        evaluates = is_last or (
+            config.eval_strategy != "no" and is_due(config.eval_strategy, config.eval_steps)
+        )
+        saves = config.save_strategy != "no" and (
+            is_last or is_due(config.save_strategy, config.save_steps)
+        )
+        return evaluates or is_due("steps", config.logging_steps), evaluates, saves
+
+    def result(self) -> TrainingResult:
+        """Sum up."""
+        metrics = [metrics for _, metrics in self.state.evaluations]
+        best = self.state.best()
+        return TrainingResult(
+            initial=metrics[0] if metrics else None,
+            final=metrics[-1] if metrics else None,
+            best=None if best is None else best[1],
+            history=self.state.history,
+            global_step=self.state.step,
+            tokens_seen=self.state.tokens_seen,
+            masked_tokens_seen=self.state.masked_tokens_seen,
+            seconds=self.seconds,
+            output_dir=self.config.output_dir,
+        )
+
+
+def waits_for_metric(scheduler: torch.optim.lr_scheduler.LRScheduler) -> bool:
+    """Tell whether a schedule goes by evaluations (`ReduceLROnPlateau`), not by steps."""
+    return "metrics" in inspect.signature(scheduler.step).parameters

@@ -1,0 +1,109 @@
+"""Rows of any length, joined, split and laid out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlmadapt.data.rows import join_rows, pad_rows, split_rows, to_columns
+from mlmadapt.testing import tiny_tokenizer
+
+tokenizer = tiny_tokenizer("wordpiece")
+rows = st.lists(st.lists(st.integers(0, 400), max_size=9), min_size=1, max_size=8)
+
+
+@given(rows, st.sampled_from([None, 1, 4, 8]), st.sampled_from(["left", "right"]))
+def test_padding_is_that_of_the_tokenizer(
+    ids: list[list[int]], multiple: int | None, side: str
+) -> None:
+    """As `tokenizer.pad` does, and besides it labels and other columns of any length."""
+    left = tiny_tokenizer("wordpiece")
+    left.padding_side = side
+    features: list[dict[str, Any]] = [
+        {"input_ids": row, "token_type_ids": [1] * len(row)} for row in ids
+    ]
+    columns = to_columns([{**feature, "labels": feature["input_ids"]} for feature in features])
+    batch = pad_rows(*join_rows(columns), left, pad_to_multiple_of=multiple)
+    expected = left.pad(features, pad_to_multiple_of=multiple)
+    for name in ("input_ids", "token_type_ids", "attention_mask"):
+        assert batch[name].tolist() == expected[name]
+    labels = np.where(batch["attention_mask"] == 1, batch["input_ids"], -100)
+    assert batch["labels"].tolist() == labels.tolist()
+
+
+@given(rows, st.sampled_from([list, np.array, torch.tensor, tuple]))
+def test_joined_rows_can_be_split(ids: list[list[int]], form: Any) -> None:
+    """Splitting undoes joining, for any form of rows; empty arrays of floats are no floats."""
+    joined, lengths = join_rows({"input_ids": [form(row) for row in ids]})
+    assert joined["input_ids"].tolist() == [token for row in ids for token in row]
+    assert joined["input_ids"].dtype == np.int64
+    assert [row.tolist() for row in split_rows(joined["input_ids"], lengths)] == ids
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([[True, False], [True, True]], [1, 0, 1, 1]),
+        ([[255, 256], [0, 1]], [255, 256, 0, 1]),
+        ([[0, 1], [-1, 2**40]], [0, 1, -1, 2**40]),
+        ([np.array([1, 2], np.uint16), np.array([3, 4], np.int8)], [1, 2, 3, 4]),
+        ([[1, 2], np.array([3, 4])], [1, 2, 3, 4]),
+    ],
+)
+def test_whole_numbers_of_every_kind(values: Any, expected: list[int]) -> None:
+    """Flags, small and large, negative, and of several types in one column."""
+    joined, _ = join_rows({"input_ids": [[5, 6], [7, 8]], "extra": values})
+    assert joined["extra"].tolist() == expected
+    assert joined["extra"].flags.writeable  # or torch warns of the tensor it makes
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+@pytest.mark.parametrize("form", [list, np.array, tuple])
+def test_word_ids_can_hold_nothing(nothing: float | None, form: Any) -> None:
+    """None and NaN are -1, in the first row or in a later one."""
+    for words in ([[nothing, 0], [0, 300]], [[0, 300], [nothing, 0]]):
+        given_words = [form(row) for row in words]
+        joined, _ = join_rows({"input_ids": [[5, 6], [7, 8]], "word_ids": given_words})
+        expected = [-1 if word is nothing else word for row in words for word in row]
+        assert joined["word_ids"].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([[0.5, 1.0], [1.0, 1.0]], "holds float64"),
+        ([[1.0, 1.0], [0.5, 1.0]], "holds float64"),
+        ([np.array([0.5, 1]), np.array([1, 2])], "holds float64"),
+        (["ab", "cd"], "holds <U2"),
+        ([["1", "2"], ["3", "4"]], "holds <U1"),
+        ([[None, 1], [1, 2]], "holds object"),
+        ([[1, 2], [None, 2]], "holds object"),
+        ([[[1, 2], [3, 4]], [[5, 6], [7, 8]]], r"holds int64 of shape \(4, 2\)"),
+        ([[[1], [3, 4]], [[5, 6], [7, 8]]], "holds something else .*inhomogeneous"),
+        ([[1, 2], [[3], [4, 5]]], "holds something else .*inhomogeneous"),
+        ([[1, 2], [2**70, 4]], "holds object"),
+        (np.zeros((2, 2, 3), int), r"holds int64 of shape \(4, 3\)"),
+        ([[1, 2], [3]], "of row 1 has 1 values for 2 input_ids"),
+        ([[1, 2], None], "of row 1 has None, not a list, for 2 input_ids"),
+        ([1, 2], "of row 0 has 1, not a list, for 2 input_ids"),
+        (torch.tensor([1, 2]), r"of row 0 has tensor\(1\), not a list, for 2 input_ids"),
+        ([[1, 2]], "has 1 rows, 'input_ids' has 2; all columns must come from the same"),
+    ],
+)
+def test_columns_that_are_not_one_number_a_token(values: Any, message: str) -> None:
+    """The column and what it holds."""
+    with pytest.raises(ValueError, match=rf"column 'extra' {message}"):
+        join_rows({"input_ids": [[5, 6], [7, 8]], "extra": values})
+
+
+def test_rows_without_tokens() -> None:
+    """The missing column, and what to do."""
+    with pytest.raises(ValueError, match=r"no 'input_ids', only \['labels'\]; tokenize"):
+        join_rows({"labels": [[1]]})
+    with pytest.raises(ValueError, match=r"column 'input_ids' of row 0 has None, not a list"):
+        join_rows({"input_ids": [None]})

@@ -1,0 +1,440 @@
+"""Documents to tokens that know their word."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import pyarrow as pa
+import pytest
+from datasets.fingerprint import Hasher
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+
+from mlmadapt import phrases, tokenize_with_word_ids
+from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_tokenizer
+from tests.data.reference_tokenization import reference_tokenize, special_ids, splits_at
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("words.json").read_text("utf-8"))
+SENTENCE = "The film doesn't end well; electroencephalography!"
+NO_SPLIT = ("byte_bpe_nosplit", "no_pretokenizer")
+PIECES = [
+    *["film", "unfilmable", "The", "a", "doesn't", "-", ".", "中文", "电影", "ﬁ", "İ", "¨", "ß"],
+    *[" ", " ", " ", "  ", "\t", "\n", "\r\n", "\xa0", "\u3000", "\x0c", "\x85", "\u200b"],
+    *["é", "e\u0301", "\u0301", "😀", "👩‍👧", "❤\ufe0f", "\x00", "\ufeff", "▁", "Ġ", "##film"],
+    *["[MASK]", "<mask>", "[SEP]", "</s>", "[UNK]", "<unk>"],
+]
+# Surrogates are no text; the others are white space to Python, but not to Unicode.
+characters = st.characters(exclude_categories=["Cs"], exclude_characters="\x1c\x1d\x1e\x1f")
+words = st.sampled_from(PIECES) | st.text(characters, max_size=3)
+documents = st.lists(words, max_size=12).map("".join)
+kinds = pytest.mark.parametrize("kind", TOKENIZER_KINDS)
+shared = functools.cache(tiny_tokenizer)
+
+
+@st.composite
+def documents_with_spans(draw: st.DrawFn) -> tuple[str, list[tuple[int, int]]]:
+    """Draw a document and spans of it anywhere, some with nothing between them."""
+    text = draw(documents)
+    cuts = sorted(draw(st.sets(st.integers(0, len(text)), max_size=7)))
+    return text, [span for span in pairwise(cuts) if draw(st.booleans())]
+
+
+def tokenize(texts: Sequence[str], tokenizer: Any, **options: Any) -> list[dict[str, list[int]]]:
+    """Return a dict of lists for each document."""
+    columns = tokenize_with_word_ids({"text": texts}, tokenizer, **options)
+    rows = zip(*columns.values(), strict=True) if texts else ()
+    return [{n: v.tolist() for n, v in zip(columns, row, strict=True)} for row in rows]
+
+
+def word_tokens(text: str, tokenizer: Any, **options: Any) -> list[str]:
+    """Return a string a word, its tokens joined by "|"; those of no word are left out."""
+    (row,) = tokenize([text], tokenizer, **options)
+    groups: dict[int, list[str]] = {}
+    for token, word in zip(row["input_ids"], row["word_ids"], strict=True):
+        groups.setdefault(word, []).append(tokenizer.convert_ids_to_tokens(token))
+    return ["|".join(groups[word]) for word in sorted(groups) if word >= 0]
+
+
+@kinds
+@given(texts=st.lists(documents, max_size=4))
+def test_batches_are_what_a_slow_reference_makes_of_each_document(
+    kind: str, texts: list[str]
+) -> None:
+    """Ids, masks, types and words are those of one document at a time, in a dict and in a table."""
+    tokenizer, batch = shared(kind), {"text": texts, "label": [1] * len(texts)}
+    before = copy.deepcopy(batch)
+    expected = [reference_tokenize(text, tokenizer) for text in texts]
+    assert tokenize(texts, tokenizer) == expected
+    columns = tokenize_with_word_ids(batch, tokenizer)
+    table = tokenize_with_word_ids(pa.table({"text": pa.array(texts, pa.string())}), tokenizer)
+    assert batch == before
+    assert type(columns) is dict
+    assert type(table) is pa.Table
+    table.validate(full=True)
+    assert table.to_pylist() == expected
+    assert list(columns) == table.column_names == [*tokenizer("a"), "word_ids"]
+
+
+@kinds
+@given(text=documents)
+def test_laws_of_words(kind: str, text: str) -> None:
+    """All tokens are there, specials and bare space are -1, words rise and stand within spaces."""
+    tokenizer = shared(kind)
+    (row,) = tokenize([text], tokenizer)
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    assert row["input_ids"] == encoded["input_ids"]
+    row = {name: row[name] for name in ("input_ids", "word_ids")}
+    specials = special_ids(tokenizer)
+    spaces_are_words = all(splits_at(tokenizer, space) for space in text if space.isspace())
+    covers, before = [], -1
+    for token, word, (start, end) in zip(*row.values(), encoded["offset_mapping"], strict=True):
+        covered = text[start:end]
+        first = end - len(covered.lstrip())
+        covers.append((first, first + len(covered.strip())))
+        assert (word == -1) == (token in specials or (covered.isspace() and not spaces_are_words))
+        assert word == -1 or word >= before
+        before = max(word, before)
+    pairs = zip(pairwise(row["word_ids"]), pairwise(covers), strict=True)
+    for (one, two), ((begin, end), (start, stop)) in pairs:
+        if one == two >= 0 and (begin < end or start < stop):
+            assert not any(map(str.isspace, text[end:start]))
+
+
+@kinds
+@given(drawn=st.lists(documents_with_spans(), max_size=3))
+def test_spans_of_the_user_are_words(
+    kind: str, drawn: list[tuple[str, list[tuple[int, int]]]]
+) -> None:
+    """Spans may cut words, join words, touch, and cover tokens in part, as the slow reference."""
+    tokenizer, spans = shared(kind), dict(drawn)
+    expected = [reference_tokenize(text, tokenizer, spans[text]) for text in spans]
+    assert tokenize([*spans], tokenizer, word_boundaries=spans.__getitem__) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "spans", "expected"),
+    [
+        ("wordpiece", [], ["un|##film|##a|##ble", "film"]),
+        ("wordpiece", [(2, 6)], ["un", "##film", "##a|##ble", "film"]),
+        ("wordpiece", [(3, 12)], ["un", "##film|##a|##ble|film"]),
+        ("wordpiece", [(3, 5), (5, 8)], ["un", "##film|##a|##ble", "film"]),
+        ("wordpiece", [(1, 7)], ["un|##film|##a", "##ble", "film"]),
+        ("wordpiece", [(0, 1), (1, 2)], ["un", "##film|##a|##ble", "film"]),
+        ("unigram_offsets", [(6, 11)], ["▁|u|n|f|ilm", "a|ble", "▁film"]),
+        ("unigram_offsets", [(10, 11)], ["▁|u|n|f|ilm|a|ble", "▁film"]),
+        ("unigram_offsets", [(9, 14)], ["▁|u|n|f|ilm|a", "ble|▁film"]),
+        ("byte_bpe_nosplit", [(6, 14)], ["un|f|ilm", "a|ble|Ġfilm"]),
+        ("no_pretokenizer", [(0, 14)], ["▁|u|n|f|ilm|a|ble|▁film"]),
+    ],
+)
+def test_examples_of_spans(kind: str, spans: list[tuple[int, int]], expected: list[str]) -> None:
+    """A span takes all tokens it reaches, but not by white space; the others keep their words."""
+    text = "unfilmable film"
+    assert word_tokens(text, shared(kind), word_boundaries=lambda _: spans) == expected
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "no_pretokenizer"])
+def test_spans_stay_in_their_document(kind: str) -> None:
+    """Not even a token that covers nothing, at the end of a document, reaches the next one."""
+    tokenizer, special_free = tiny_tokenizer(kind), tiny_tokenizer(kind)
+    special_free.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
+    texts, options = (
+        ["film ", "film", "", "the", "the", " "],
+        {"word_boundaries": phrases(["film"])},
+    )
+    for each in (tokenizer, special_free):
+        rows = tokenize(texts, each, **options)
+        assert rows == [*chain(*(tokenize([text], each, **options) for text in texts))]
+
+
+@pytest.mark.parametrize("kind", NO_SPLIT)
+def test_documents_are_never_one_word(kind: str) -> None:
+    """Tokenizers without a word split get words from white space, where their own are one."""
+    tokenizer = shared(kind)
+    assert {*tokenizer(SENTENCE).word_ids()} == {None, 0}
+    (row,) = tokenize([SENTENCE], tokenizer)
+    assert {*row["word_ids"]} == {-1, 0, 1, 2, 3, 4, 5}
+
+
+@kinds
+@pytest.mark.parametrize("space", ["\x0c", "\xa0", "\u3000", "\x85", "\t"])
+def test_white_space_ends_a_word_on_every_tokenizer(kind: str, space: str) -> None:
+    """Also white space at which a tokenizer does not split, whatever is in the other documents."""
+    tokenizer = shared(kind)
+    before, apart, after = tokenize(["the q", f"the{space}good", "the q"], tokenizer)
+    words = [word for word in apart["word_ids"] if word >= 0]
+    assert words[0] != words[-1]
+    assert before == after == tokenize(["the q"], tokenizer)[0]
+
+
+@kinds
+def test_special_tokens_in_the_text_are_no_words(kind: str) -> None:
+    """They are -1 where they are written out, end the word before, and [UNK] stays a word."""
+    tokenizer = shared(kind)
+    (row,) = tokenize([f"the{tokenizer.mask_token}film q{tokenizer.sep_token}"], tokenizer)
+    words = dict.fromkeys(row["word_ids"])
+    for token, word in zip(row["input_ids"], row["word_ids"], strict=True):
+        is_special = token in special_ids(tokenizer)
+        is_space = kind in NO_SPLIT and tokenizer.convert_ids_to_tokens(token) in "▁Ġ"
+        assert (word == -1) == (is_special or is_space)
+    assert len(words) == 4
+    (row,) = tokenize([f"the {tokenizer.unk_token} film"], tokenizer)
+    assert row["word_ids"][row["input_ids"].index(tokenizer.unk_token_id)] >= 0
+
+
+def test_special_tokens_are_split_where_the_tokenizer_says_so() -> None:
+    """With `split_special_tokens` they are text, also after pickling, which forgets it."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.split_special_tokens = True
+    (row,) = tokenize(["the [MASK]"], pickle.loads(pickle.dumps(tokenizer)))  # noqa: S301
+    assert tokenizer.mask_token_id not in row["input_ids"]
+    assert row["input_ids"] == tokenizer("the [MASK]")["input_ids"]
+
+
+@kinds
+def test_long_documents_stay_whole(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """100,000 characters are neither cut nor warned of, and have the words of the reference."""
+    tokenizer, text = tiny_tokenizer(kind), "\n".join(tiny_corpus(1000))[:100_000]
+    assert len(text) == 100_000
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        (row,) = tokenize([text], tokenizer)
+        assert not caplog.records
+        assert len(tokenizer(text)["input_ids"]) > 512
+        assert "longer than the specified maximum" in caplog.text  # what was not said
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert row == reference_tokenize(text, tokenizer)
+
+
+@kinds
+def test_baked_in_truncation_and_padding_do_nothing_and_stay(kind: str) -> None:
+    """A tokenizer file may hold both; they are lifted for the call alone."""
+    tokenizer = tiny_tokenizer(kind)
+    texts = ["The film is good. " * 9, "", "a"]
+    expected = tokenize(texts, tokenizer)
+    tokenizer.backend_tokenizer.enable_truncation(7, stride=2, strategy="only_first")
+    tokenizer.backend_tokenizer.enable_padding(direction="left", length=20, pad_to_multiple_of=8)
+    before = tokenizer.backend_tokenizer.to_str()
+    assert tokenize(texts, tokenizer) == expected
+    assert tokenizer.backend_tokenizer.to_str() == before
+
+
+def test_baked_in_truncation_stays_after_an_error() -> None:
+    """Here, of a tokenizer that has no token for an unknown word."""
+    backend = Tokenizer(WordLevel({"a": 0}, unk_token="[UNK]"))  # noqa: S106
+    backend.enable_truncation(3)
+    backend.enable_padding(length=5)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    before = tokenizer.backend_tokenizer.to_str()
+    assert '"truncation":null' not in before
+    with pytest.raises(Exception, match="UNK"):
+        tokenize_with_word_ids({"text": ["b"]}, tokenizer)
+    assert tokenizer.backend_tokenizer.to_str() == before
+
+
+PIPELINE = """
+import sys
+from datasets import disable_progress_bars, load_from_disk
+from mlmadapt import group_texts, phrases, tokenize_with_word_ids
+from mlmadapt.testing import tiny_tokenizer
+
+disable_progress_bars()
+dataset = load_from_disk(sys.argv[1])
+options = {
+    "tokenizer": tiny_tokenizer("byte_bpe_nosplit"),
+    "word_boundaries": phrases({"the", *(f"the {word}" for word in "film end movie cast".split())}),
+}
+for _ in range(2):
+    tokens = dataset.map(
+        tokenize_with_word_ids, batched=True, fn_kwargs=options, remove_columns=["text"]
+    )
+    rows = tokens.map(group_texts, batched=True, fn_kwargs={"chunk_size": 8})
+    print([file["filename"] for file in tokens.cache_files + rows.cache_files])
+"""
+
+
+def test_second_run_hits_the_cache(tmp_path: Path) -> None:
+    """A call leaves the tokenizer's fingerprint as it was, and every process has the same ones."""
+    datasets.Dataset.from_dict({"text": tiny_corpus(20)}).save_to_disk(tmp_path)
+    printed, files = set(), []
+    for hash_seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", PIPELINE, str(tmp_path)],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        printed |= {*done.stdout.splitlines()}
+        files.append({path: path.stat().st_mtime_ns for path in tmp_path.glob("cache-*")})
+    assert len(printed) == 1
+    assert printed.pop().count("cache-") == len(files[0]) == 2
+    assert files[0] == files[1]
+
+
+@kinds
+def test_fingerprint_of_the_tokenizer_stays(kind: str) -> None:
+    """Also one that has truncated before, as tokenizers keep the setting."""
+    tokenizer = tiny_tokenizer(kind)
+    tokenizer(SENTENCE, truncation=True, max_length=5, padding="max_length")
+    before = Hasher.hash(tokenizer)
+    tokenize([SENTENCE], tokenizer)
+    assert Hasher.hash(tokenizer) == before
+
+
+@pytest.mark.parametrize("layout", [None, "arrow", "numpy"])
+def test_map_takes_every_format(layout: str | None) -> None:
+    """Through `map` the rows are the same, whatever form the dataset hands them over in."""
+    tokenizer, texts = shared("wordpiece"), tiny_corpus(20)
+    dataset = datasets.Dataset.from_dict({"text": texts, "label": [0] * 20}).with_format(layout)
+    mapped = dataset.map(
+        tokenize_with_word_ids,
+        batched=True,
+        batch_size=7,
+        fn_kwargs={"tokenizer": tokenizer},
+        remove_columns=dataset.column_names,
+    )
+    assert mapped.with_format(None).to_list() == tokenize(texts, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "error", "message"),
+    [
+        (
+            {"txt": []},
+            {},
+            ValueError,
+            r"text_column is 'text', but the columns are \['txt'\]; name",
+        ),
+        (pa.table({"a": ["b"]}), {}, ValueError, r"text_column is 'text', but the .*\['a'\]; name"),
+        ({"a": ["b"]}, {"text_column": "c"}, ValueError, r"text_column is 'c', but .*\['a'\]"),
+        ({"text": ["a", None]}, {}, TypeError, "row 1 of column 'text' in this batch is None, of "),
+        ({"text": ["a", b"b"]}, {}, TypeError, "row 1 .* is b'b', of type bytes; .* must be a str"),
+        ({"text": [3.5]}, {}, TypeError, "row 0 .* is 3.5, of type float; .*dataset.filter"),
+        (pa.table({"text": ["a", None]}), {}, TypeError, "row 1 .* is None, of type NoneType"),
+        (pa.table({"text": [b"a"]}), {}, TypeError, "row 0 .* is b'a', of type bytes"),
+        ({"text": "a film"}, {}, TypeError, "column 'text' is 'a film', not .* map with batched=T"),
+        ({"text": None}, {}, TypeError, "column 'text' is None, not .* map with batched=True"),
+        ({"text": ["a", "\ud800"]}, {}, ValueError, "row 1 .* not valid Unicode .*clean it with"),
+    ],
+)
+def test_wrong_documents_are_named(
+    batch: Any, options: dict[str, str], error: type[Exception], message: str
+) -> None:
+    """The message has the column, the row, what is there and the cure."""
+    with pytest.raises(error, match=message):
+        tokenize_with_word_ids(batch, shared("wordpiece"), **options)
+
+
+def test_slow_tokenizers_are_refused() -> None:
+    """They do not know their words."""
+    message = "tokenizer is a ByT5Tokenizer, which is not a fast .* AutoTokenizer.from_pretrained"
+    with pytest.raises(TypeError, match=message):
+        tokenize_with_word_ids({"text": ["a"]}, ByT5Tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("spans", "error", "message"),
+    [
+        (
+            [(0, 3), (2, 5)],
+            ValueError,
+            r"returned span \(2, 5\) for row 1 of this batch, a text of 8 char",
+        ),
+        (
+            [(4, 6), (0, 2)],
+            ValueError,
+            r"returned span \(0, 2\) for row 1 .* must be in order, not overlap",
+        ),
+        ([(0, 1), (5, 4)], ValueError, r"returned span \(5, 4\) for row 1"),
+        ([(2, 2)], ValueError, r"returned span \(2, 2\) for row 1 .* not be empty"),
+        ([(0, 3), (4, 9)], ValueError, r"returned span \(4, 9\) for row 1 .* lie in the text"),
+        ([(-1, 3)], ValueError, r"returned span \(-1, 3\) for row 1"),
+        ([("the", 0, 3)], TypeError, r"returned \[\('the', 0, 3\)\] for row 1 .* list of \(start"),
+        ([(0.0, 3.0)], TypeError, r"returned \[\(0.0, 3.0\)\] for row 1"),
+        (None, TypeError, "returned None for row 1"),
+    ],
+)
+def test_wrong_spans_are_named(spans: Any, error: type[Exception], message: str) -> None:
+    """The message has the row, the span and what is required of it."""
+    texts = ["the film is good", "the film"]
+    with pytest.raises(error, match=f"word_boundaries {message}"):
+        tokenize(texts, shared("wordpiece"), word_boundaries={texts[0]: [], texts[1]: spans}.get)
+
+
+@kinds
+def test_words_are_the_golden_ones(kind: str) -> None:
+    """What `datasets` has cached by the function's name must not go stale unnoticed."""
+    assert word_tokens(SENTENCE, shared(kind)) == GOLDEN[kind]
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    "name", ["bert-base-uncased", "roberta-base", "albert-base", "bert-base-chinese"]
+)
+def test_words_of_real_tokenizers_are_the_golden_ones(name: str, data_dir: Path) -> None:
+    """One sentence through the tokenizers people use."""
+    tokenizer = AutoTokenizer.from_pretrained(data_dir / "tokenizers" / name)
+    text = (
+        "酒店的房间很干净, 2 nights." if "chinese" in name else "Naïve café-goers don't re-watch."
+    )
+    assert word_tokens(text, tokenizer) == GOLDEN[name]
+    assert tokenize([text], tokenizer) == [reference_tokenize(text, tokenizer)]
+
+
+@pytest.fixture(scope="module")
+def segment(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[tuple[int, int]]]:
+    """Return jieba's words as spans."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its syntax and of pkg_resources
+        jieba = pytest.importorskip("jieba")
+    jieba.setLogLevel(logging.ERROR)
+    jieba.dt.tmp_dir = str(tmp_path_factory.mktemp("jieba"))
+    return lambda text: [(start, end) for _, start, end in jieba.tokenize(text)]
+
+
+def test_chinese_words_are_those_of_a_segmenter(segment: Callable[[str], Any]) -> None:
+    """Characters of one word are one word, where the tokenizer makes each a word."""
+    tokenizer, text = shared("chinese"), "这部电影非常好看。"
+    assert word_tokens(text, tokenizer) == [*text]
+    expected = ["这部", "电影", "非常", "好看", "。"]
+    joined = [
+        word.replace("|", "") for word in word_tokens(text, tokenizer, word_boundaries=segment)
+    ]
+    assert joined == expected
+
+
+@pytest.mark.data
+def test_chinese_reviews_have_the_words_of_a_segmenter(
+    segment: Callable[[str], list[tuple[int, int]]], data_dir: Path
+) -> None:
+    """On real reviews most words are longer than a character, and the reference agrees on all."""
+    tokenizer = AutoTokenizer.from_pretrained(data_dir / "tokenizers" / "bert-base-chinese")
+    files = [*map(str, (data_dir / "corpora" / "zh_hotel_reviews").glob("*.parquet"))]
+    texts = datasets.Dataset.from_parquet(files[:1])["text"][:50]
+    rows = tokenize(texts, tokenizer, word_boundaries=segment)
+    assert rows == [reference_tokenize(text, tokenizer, segment(text)) for text in texts]
+    tokens = sum(len(row["word_ids"]) - 2 for row in rows)
+    segmented = sum(max(row["word_ids"]) + 1 for row in rows)
+    assert 1.3 < tokens / segmented < 2

@@ -1,0 +1,774 @@
+"""Whole words, masked as a function of (seed, epoch, row) alone."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import subprocess
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packaging.version import Version
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+from mlmadapt import WholeWordMaskingCollator, group_texts, tokenize_with_word_ids
+from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_tokenizer
+from tests.masking.reference_masking import reference_collate, reference_key, special_ids, words_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+Row = dict[str, list[int]]
+Masks = list[tuple[list[int], list[int]]]
+kinds = pytest.mark.parametrize("kind", TOKENIZER_KINDS)
+shared = functools.cache(tiny_tokenizer)
+documents = st.lists(
+    st.sampled_from(tiny_corpus(40)) | st.text("aé .'-中电影film\n", max_size=20),
+    min_size=1,
+    max_size=6,
+)
+
+
+def chunk(tokenizer: PreTrainedTokenizerFast, texts: list[str], chunk_size: int) -> list[Row]:
+    """Tokenize documents and cut them into rows, the last one shorter."""
+    tokens = tokenize_with_word_ids({"text": texts}, tokenizer)
+    columns = group_texts(dict(tokens), chunk_size=chunk_size, remainder="keep", labels=False)
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+@functools.cache
+def rows_of(kind: str) -> tuple[Row, ...]:
+    """Return 70 rows or so, of 16 to 48 tokens."""
+    texts = tiny_corpus(120)
+    rows = [chunk(shared(kind), texts[i : i + 40], 16 + i // 3 + 1) for i in range(0, 120, 40)]
+    return tuple(itertools.chain.from_iterable(rows))[:70]
+
+
+def masks(batch: dict[str, Any]) -> Masks:
+    """Return what a collator made of each row, without the padding."""
+    columns = [np.asarray(batch[name]) for name in ("attention_mask", "input_ids", "labels")]
+    return [
+        (ids[real > 0].tolist(), labels[real > 0].tolist())
+        for real, ids, labels in zip(*columns, strict=True)
+    ]
+
+
+def is_target(batch: dict[str, Any]) -> np.ndarray:
+    """Tell where something is to be predicted."""
+    return np.asarray(batch["labels"]) != -100
+
+
+def linear_weights(tokenizer: PreTrainedTokenizerFast) -> list[float]:
+    """Return a weight for each token id, 0 for every third."""
+    return [float(token % 3) for token in range(len(tokenizer))]
+
+
+def weight_by_length(text: str) -> float:
+    """Favour long words, and leave out those with an e."""
+    return 0.0 if "e" in text else 1.0 + len(text)
+
+
+@kinds
+@settings(max_examples=20)
+@given(data=st.data())
+def test_batches_are_those_of_the_reference(kind: str, data: st.DataObject) -> None:
+    """Bit for bit, for every budget, split, weighting, seed and side; rows stay as they were."""
+    tokenizer = tiny_tokenizer(kind) if data.draw(st.booleans()) else shared(kind)
+    rows = chunk(tokenizer, data.draw(documents), data.draw(st.integers(2, 40)))
+    mask_replace_prob, random_replace_prob = data.draw(
+        st.sampled_from([(1.0, 0.0), (0.8, 0.1), (0.9, 0.1), (0.0, 1.0), (0.0, 0.0), (0.3, 0.2)])
+    )
+    weights = [None, linear_weights(tokenizer), weight_by_length]
+    choices = {
+        "wwm_probability": data.draw(st.sampled_from([0.0, 0.15, 0.2, 0.5, 1.0])),
+        "mask_replace_prob": mask_replace_prob,
+        "random_replace_prob": random_replace_prob,
+        "budget": data.draw(st.sampled_from(["bernoulli", "exact"])),
+        "word_weights": data.draw(st.sampled_from(weights)),
+    }
+    seed, epoch = data.draw(st.integers(-3, 2**70)), data.draw(st.integers(0, 3))
+    collator = WholeWordMaskingCollator(tokenizer, seed=seed, **choices)
+    collator.set_epoch(epoch)
+    side = tokenizer.padding_side
+    tokenizer.padding_side = data.draw(st.sampled_from(["left", "right"]))
+    try:
+        given_rows = copy.deepcopy(rows)
+        batch = collator(given_rows)
+        expected = reference_collate(
+            rows, tokenizer, key=reference_key(seed, "mask", epoch), **choices
+        )
+    finally:
+        tokenizer.padding_side = side
+    assert given_rows == rows
+    assert {name: values.tolist() for name, values in batch.items()} == expected
+
+
+@kinds
+def test_words_are_whole_and_apart(kind: str) -> None:
+    """No word in part, no special token, every row a target, and no two words always together."""
+    tokenizer, rows = shared(kind), rows_of(kind)
+    special = special_ids(tokenizer)
+    words = [
+        [
+            [i for i, own in enumerate(row["word_ids"]) if own == word]
+            for word in {*row["word_ids"]} - {-1}
+        ]
+        for row in rows
+    ]
+    chosen_by: dict[tuple[int, int], set[int]] = {}
+    for seed in range(40):
+        collator = WholeWordMaskingCollator(tokenizer, wwm_probability=0.5, seed=seed)
+        for place, (inputs, labels) in enumerate(masks(collator(list(rows)))):
+            tokens = rows[place]["input_ids"]
+            targets = {i for i, label in enumerate(labels) if label != -100}
+            assert targets or not words[place]
+            assert all(labels[i] == tokens[i] and tokens[i] not in special for i in targets)
+            for i, token in enumerate(tokens):
+                assert inputs[i] == (tokenizer.mask_token_id if i in targets else token)
+            for number, word in enumerate(words[place]):
+                assert len(targets & set(word)) in {0, len(word)}
+                chosen_by.setdefault((place, number), set()).update(
+                    {seed} if word[0] in targets else ()
+                )
+    for place, row_words in enumerate(words):
+        # 40 seeds tell two words apart but for one pair in a million million.
+        assert len({frozenset(chosen_by[place, i]) for i in range(len(row_words))}) == len(
+            row_words
+        )
+    pieces = sum(len(word) > 1 for row_words in words for word in row_words)
+    assert pieces > 50 or kind == "wordlevel"
+
+
+@pytest.mark.parametrize("budget", ["bernoulli", "exact"])
+@pytest.mark.parametrize("weights", [None, weight_by_length])
+def test_batch_order_and_padding_do_not_matter(budget: Any, weights: Any) -> None:
+    """Batches of 1 to 64, shuffles, both sides and multiples give each row what it gets alone."""
+    tokenizer, rows = tiny_tokenizer("wordpiece"), rows_of("wordpiece")
+    collator = WholeWordMaskingCollator(
+        tokenizer,
+        mask_replace_prob=0.6,
+        random_replace_prob=0.3,
+        budget=budget,
+        word_weights=weights,
+        seed=3,
+    )
+    alone = [masks(collator([row]))[0] for row in rows]
+    shuffler = random.Random(0)  # noqa: S311
+    for size in range(1, 65):
+        collator.pad_to_multiple_of = [None, 8, 64][size % 3]
+        tokenizer.padding_side = ["left", "right"][size % 2]
+        order = shuffler.sample(range(len(rows)), size)
+        batch = collator([rows[i] for i in order])
+        assert masks(batch) == [alone[i] for i in order]
+        assert not is_target(batch)[batch["attention_mask"].numpy() == 0].any()
+        assert (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.pad_token_id).all()
+        assert batch["input_ids"].shape[1] % (collator.pad_to_multiple_of or 1) == 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_that_come_padded_are_masked_as_if_they_were_not(side: str) -> None:
+    """An attention_mask of 0 is padding wherever it stands, whatever the word_ids say there."""
+    rows = rows_of("wordpiece")
+    collator = WholeWordMaskingCollator(
+        shared("wordpiece"), mask_replace_prob=0.5, random_replace_prob=0.5, seed=1
+    )
+    fills = {"input_ids": 0, "word_ids": 4, "token_type_ids": 0, "attention_mask": 0}
+    padded = []
+    for place, row in enumerate(rows):
+        extra = {name: [fill] * (place % 7) for name, fill in fills.items()}
+        first, second = (extra, row) if side == "left" else (row, extra)
+        padded.append({name: first[name] + second[name] for name in row})
+    assert masks(collator(padded)) == masks(collator(list(rows)))
+
+
+def test_rows_can_be_lists_arrays_or_tensors() -> None:
+    """Every form of a row gives the same masks, None and NaN are no word, no form is changed."""
+    rows = rows_of("wordpiece")
+    collator = WholeWordMaskingCollator(shared("wordpiece"), seed=2)
+    expected = masks(collator(list(rows)))
+    nones = [{**row, "word_ids": [None if w < 0 else w for w in row["word_ids"]]} for row in rows]
+    forms: dict[str, list[dict[str, Any]]] = {
+        "lists": [dict(row) for row in rows],
+        "None": nones,
+        "arrays": [{name: np.array(row[name], np.int32) for name in row} for row in rows],
+        "tensors": [{name: torch.tensor(row[name]) for name in row} for row in rows],
+        "objects": [
+            {name: np.array(row[name], object if name == "word_ids" else int) for name in row}
+            for row in nones
+        ],
+        "tuples": [{name: tuple(row[name]) for name in row} for row in nones],
+        "mixed": [
+            {**dict(row), "word_ids": np.array(row["word_ids"])} if i % 2 else row
+            for i, row in enumerate(nones)
+        ],
+    }
+    data = Dataset.from_list(nones)
+    for name in (None, "numpy", "torch"):
+        forms[f"datasets {name}"] = list(data.with_format(name))
+    for name, form in forms.items():
+        before = copy.deepcopy(form)
+        assert masks(collator(form)) == expected, name
+        for row, old in zip(form, before, strict=True):
+            for column in row:
+                np.testing.assert_array_equal(row[column], old[column])
+
+
+def test_tensors_are_torch_or_numpy() -> None:
+    """Both kinds hold the same 64-bit integers, by construction or by call."""
+    rows = list(rows_of("unigram"))
+    torch_batch = WholeWordMaskingCollator(shared("unigram"), seed=0)(rows)
+    numpy_batch = WholeWordMaskingCollator(shared("unigram"), seed=0, return_tensors="np")(rows)
+    by_call = WholeWordMaskingCollator(shared("unigram"), seed=0)(rows, return_tensors="np")
+    assert list(torch_batch) == list(numpy_batch) == list(by_call)
+    assert "word_ids" not in torch_batch
+    for name, values in torch_batch.items():
+        assert values.dtype == torch.int64
+        assert isinstance(numpy_batch[name], np.ndarray)
+        np.testing.assert_array_equal(values.numpy(), numpy_batch[name])
+        np.testing.assert_array_equal(values.numpy(), by_call[name])
+
+
+def test_columns_of_the_rows() -> None:
+    """Model inputs are carried and padded, old labels not used, marked special tokens spared."""
+    tokenizer = shared("wordpiece")
+    rows = [{**row, "token_type_ids": [1] * len(row["input_ids"])} for row in rows_of("wordpiece")]
+    collator = WholeWordMaskingCollator(tokenizer, wwm_probability=1, seed=0)
+    batch = collator(rows)
+    assert (batch["token_type_ids"] == batch["attention_mask"]).all()
+    assert masks(collator([{**row, "labels": row["input_ids"]} for row in rows])) == masks(batch)
+    marked = collator(
+        [
+            {**row, "special_tokens_mask": [1] * 5 + [0] * (len(row["input_ids"]) - 5)}
+            for row in rows
+        ]
+    )
+    assert "special_tokens_mask" not in marked
+    assert not is_target(marked)[:, :5].any()
+    assert (is_target(marked)[:, 5:] == is_target(batch)[:, 5:]).all()
+    bare = [{name: row[name] for name in ("input_ids", "word_ids")} for row in rows]
+    assert masks(collator(bare)) == masks(batch)
+
+
+def loader_masks(collator: Any, rows: list[Row], epochs: int, **options: Any) -> list[Masks]:
+    """Run some epochs of one DataLoader."""
+    loader = DataLoader(rows, batch_size=9, collate_fn=collator, **options)
+    results = []
+    for epoch in range(epochs):
+        collator.set_epoch(epoch)
+        results.append([mask for batch in loader for mask in masks(batch)])
+    return results
+
+
+@pytest.mark.parametrize(
+    ("workers", "context", "persistent"),
+    [
+        (0, None, False),
+        (1, "fork", False),
+        (2, "fork", False),
+        (1, "fork", True),
+        (2, "fork", True),
+        (1, "spawn", True),
+        (2, "spawn", True),
+    ],
+)
+def test_workers_mask_alike_and_see_every_epoch(
+    workers: int, context: Any, *, persistent: bool
+) -> None:
+    """However a DataLoader works, an epoch has the masks that one process makes."""
+    rows = list(rows_of("wordpiece"))
+    collator = WholeWordMaskingCollator(
+        shared("wordpiece"), mask_replace_prob=0.8, random_replace_prob=0.1, seed=11
+    )
+    expected = []
+    for epoch in range(3):
+        collator.set_epoch(epoch)
+        expected.append(masks(collator(rows)))
+    assert len({str(epoch) for epoch in expected}) == 3
+    assert expected == loader_masks(
+        collator,
+        rows,
+        3,
+        num_workers=workers,
+        multiprocessing_context=context,
+        persistent_workers=persistent,
+    )
+
+
+def test_prepared_dataloader_masks_alike() -> None:
+    """Accelerate's own DataLoader changes nothing."""
+    rows = list(rows_of("wordpiece"))
+    collator = WholeWordMaskingCollator(shared("wordpiece"), seed=4)
+    loader = Accelerator(cpu=True).prepare(DataLoader(rows, batch_size=9, collate_fn=collator))
+    collator.set_epoch(1)
+    first = [mask for batch in loader for mask in masks(batch)]
+    assert first == masks(collator(rows))
+    collator.set_epoch(0)
+    assert first != masks(collator(rows))
+
+
+def set_epoch_elsewhere(collator: WholeWordMaskingCollator) -> None:
+    """Go on to another epoch, as a training process does."""
+    collator.set_epoch(5)
+    assert collator._epoch.value == 5
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_training_processes_count_epochs_for_themselves(context: str) -> None:
+    """A process that was handed a collator and sets its epoch leaves that of the others alone."""
+    rows = list(rows_of("wordpiece"))
+    collator = WholeWordMaskingCollator(shared("wordpiece"), seed=4)
+    before = masks(collator(rows))
+    process = multiprocessing.get_context(context).Process(
+        target=set_epoch_elsewhere, args=(collator,)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert masks(collator(rows)) == before
+
+
+@pytest.mark.parametrize(
+    "clone",
+    [copy.copy, copy.deepcopy, lambda collator: pickle.loads(pickle.dumps(collator))],  # noqa: S301
+)
+def test_copies_mask_alike_and_have_their_own_epoch(clone: Any) -> None:
+    """A copy goes on from the epoch of the original, and apart from it."""
+    rows = list(rows_of("byte_bpe"))
+    collator = WholeWordMaskingCollator(
+        shared("byte_bpe"), seed=4, budget="exact", word_weights=weight_by_length
+    )
+    first = masks(collator(rows))
+    collator.set_epoch(2)
+    second = masks(collator(rows))
+    twin = clone(collator)
+    assert masks(twin(rows)) == second != first
+    twin.set_epoch(0)
+    assert masks(twin(rows)) == first
+    assert masks(collator(rows)) == second
+
+
+SCRIPT = """
+import hashlib, json
+from datasets.fingerprint import Hasher
+from transformers import DataCollatorForLanguageModeling
+from mlmadapt import WholeWordMaskingCollator, insert_random_mask, tokenize_with_word_ids
+from mlmadapt.testing import tiny_corpus, tiny_tokenizer
+
+tokenizer = tiny_tokenizer("wordpiece")
+columns = tokenize_with_word_ids({"text": tiny_corpus(30)}, tokenizer)
+rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
+collator = WholeWordMaskingCollator(
+    tokenizer, mask_replace_prob=0.5, random_replace_prob=0.5, seed=0
+)
+fingerprint = Hasher.hash(collator)
+batch = collator(rows)
+foreign = DataCollatorForLanguageModeling(tokenizer, seed=5)
+frozen = [insert_random_mask(columns, each) for each in (collator, foreign)]
+assert Hasher.hash(collator) == fingerprint, "use changed the fingerprint"
+digest = hashlib.sha256(repr([v.tolist() for v in batch.values()]).encode())
+digest.update(repr([[v.tolist() for v in c] for f in frozen for c in f.values()]).encode())
+print(json.dumps([digest.hexdigest(), fingerprint, Hasher.hash(foreign)]))
+"""
+
+
+@pytest.mark.skipif(
+    Version(datasets.__version__) < Version("5.2"),
+    reason="datasets 4.0 takes a used tokenizer for another one (datasets#7982)",
+)
+def test_processes_agree() -> None:
+    """Three separate processes make the same masks and the same fingerprint of the collator."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT],
+            stdout=subprocess.PIPE,
+            env={
+                **os.environ,
+                "PYTHONHASHSEED": str(seed),
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            },
+        )
+        for seed in range(3)
+    ]
+    try:
+        results = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert results[0] == results[1] == results[2]
+
+
+def test_fingerprint_tells_collators_apart() -> None:
+    """`map` tells other settings and epochs from these, and these from these not."""
+    tokenizer = shared("wordpiece")
+    collator = WholeWordMaskingCollator(tokenizer, seed=0)
+    same = Hasher.hash(collator)
+    collator(list(rows_of("wordpiece")))
+    assert Hasher.hash(collator) == same == Hasher.hash(WholeWordMaskingCollator(tokenizer, seed=0))
+    others = [
+        WholeWordMaskingCollator(tokenizer, seed=1),
+        WholeWordMaskingCollator(tokenizer, seed=0, budget="exact"),
+        WholeWordMaskingCollator(tokenizer, seed=0, word_weights=linear_weights(tokenizer)),
+        WholeWordMaskingCollator(shared("unigram"), seed=0),
+    ]
+    assert len({same, *map(Hasher.hash, others)}) == 5
+
+
+def test_trainer_takes_it(bert: PreTrainedModel, tmp_path: Path) -> None:
+    """`Trainer` trains with remove_unused_columns=False; without, the error names that cure."""
+    rows = Dataset.from_list(list(rows_of("wordpiece")))
+    collator = WholeWordMaskingCollator(shared("wordpiece"), seed=0)
+    for remove in (False, True):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            use_cpu=True,
+            remove_unused_columns=remove,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = Trainer(bert, arguments, train_dataset=rows, data_collator=collator)
+        if remove:
+            with pytest.raises(
+                ValueError, match=r"row 0 .*'word_ids'.*remove_unused_columns=False"
+            ):
+                trainer.train()
+        else:
+            assert 3 < trainer.train().training_loss < 9
+            assert trainer.state.global_step == 2
+
+
+def random_states() -> tuple[Any, ...]:
+    """Return the states of the three global generators."""
+    states = random.getstate(), str(np.random.get_state())  # noqa: NPY002
+    return *states, torch.get_rng_state().tolist()
+
+
+def test_seed_none_follows_torch_and_a_seed_leaves_it_alone() -> None:
+    """`torch.manual_seed` decides where there is no seed; where there is one, no state is moved."""
+    rows = list(rows_of("wordpiece"))
+    unseeded = WholeWordMaskingCollator(shared("wordpiece"))
+    torch.manual_seed(8)
+    first, second = masks(unseeded(rows)), masks(unseeded(rows))
+    torch.manual_seed(8)
+    assert masks(unseeded(rows)) == first != second
+    states = random_states()
+    for seed in (0, 1):
+        WholeWordMaskingCollator(
+            shared("wordpiece"), mask_replace_prob=0, random_replace_prob=1, seed=seed
+        )(rows)
+    assert random_states() == states
+    assert masks(unseeded(rows)) != first
+
+
+def test_seeds_and_epochs_differ() -> None:
+    """Every (seed, epoch) has masks of its own, and NumPy's whole numbers count as Python's."""
+    rows, seen = list(rows_of("wordpiece")), set()
+    for seed in range(5):
+        collator = WholeWordMaskingCollator(shared("wordpiece"), seed=np.int64(seed))
+        for epoch in range(5):
+            collator.set_epoch(epoch)
+            seen.add(str(masks(collator(rows))))
+    assert len(seen) == 25
+    assert str(masks(WholeWordMaskingCollator(shared("wordpiece"), seed=0)(rows))) in seen
+
+
+def test_a_run_of_one_number_is_a_word() -> None:
+    """A special token ends a word, also where the next document begins with the same number."""
+    tokenizer = shared("wordpiece")
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    row = {
+        "input_ids": [cls, 9, 10, sep, cls, 11, sep, 12, 13],
+        "word_ids": [None, 0, 0, None, None, 0, None, 0, 1],
+    }
+    assert words_of(row, {cls, sep}) == [[1, 2], [5], [7], [8]]
+    seen = set()
+    for seed in range(200):
+        batch = WholeWordMaskingCollator(tokenizer, wwm_probability=0.5, seed=seed)([row])
+        targets = is_target(batch)[0]
+        assert targets[1] == targets[2]
+        assert not targets[[0, 3, 4, 6]].any()
+        seen.add(tuple(targets[[1, 5, 7, 8]].tolist()))
+    assert len(seen) == 15  # every combination but none
+    # Word ids from elsewhere can give the special token a number too.
+    row = {"input_ids": [9, sep, 10], "word_ids": [0, 0, 0]}
+    seen = set()
+    for seed in range(50):
+        batch = WholeWordMaskingCollator(tokenizer, wwm_probability=0.5, seed=seed)([row])
+        seen.add(tuple(is_target(batch)[0].tolist()))
+    assert seen == {(True, False, False), (False, False, True), (True, False, True)}
+
+
+def test_a_cut_word_is_the_whole_of_what_is_there() -> None:
+    """The parts of a word in two chunks are words of their own, each masked as a whole."""
+    tokenizer = shared("wordpiece")
+    rows = chunk(tokenizer, ["electroencephalography"], 4)
+    assert len(rows) > 2
+    batch = WholeWordMaskingCollator(tokenizer, seed=0)(rows)
+    real = np.array([t not in special_ids(tokenizer) for row in rows for t in row["input_ids"]])
+    assert (is_target(batch)[batch["attention_mask"].numpy() > 0] == real).all()
+
+
+def small_tokenizer(*words: str) -> PreTrainedTokenizerFast:
+    """Make a tokenizer of 5 special tokens and some words."""
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    vocabulary = {token: i for i, token in enumerate([*names.values(), *words])}
+    model = WordLevel(vocabulary, unk_token="[UNK]")  # noqa: S106
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), **names)
+
+
+def test_unknown_and_added_words_are_learnt_and_never_drawn() -> None:
+    """[UNK] and added tokens can be targets; replacements are ordinary tokens only."""
+    tokenizer = small_tokenizer("a", "b", "[unused0]", "<unused_7>", "[unused99]", "c")
+    tokenizer.add_tokens(["unfilmable"])
+    tokenizer.add_tokens([AddedToken("[ENTITY]", special=True)], special_tokens=True)
+    added, entity = tokenizer.convert_tokens_to_ids(["unfilmable", "[ENTITY]"])
+    row = {
+        "input_ids": [tokenizer.unk_token_id, added, entity, 5] * 500,
+        "word_ids": list(range(2000)),
+    }
+    collator = WholeWordMaskingCollator(
+        tokenizer, wwm_probability=1, mask_replace_prob=0, random_replace_prob=1, seed=0
+    )
+    batch = collator([row])
+    assert is_target(batch)[0].tolist() == [True, True, False, True] * 500
+    drawn = batch["input_ids"][0][torch.tensor(is_target(batch)[0])]
+    assert set(drawn.tolist()) == set(tokenizer.convert_tokens_to_ids(["a", "b", "c"]))
+
+
+def test_rows_without_words() -> None:
+    """A row of special tokens, or of nothing, has no target and harms no other."""
+    tokenizer = shared("wordpiece")
+    nothing: dict[str, Any] = {"input_ids": [2, 3], "word_ids": [-1, -1]}
+    empty: dict[str, Any] = {"input_ids": [], "word_ids": []}
+    word = {"input_ids": [9], "word_ids": [0]}
+    for budget in ("bernoulli", "exact"):
+        for weights in (None, weight_by_length, linear_weights(tokenizer)):
+            collator = WholeWordMaskingCollator(
+                tokenizer, budget=budget, word_weights=weights, random_replace_prob=0, seed=0
+            )
+            for rows in ([nothing], [empty], [empty, empty], [empty, word, nothing, empty]):
+                targets = is_target(collator(rows))
+                assert targets.sum() == rows.count(word)
+    array = WholeWordMaskingCollator(tokenizer, seed=0)(
+        [{"input_ids": np.array([]), "word_ids": []}, word]
+    )
+    assert is_target(array).sum() == 1
+
+
+def random_rows(rows: int, words: int, *, low: int = 5, high: int = 105) -> np.ndarray:
+    """Return one-token words, the same at every call, no two rows alike."""
+    return np.random.default_rng(0).integers(low, high, (rows, words))
+
+
+def as_rows(tokens: np.ndarray) -> list[dict[str, Any]]:
+    """Make a row of each line, and a word of each token."""
+    return [{"input_ids": line, "word_ids": np.arange(len(line))} for line in tokens]
+
+
+@pytest.mark.parametrize(("words", "rate"), [(100, 0.2), (64, 0.15), (7, 0.3), (3, 0.1), (10, 0.0)])
+def test_exact_budget_gives_every_row_its_share(words: int, rate: float) -> None:
+    """Floor or ceiling of the share, never none, and right on average within 4.5 deviations."""
+    rows = as_rows(random_rows(2000, words))
+    collator = WholeWordMaskingCollator(
+        shared("wordpiece"), wwm_probability=rate, budget="exact", seed=0
+    )
+    counts = is_target(collator(rows)).sum(axis=1)
+    share = rate * words
+    assert set(counts) == {max(int(np.floor(share)), 1), max(int(np.ceil(share)), 1)}
+    if share > 1:
+        assert abs(counts.mean() - share) <= 4.5 * (share % 1 * (1 - share % 1) / len(rows)) ** 0.5
+
+
+@pytest.mark.parametrize("budget", ["bernoulli", "exact"])
+@pytest.mark.parametrize(
+    ("heavy", "rate", "heavy_rate"), [(4.0, 0.2, 20 * 4 / (20 * 4 + 76)), (1000.0, 0.3, 1.0)]
+)
+def test_heavy_words_are_likelier_at_the_same_overall_rate(
+    budget: Any, heavy: float, rate: float, heavy_rate: float
+) -> None:
+    """Of 100 words 20 take what their weight gives them, up to all of them, and 4 nothing.
+
+    Within 4.5 standard deviations. Under the exact budget words of a row compete, so that the rate
+    of heavy ones is only near that.
+    """
+    tokenizer = shared("wordpiece")
+    weights = np.array([heavy] * 40 + [1.0] * 40 + [0.0] * (len(tokenizer) - 80))
+    tokens = np.hstack(
+        [random_rows(1000, n, low=low, high=low + 30) for n, low in [(20, 5), (76, 45), (4, 90)]]
+    )
+    for given_weights in (weights, lambda text: weights[tokenizer.convert_tokens_to_ids(text)]):
+        collator = WholeWordMaskingCollator(
+            tokenizer, wwm_probability=rate, budget=budget, word_weights=given_weights, seed=0
+        )
+        targets = is_target(collator(as_rows(tokens)))
+        assert not targets[:, 96:].any()
+        slack = 0.06 if budget == "exact" else 4.5 * (heavy_rate * (1 - heavy_rate) / 20_000) ** 0.5
+        assert abs(targets[:, :20].mean() - heavy_rate) <= slack
+        if budget == "exact":
+            assert (targets.sum(axis=1) == 100 * rate).all()
+        else:
+            assert abs(targets.mean() - rate) <= 4.5 * (rate * (1 - rate) / 100_000) ** 0.5
+
+
+def test_words_that_all_weigh_nothing_are_masked_evenly() -> None:
+    """A row without a word of weight is masked as without weights; tiny weights are weights."""
+    tokenizer = shared("wordpiece")
+    rows = as_rows(random_rows(200, 20, low=5, high=60))
+    weights = np.zeros(len(tokenizer))
+    weights[80] = 1.0
+    plain = WholeWordMaskingCollator(tokenizer, seed=0)
+    assert masks(WholeWordMaskingCollator(tokenizer, word_weights=weights, seed=0)(rows)) == masks(
+        plain(rows)
+    )
+    weights[5:60] = 5e-324
+    assert masks(WholeWordMaskingCollator(tokenizer, word_weights=weights, seed=0)(rows)) == masks(
+        plain(rows)
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"wwm_probability": 1.2}, r"wwm_probability is 1.2; .* in \[0, 1\]"),
+        ({"mask_replace_prob": -0.1}, r"mask_replace_prob is -0.1; .* in \[0, 1\]"),
+        ({"random_replace_prob": float("nan")}, r"random_replace_prob is nan; .* in \[0, 1\]"),
+        (
+            {"random_replace_prob": 0.1},
+            r"mask_replace_prob 1.0 and random_replace_prob 0.1 sum to more",
+        ),
+        ({"budget": "even"}, r"budget is 'even'; it must be one of 'bernoulli', 'exact'"),
+        ({"return_tensors": "tf"}, r"return_tensors is 'tf'; it must be one of 'pt', 'np'"),
+        ({"pad_to_multiple_of": 0}, r"pad_to_multiple_of is 0; it must be 1 token or more"),
+        ({"word_weights": [1.0, 2.0]}, r"word_weights has shape \(2,\); it must be \(\d+,\)"),
+        ({"word_weights": "negative"}, r"word_weights is -1.0 for token 3; weights must be finite"),
+        ({"word_weights": "nan"}, r"word_weights is nan for token 3; weights must be finite"),
+        ({"word_weights": "zero"}, r"word_weights is 0 for all tokens; .* not all 0"),
+    ],
+)
+def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
+    """The argument, the value seen and what is required, before any row is read."""
+    tokenizer = shared("wordpiece")
+    weights = np.ones(len(tokenizer))
+    weights[3] = {"negative": -1, "nan": np.nan}.get(str(arguments.get("word_weights")), 0)
+    if isinstance(arguments.get("word_weights"), str):
+        arguments = {"word_weights": weights * (arguments["word_weights"] != "zero")}
+    with pytest.raises(ValueError, match=message):
+        WholeWordMaskingCollator(tokenizer, **arguments)
+
+
+@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), None, "heavy", [1, 2]])
+def test_word_weights_that_return_no_weight(weight: Any) -> None:
+    """The word and its weight are in the message."""
+    collator = WholeWordMaskingCollator(shared("wordpiece"), word_weights=lambda text: weight)
+    with pytest.raises(
+        ValueError, match=r"word_weights\('film'\) is .*; a weight must be a finite"
+    ):
+        collator(chunk(shared("wordpiece"), ["film"], 8))
+
+
+def test_tokenizers_that_cannot_mask() -> None:
+    """No mask token, and nothing to draw replacements from."""
+    tokenizer = small_tokenizer("[unused1]")
+    with pytest.raises(ValueError, match=r"random_replace_prob is 0.1, .* no token to draw"):
+        WholeWordMaskingCollator(tokenizer, mask_replace_prob=0.8, random_replace_prob=0.1)
+    WholeWordMaskingCollator(tokenizer)
+    tokenizer.mask_token = None
+    with pytest.raises(
+        ValueError, match=r"tokenizer .* has no mask token; use the tokenizer of a masked"
+    ):
+        WholeWordMaskingCollator(tokenizer)
+
+
+good = {"input_ids": [2, 9, 3], "word_ids": [-1, 0, -1]}
+bare = {"input_ids": [2, 9, 3]}
+far = {"input_ids": [2, 9, 4000], "word_ids": [-1, 0, -1]}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([], r"features is empty"),
+        (
+            [bare],
+            r"row 0 of the batch has no 'word_ids', of columns \['input_ids'\]; tokenize with",
+        ),
+        ([good, {**good, "word_ids": None}], r"row 1 of the batch has no 'word_ids'"),
+        ([{"word_ids": [0]}], r"has no 'input_ids', only \['word_ids'\]; tokenize the documents"),
+        ([good, bare], r"row 1 of the batch has columns \['input_ids'\], row 0 has .* the same"),
+        ([good, {**good, "word_ids": [0, 1]}], r"'word_ids' of row 1 has 2 values for 3 input_ids"),
+        ([{**good, "text": "a film"}], r"'text' of row 0 has 6 values for 3 input_.*Remove 'text'"),
+        ([{**good, "text": "abc"}], r"'text' holds <U3 .*Remove 'text'"),
+        ([{**good, "label": 1}], r"'label' of row 0 has 1, not a list,.*Remove 'label'"),
+        ([{**good, "label": torch.tensor(1)}], r"'label' of row 0 has tensor\(1\), not a list"),
+        ([{**good, "score": [0.1, 0.2, 0.3]}], r"'score' holds float64 .*Remove 'score'"),
+        ([{**good, "word_ids": [0, 0.5, 1]}], r"'word_ids' holds float64 "),
+        ([good, far], r"row 1 .* has token id 4000, but .* ids 0 to \d+ .*after adding tokens"),
+        ([{**good, "input_ids": [2, -9, 3]}], r"row 0 of the batch has token id -9"),
+    ],
+)
+def test_rows_that_cannot_be_masked(bad: list[dict[str, Any]], message: str) -> None:
+    """The row or column, what was seen there, and the cure."""
+    with pytest.raises(ValueError, match=message):
+        WholeWordMaskingCollator(shared("wordpiece"), seed=0)(bad)
+
+
+def test_rows_without_columns() -> None:
+    """Lists of token ids are no rows."""
+    with pytest.raises(TypeError, match=r"row 0 .* is \[1, 2\], a list; each row must be a dict"):
+        WholeWordMaskingCollator(shared("wordpiece"))([[1, 2]])  # type: ignore[list-item]
+
+
+def test_padding_needs_a_padding_token() -> None:
+    """Rows of one length need none."""
+    tokenizer = tiny_tokenizer("wordpiece")
+    tokenizer.pad_token = None
+    collator = WholeWordMaskingCollator(tokenizer, seed=0)
+    assert is_target(collator([good, good])).sum() == 2
+    with pytest.raises(
+        ValueError, match=r"rows of 1 to 3 tokens need padding to 3, .* set tokenizer.pad_token"
+    ):
+        collator([good, {"input_ids": [9], "word_ids": [0]}])
+
+
+def test_documents_collapsed_into_one_word_warn_once() -> None:
+    """`word_ids()` of a tokenizer without words: said once, to the caller, with the cure."""
+    tokenizer = shared("byte_bpe_nosplit")
+    encoding = tokenizer(" ".join(tiny_corpus(20)), add_special_tokens=False)
+    size = len(encoding["input_ids"])
+    row = {"input_ids": encoding["input_ids"], "word_ids": encoding.word_ids()}
+    three = {"input_ids": row["input_ids"], "word_ids": [3 * i // size for i in range(size)]}
+    fine = tokenize_with_word_ids({"text": tiny_corpus(20)}, tokenizer)
+    for bad in (row, three):
+        collator = WholeWordMaskingCollator(tokenizer, seed=0)
+        collator([{name: fine[name][0] for name in fine}])
+        with pytest.warns(
+            UserWarning, match=r"word_ids make [13] word\(s\) .*word_boundaries"
+        ) as caught:
+            collator([bad])
+        assert caught[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            collator([bad])

@@ -1,0 +1,290 @@
+"""Masks frozen into rows depend on (seed, row) alone, whatever the collator draws from."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from transformers import DataCollatorForLanguageModeling, default_data_collator
+
+from mlmadapt import (
+    WholeWordMaskingCollator,
+    group_texts,
+    insert_random_mask,
+    tokenize_with_word_ids,
+)
+from mlmadapt.testing import tiny_corpus, tiny_tokenizer
+from tests.masking.reference_masking import reference_key, reference_mask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from datasets import Dataset
+
+Columns = dict[str, list[list[int]]]
+tokenizer = tiny_tokenizer("wordpiece")
+seeds = pytest.mark.parametrize("seed", [0, 7])
+
+
+def course_collator(features: list[dict[str, Any]], *, mask_token_id: int) -> dict[str, Any]:
+    """Mask as the Hugging Face course does: in the caller's rows, from NumPy's global generator."""
+    for feature in features:
+        word_ids = feature.pop("word_ids")
+        words = sorted({int(word) for word in word_ids if word is not None and word >= 0})
+        chosen = np.random.binomial(1, 0.3, len(words))  # noqa: NPY002
+        labels = [-100] * len(word_ids)
+        for word in np.array(words, int)[chosen > 0]:
+            for i in (i for i, own in enumerate(word_ids) if own == word):
+                labels[i] = int(feature["input_ids"][i])
+                feature["input_ids"][i] = mask_token_id
+        feature["labels"] = labels
+    random.random()  # noqa: S311
+    return default_data_collator(features)
+
+
+OURS = WholeWordMaskingCollator(tokenizer, mask_replace_prob=0.8, random_replace_prob=0.1)
+COLLATORS: dict[str, Any] = {
+    "ours": OURS,
+    "tokens": DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3),
+    "tokens, seeded": DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3, seed=5),
+    "tokens, NumPy": DataCollatorForLanguageModeling(
+        tokenizer, mlm_probability=0.3, seed=5, return_tensors="np"
+    ),
+    "course": functools.partial(course_collator, mask_token_id=tokenizer.mask_token_id),
+}
+collators = pytest.mark.parametrize("name", COLLATORS)
+
+
+@functools.cache
+def examples(chunk_size: int = 16) -> Columns:
+    """Return some rows of one length and a shorter one."""
+    tokens = tokenize_with_word_ids({"text": tiny_corpus(20)}, tokenizer)
+    return dict(group_texts(dict(tokens), chunk_size=chunk_size, remainder="keep", labels=False))
+
+
+def listed(frozen: Any) -> Columns:
+    """Return columns as lists of lists."""
+    return {name: [np.asarray(row).tolist() for row in rows] for name, rows in frozen.items()}
+
+
+def frozen_by_map(dataset: Dataset, collator: Any, **options: Any) -> Columns:
+    """Freeze a dataset."""
+    frozen = dataset.map(
+        insert_random_mask,
+        batched=True,
+        fn_kwargs={"data_collator": collator, "prefix": ""},
+        remove_columns=dataset.column_names,
+        **options,
+    )
+    return {name: frozen.with_format(None)[name][:] for name in frozen.column_names}
+
+
+@seeds
+def test_ours_is_the_reference(seed: int) -> None:
+    """The collator's own seed and epoch play no part; the key is that of (seed, "frozen")."""
+    rows = examples()
+    frozen = listed(insert_random_mask(rows, OURS, seed=seed))
+    for i, (ids, word_ids) in enumerate(zip(rows["input_ids"], rows["word_ids"], strict=True)):
+        assert (frozen["masked_input_ids"][i], frozen["masked_labels"][i]) == reference_mask(
+            {"input_ids": ids, "word_ids": word_ids},
+            tokenizer,
+            key=reference_key(seed, "frozen"),
+            mask_replace_prob=0.8,
+            random_replace_prob=0.1,
+        )
+    elsewhere = WholeWordMaskingCollator(
+        tokenizer, mask_replace_prob=0.8, random_replace_prob=0.1, seed=3, pad_to_multiple_of=64
+    )
+    elsewhere.set_epoch(2)
+    assert listed(insert_random_mask(rows, elsewhere, seed=seed)) == frozen
+
+
+@seeds
+@pytest.mark.parametrize("own_seed", [None, 5])
+def test_foreign_collators_draw_from_the_row(seed: int, own_seed: int | None) -> None:
+    """Each row gets what the bare collator gives it under the key of (seed, "frozen", tokens)."""
+    rows = examples()
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3, seed=own_seed)
+    collator([{"input_ids": [5, 6, 7]}])  # a seeded one keeps a generator from then on
+    frozen = listed(insert_random_mask(rows, collator, seed=seed, prefix=""))
+    bare = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3)
+    for i, tokens in enumerate(rows["input_ids"]):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(reference_key(seed, "frozen", *tokens))
+            batch = bare([{name: rows[name][i] for name in rows if name != "word_ids"}])
+        assert {name: values[0].tolist() for name, values in batch.items()} == {
+            name: column[i] for name, column in frozen.items()
+        }
+
+
+@collators
+def test_what_is_frozen(name: str) -> None:
+    """The model's columns under the prefix, token_type_ids too, and labels; no word_ids."""
+    rows = examples()
+    before = copy.deepcopy(rows)
+    frozen = insert_random_mask(rows, COLLATORS[name])
+    assert rows == before
+    names = ["attention_mask", "input_ids", "labels", "token_type_ids"]
+    assert sorted(frozen) == [f"masked_{name}" for name in names]
+    bare = insert_random_mask(rows, COLLATORS[name], prefix="")
+    assert listed(bare) == {n.removeprefix("masked_"): v for n, v in listed(frozen).items()}
+    assert listed(bare)["token_type_ids"] == rows["token_type_ids"]
+    masked = 0
+    for tokens, inputs, labels in zip(
+        rows["input_ids"], bare["input_ids"], bare["labels"], strict=True
+    ):
+        targets = np.asarray(labels) != -100
+        masked += targets.sum()
+        assert len(inputs) == len(labels) == len(tokens)
+        assert (np.asarray(labels)[targets] == np.array(tokens)[targets]).all()
+        assert (np.asarray(inputs)[~targets] == np.array(tokens)[~targets]).all()
+    assert masked > 20
+    assert listed(insert_random_mask(rows, COLLATORS[name], seed=1, prefix="")) != listed(bare)
+
+
+@collators
+def test_map_cannot_change_a_mask(name: str) -> None:
+    """Batch sizes, processes, order and formats of `map` give each row the same."""
+    dataset = datasets.Dataset.from_dict(examples())
+    expected = frozen_by_map(dataset, COLLATORS[name])
+    for batch_size in (1, 7, None):
+        assert frozen_by_map(dataset, COLLATORS[name], batch_size=batch_size) == expected
+    for num_proc in (1, 2):
+        assert frozen_by_map(dataset, COLLATORS[name], num_proc=num_proc, batch_size=5) == expected
+    for form in ("numpy", "torch", "arrow"):
+        assert frozen_by_map(dataset.with_format(form), COLLATORS[name], batch_size=9) == expected
+    order = np.random.default_rng(0).permutation(len(dataset))
+    shuffled = frozen_by_map(dataset.select(order), COLLATORS[name])
+    assert shuffled == {column: [rows[i] for i in order] for column, rows in expected.items()}
+
+
+@collators
+def test_map_serves_each_seed_its_own_rows(name: str, tmp_path: Path) -> None:
+    """On disk, where `map` caches: another seed is computed, the same one is not computed again."""
+    datasets.Dataset.from_dict(examples()).save_to_disk(tmp_path / "rows")
+    dataset = datasets.load_from_disk(tmp_path / "rows")
+    files, rows = [], []
+    for seed in (0, 1, 0):
+        frozen = dataset.map(
+            insert_random_mask,
+            batched=True,
+            fn_kwargs={"data_collator": COLLATORS[name], "seed": seed},
+            remove_columns=dataset.column_names,
+        )
+        files.append(frozen.cache_files[0]["filename"])
+        rows.append(frozen["masked_labels"][:])
+        # What a collator draws from is moved in between, and must not show in the fingerprint.
+        torch.rand(3)
+    assert files[0] == files[2] != files[1]
+    assert rows[0] == rows[2] != rows[1]
+
+
+def random_states() -> tuple[Any, ...]:
+    """Return the states of the three global generators."""
+    states = random.getstate(), str(np.random.get_state())  # noqa: NPY002
+    return *states, torch.get_rng_state().tolist()
+
+
+@collators
+def test_global_generators_stay_where_they_are(name: str) -> None:
+    """Their state before or after has nothing to do with masks, also where a collator fails."""
+    expected = listed(insert_random_mask(examples(), COLLATORS[name]))
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)  # noqa: NPY002
+    states = random_states()
+    assert listed(insert_random_mask(examples(), COLLATORS[name])) == expected
+    assert random_states() == states
+
+    def fail(features: list[dict[str, Any]]) -> dict[str, Any]:
+        torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002, S311
+        raise OSError
+
+    with pytest.raises(OSError):  # noqa: PT011
+        insert_random_mask(examples(), fail)
+    assert random_states() == states
+
+
+@collators
+@pytest.mark.parametrize("form", [list, np.array, torch.tensor])
+def test_every_form_of_rows_is_left_as_it_was(name: str, form: Callable[..., Any]) -> None:
+    """Collators that write into their rows, as the course's does, write into copies."""
+    rows = {name: [form(row) for row in column] for name, column in examples().items()}
+    before = copy.deepcopy(rows)
+    frozen = insert_random_mask(rows, COLLATORS[name])
+    assert listed(frozen) == listed(insert_random_mask(examples(), COLLATORS[name]))
+    assert listed(rows) == listed(before) == examples()
+
+
+def test_rows_of_one_length_come_as_one_array() -> None:
+    """Others as an array of arrays; the rows are the same, by a table and on either side too."""
+    rows = examples()
+    short = {name: column[:-1] for name, column in rows.items()}
+    assert len(rows["input_ids"][-1]) < 16
+    several, one = insert_random_mask(rows, OURS), insert_random_mask(short, OURS)
+    assert one["masked_labels"].shape == (len(rows["input_ids"]) - 1, 16)
+    assert several["masked_labels"].dtype == object
+    assert {name: column[:-1] for name, column in listed(several).items()} == listed(one)
+    nulls = {**rows, "word_ids": [[None if w < 0 else w for w in row] for row in rows["word_ids"]]}
+    assert listed(insert_random_mask(pa.table(nulls), OURS)) == listed(several)
+    left = copy.deepcopy(OURS)
+    left.tokenizer.padding_side = "left"
+    assert listed(insert_random_mask(rows, left)) == listed(several)
+    nothing = insert_random_mask({name: [] for name in rows}, OURS)
+    assert listed(nothing) == {name: [] for name in several}
+
+
+def test_padding_in_rows_is_no_text() -> None:
+    """Rows that were padded before are masked as if they were not."""
+    rows = examples()
+    padded = {name: [[*row, 0, 0, 0] for row in column] for name, column in rows.items()}
+    frozen, plain = (insert_random_mask(each, OURS, prefix="") for each in (padded, rows))
+    for name, fill in (("input_ids", 0), ("labels", -100)):
+        assert listed(frozen)[name] == [[*row, *[fill] * 3] for row in listed(plain)[name]]
+
+
+def test_word_ids_that_a_collator_returns_are_left_out() -> None:
+    """The model has no such input."""
+    rows = {**examples(), "labels": examples()["input_ids"]}
+    frozen = listed(insert_random_mask(rows, default_data_collator, prefix=""))
+    assert frozen == {name: column for name, column in rows.items() if name != "word_ids"}
+
+
+def test_old_labels_are_not_used() -> None:
+    """The recipe's copy of the tokens under labels changes nothing, for any collator that looks."""
+    rows = examples()
+    for name in ("ours", "tokens, seeded"):
+        frozen = insert_random_mask({**rows, "labels": rows["input_ids"]}, COLLATORS[name])
+        assert listed(frozen) == listed(insert_random_mask(rows, COLLATORS[name]))
+
+
+def test_collators_that_cannot_be_frozen() -> None:
+    """What the collator returned, and the cure."""
+    padding = DataCollatorForLanguageModeling(tokenizer, pad_to_multiple_of=64)
+    with pytest.raises(ValueError, match=r"returned 64 'input_ids' for row 0 of 16 .*switch off"):
+        insert_random_mask(examples(), padding)
+    with pytest.raises(
+        ValueError, match=r"data_collator function returned \['input_ids'\]; it must"
+    ):
+        insert_random_mask(examples(), lambda rows: {"input_ids": torch.tensor([[1]])})
+    without = {name: rows for name, rows in examples().items() if name != "word_ids"}
+    with pytest.raises(ValueError, match=r"row 0 .* has no 'word_ids'.*tokenize_with_word_ids"):
+        insert_random_mask(without, OURS)
+    texts = {**examples(), "text": ["film"] * len(examples()["input_ids"])}
+    with pytest.raises(ValueError, match=r"'text' of row 0 has 4 values .*Remove 'text'"):
+        insert_random_mask(texts, OURS)
+    with pytest.raises(ValueError, match=r"'input_ids' has \d+"):
+        insert_random_mask({**examples(), "word_ids": [[0]]}, OURS)
+    for collator in (OURS, padding):
+        with pytest.raises(ValueError, match="the batch has no 'input_ids'"):
+            insert_random_mask({"word_ids": [[0]]}, collator)
+    with pytest.raises(TypeError, match="float"):
+        insert_random_mask(examples(), OURS, seed=0.5)  # type: ignore[arg-type]

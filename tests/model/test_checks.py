@@ -1,0 +1,126 @@
+"""What cannot work is told before the first step: the argument, the value, and what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import pytest
+import torch
+
+from mlmadapt.model.checks import check_rows, position_capacity
+from mlmadapt.testing import tiny_model, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+ROWS = [{"input_ids": [2, 9, 8, 3]}, {"input_ids": [2, 7, 3]}]
+LONG = [*ROWS, {"input_ids": [2] * 513}]
+
+
+def as_indexed(rows: list[dict[str, Any]]) -> datasets.Dataset:
+    """A dataset whose table holds rows that its indices leave out."""
+    dataset = datasets.Dataset.from_list([{"input_ids": [10**6] * 2000}, *rows])
+    return dataset.select(range(len(rows), 0, -1))
+
+
+@pytest.mark.parametrize("make", [list, datasets.Dataset.from_list, as_indexed])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (LONG, r"^train_dataset has a row of 513 tokens, .* positions for 512; .*chunk_size=512"),
+        ([*ROWS, {"input_ids": [475]}], r"^train_dataset has token id 475, .* embedding 475 rows;"),
+    ],
+)
+def test_rows_that_do_not_fit(
+    bert: PreTrainedModel,
+    wordpiece: PreTrainedTokenizerFast,
+    rows: list[dict[str, Any]],
+    message: str,
+    make: Any,
+) -> None:
+    """A row too long and an id too high, in lists, tables and selections of them."""
+    with pytest.raises(ValueError, match=message):
+        check_rows("train_dataset", make(rows), model=bert, tokenizer=wordpiece)
+
+
+@pytest.mark.parametrize("make", [list, datasets.Dataset.from_list, as_indexed])
+def test_rows_that_fit(
+    bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast, make: Any
+) -> None:
+    """The longest row and the highest id that fit do, as do frozen rows, arrays and empty ones."""
+    rows = [*ROWS, {"input_ids": [474] * 512}, {"input_ids": []}]
+    frozen = [{f"masked_{name}": values for name, values in row.items()} for row in rows]
+    for fitting in (make(rows), frozen, datasets.Dataset.from_list(frozen)):
+        check_rows("train_dataset", fitting, model=bert, tokenizer=wordpiece)
+    tensors = datasets.Dataset.from_list(ROWS).with_format("torch")
+    check_rows("train_dataset", tensors, model=bert, tokenizer=wordpiece)
+    check_rows("train_dataset", list(tensors), model=bert, tokenizer=wordpiece)
+
+
+def test_many_rows_are_measured_batch_by_batch(
+    bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast
+) -> None:
+    """The longest row and the highest id are found wherever they stand, in any order."""
+    for row, message in (([8] * 513, "has a row of 513 tokens"), ([475], "has token id 475")):
+        rows = datasets.Dataset.from_dict({"input_ids": [[7]] * 25_000 + [row] + [[7]] * 10_000})
+        for order in (rows, rows.shuffle(seed=0, keep_in_memory=True)):
+            with pytest.raises(ValueError, match=message):
+                check_rows("eval", order, model=bert, tokenizer=wordpiece)
+
+
+def test_other_mistakes(bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast) -> None:
+    """No rows, no tokens, several sets at once, a stream, and a tokenizer that has grown."""
+    with pytest.raises(ValueError, match=r"^eval has no rows; group_texts drops"):
+        check_rows("eval", [], model=bert, tokenizer=wordpiece)
+    for raw in ([{"text": "a film"}], datasets.Dataset.from_list([{"text": "a film"}])):
+        with pytest.raises(
+            ValueError, match=r"^eval has \['text'\], without 'input_ids'; tokenize"
+        ):
+            check_rows("eval", raw, model=bert, tokenizer=wordpiece)
+    sets = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
+    for name, rows in (
+        ("DatasetDict", sets),
+        ("IterableDataset", sets["train"].to_iterable_dataset()),
+    ):
+        with pytest.raises(TypeError, match=f"^eval is a {name}; it must be one dataset"):
+            check_rows("eval", rows, model=bert, tokenizer=wordpiece)  # type: ignore[arg-type]
+    wordpiece.add_tokens(["neuroblastoma"])
+    with pytest.raises(ValueError, match=r"tokenizer has 476 tokens, .* 475; .*embeddings\(476\)"):
+        check_rows("train", ROWS, model=bert, tokenizer=wordpiece)
+    bert.resize_token_embeddings(476)
+    check_rows("train", ROWS, model=bert, tokenizer=wordpiece)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "capacity"),
+    [
+        ("albert", 512),
+        ("bert", 512),
+        ("deberta", 512),
+        ("deberta-v2", 512),
+        ("distilbert", 512),
+        ("electra", 512),
+        ("ibert", 512),
+        ("modernbert", None),
+        ("mpnet", 512),
+        ("nystromformer", 514),
+        ("roberta", 512),
+        ("roformer", 512),
+        ("xlm-roberta", 512),
+        ("yoso", 514),
+    ],
+)
+def test_capacity_is_what_the_model_takes(architecture: str, capacity: int | None) -> None:
+    """A row of that many tokens passes through the model, and one more fails."""
+    model = tiny_model(tiny_tokenizer("byte_bpe"), architecture=architecture)
+    assert position_capacity(model) == capacity
+
+    def run(length: int) -> None:
+        with torch.no_grad():
+            model(input_ids=torch.full((1, length), 7))
+
+    run(capacity or 1000)
+    if capacity:
+        with pytest.raises((IndexError, RuntimeError)):
+            run(capacity + 1)

@@ -1,0 +1,385 @@
+"""Metrics are those of a slow reference, whatever the batch size, and nothing is moved or kept."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import threading
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mlmadapt import (
+    MaskedLMMetrics,
+    WholeWordMaskingCollator,
+    evaluate_mlm,
+    insert_random_mask,
+    tokenize_with_word_ids,
+)
+from mlmadapt.model import evaluation
+from mlmadapt.model.evaluation import FrozenCollator, evaluate_rows, is_frozen
+from mlmadapt.model.sparse_head import masked_logits
+from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+Rows = list[dict[str, Any]]
+
+
+def to_rows(columns: dict[str, Any]) -> Rows:
+    """Turn columns into rows of plain lists."""
+    rows = zip(*columns.values(), strict=True)
+    return [
+        {name: np.asarray(values).tolist() for name, values in zip(columns, row, strict=True)}
+        for row in rows
+    ]
+
+
+@pytest.fixture(scope="module")
+def unfrozen() -> Rows:
+    """70 rows of 3 to about 100 tokens."""
+    return to_rows(tokenize_with_word_ids({"text": tiny_corpus(70)}, tiny_tokenizer()))
+
+
+@pytest.fixture(scope="module")
+def rows(unfrozen: Rows) -> Rows:
+    """The same rows, frozen, without a prefix."""
+    columns = {name: [row[name] for row in unfrozen] for name in unfrozen[0]}
+    collator = WholeWordMaskingCollator(tiny_tokenizer())
+    return to_rows(insert_random_mask(columns, collator, prefix=""))
+
+
+@pytest.fixture(scope="module")
+def expected(rows: Rows) -> MaskedLMMetrics:
+    """What the slow reference finds for the model that the `bert` fixture makes."""
+    return slow_metrics(tiny_model(tiny_tokenizer()), rows)
+
+
+def slow_metrics(model: PreTrainedModel, rows: Rows) -> MaskedLMMetrics:
+    """Every row by itself, all logits, 64 bits, one token after the other."""
+    total, correct, top5_correct, count = 0.0, 0, 0, 0
+    with torch.no_grad():
+        for row in rows:
+            inputs = {name: torch.tensor([row[name]]) for name in row if name != "labels"}
+            for scores, label in zip(
+                model(**inputs).logits[0].double(), row["labels"], strict=True
+            ):
+                if label == -100:
+                    continue
+                guesses = scores.argsort(descending=True, stable=True).tolist()
+                total -= scores.log_softmax(0)[label].item()
+                correct += guesses[0] == label
+                top5_correct += label in guesses[:5]
+                count += 1
+    loss = total / count
+    return MaskedLMMetrics(loss, math.exp(loss), correct / count, top5_correct / count, count)
+
+
+def assert_same(found: MaskedLMMetrics, expected: MaskedLMMetrics) -> None:
+    """Counts are equal, and the loss to 1e-6: logits have 32 bits, and their kernels vary."""
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
+    assert (found.accuracy, found.top5_accuracy, found.masked_tokens) == (
+        expected.accuracy,
+        expected.top5_accuracy,
+        expected.masked_tokens,
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 16, 64, 1000])
+def test_exact_for_every_batch_size(
+    bert: PreTrainedModel, rows: Rows, expected: MaskedLMMetrics, batch_size: int
+) -> None:
+    """Rows of unequal length give the reference's figures, however they share batches."""
+    found = evaluate_mlm(bert, rows, tokenizer=tiny_tokenizer(), batch_size=batch_size)
+    assert_same(found, expected)
+
+
+def test_every_form_of_frozen_rows(
+    bert: PreTrainedModel,
+    wordpiece: PreTrainedTokenizerFast,
+    rows: Rows,
+    unfrozen: Rows,
+    expected: MaskedLMMetrics,
+) -> None:
+    """Lists and datasets, with the prefix or without, tensors, and columns left in by `map`."""
+    collator = WholeWordMaskingCollator(wordpiece)
+    tokenized = datasets.Dataset.from_list(unfrozen)
+    mapped = {"batched": True, "fn_kwargs": {"data_collator": collator}}
+    kept = tokenized.map(insert_random_mask, **mapped)
+    assert {"word_ids", "input_ids", "masked_input_ids"} <= set(kept.column_names)
+    removed = tokenized.map(insert_random_mask, remove_columns=tokenized.column_names, **mapped)
+    with_words = [
+        {**row, "word_ids": old["word_ids"]} for row, old in zip(rows, unfrozen, strict=True)
+    ]
+    assert "word_ids" not in FrozenCollator(wordpiece)(with_words)
+    forms = [
+        kept,
+        removed,
+        removed.with_format("torch"),
+        with_words,
+        datasets.Dataset.from_list(rows),
+    ]
+    for form in forms:
+        found = evaluate_mlm(bert, form, tokenizer=wordpiece, batch_size=16)
+        assert_same(found, expected)
+
+
+def test_padding_on_the_left(rows: Rows) -> None:
+    """Which side is padded makes no difference to a model whose positions are relative."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = "left"
+    model = tiny_model(tokenizer, architecture="modernbert")
+    found = evaluate_mlm(model, rows[:20], tokenizer=tokenizer)
+    assert found.loss == pytest.approx(slow_metrics(model, rows[:20]).loss, rel=1e-5)
+
+
+def test_models_without_a_sparse_head(
+    wordpiece: PreTrainedTokenizerFast, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that mixes positions, and a causal model, get the figures of their full head."""
+    bert = tiny_model(wordpiece)
+    head = bert.cls.forward
+    mixing = lambda hidden: head(hidden + hidden[:, :1])  # noqa: E731
+    monkeypatch.setattr(bert.cls, "forward", mixing)
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(wordpiece), n_embd=16, n_layer=1, n_head=1)
+    ).eval()
+    for model in (bert, gpt2):
+        found = evaluate_mlm(model, rows[:20], tokenizer=wordpiece, batch_size=8)
+        assert_same(found, slow_metrics(model, rows[:20]))
+
+
+def test_never_all_logits_at_once(
+    bert: PreTrainedModel,
+    wordpiece: PreTrainedTokenizerFast,
+    rows: Rows,
+    expected: MaskedLMMetrics,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The head sees each masked token once, a bounded number at a time."""
+    seen: list[int] = []
+    bert.get_output_embeddings().register_forward_hook(
+        lambda _, args, output: seen.append(output.shape[:-1].numel())
+    )
+    batches: list[int] = []
+
+    def record(*arguments: Any) -> torch.Tensor:
+        logits = masked_logits(*arguments)
+        batches.append(len(logits))
+        return logits
+
+    monkeypatch.setattr(evaluation, "masked_logits", record)
+    assert_same(evaluate_mlm(bert, rows, tokenizer=wordpiece, batch_size=35), expected)
+    masked = [sum(label != -100 for label in row["labels"]) for row in rows]
+    assert batches == [sum(masked[:35]), sum(masked[35:])]
+
+    batches.clear()
+    seen.clear()
+    monkeypatch.setattr(evaluation, "MAX_LOGITS", 40 * len(wordpiece))
+    found = evaluate_mlm(bert, rows, tokenizer=wordpiece, batch_size=35)
+    assert sum(batches) == sum(masked)
+    assert 20 < max(batches) <= 40 + max(masked)
+    # The head in multiples of 32; its first two calls compare sparse with full on 4 rows.
+    assert seen[2:] == [-(-batch // 32) * 32 for batch in batches]
+    assert_same(found, expected)
+
+
+def test_nothing_is_moved(
+    bert: PreTrainedModel,
+    wordpiece: PreTrainedTokenizerFast,
+    rows: Rows,
+    expected: MaskedLMMetrics,
+) -> None:
+    """Modes of single modules, gradients, hooks, rows and global random state are left."""
+    bert.train()
+    bert.bert.embeddings.eval()
+    bert.bert.embeddings.word_embeddings.weight.requires_grad_(requires_grad=False)
+    needs = [parameter.requires_grad for parameter in bert.parameters()]
+    modes = [module.training for module in bert.modules()]
+    state = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002
+    given_rows = copy.deepcopy(rows)
+    assert_same(evaluate_mlm(bert, rows, tokenizer=wordpiece), expected)
+    assert rows == given_rows
+    assert [parameter.requires_grad for parameter in bert.parameters()] == needs
+    assert all(parameter.grad is None for parameter in bert.parameters())
+    assert [module.training for module in bert.modules()] == modes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in bert.modules())
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert (random.getstate(), repr(np.random.get_state())) == state[1:]  # noqa: NPY002
+
+
+FROZEN = {"input_ids": [2, 4, 3], "labels": [-100, 9, -100]}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "error", "message"),
+    [
+        ([], ValueError, "no rows; group_texts drops"),
+        ([{"input_ids": [2, 9, 3]}], ValueError, r"not frozen: its rows have \['input_ids'\]"),
+        (
+            [{"input_ids": [2, 9], "labels": [2, 9]}] * 9,
+            ValueError,
+            "not frozen.*insert_random_mask",
+        ),
+        ([{"input_ids": [2, 9], "labels": 1}], ValueError, "dataset is not frozen"),
+        ([{**FROZEN, "labels": [-100] * 3}], ValueError, "no masked token .*insert_random_mask"),
+        ({"test": [FROZEN]}, TypeError, "is a dict; it must be one dataset"),
+        (iter([FROZEN]), TypeError, "is a list_iterator; it must be one dataset"),
+        ([{**FROZEN, "text": "a film"}], ValueError, "'text'.*emove 'text' from the dataset"),
+        ([{**FROZEN, "input_ids": [2, 4, 10**6]}], ValueError, "dataset has token id 1000000"),
+        (
+            [{"input_ids": [2] * 600, "labels": [-100] * 600}],
+            ValueError,
+            "dataset has a row of 600 tokens, the model has positions for 512",
+        ),
+    ],
+)
+def test_wrong_rows_are_told(
+    bert: PreTrainedModel,
+    wordpiece: PreTrainedTokenizerFast,
+    dataset: Any,
+    error: type[Exception],
+    message: str,
+) -> None:
+    """No rows, rows without masks, several sets, a column too many, and rows of another model."""
+    with pytest.raises(error, match=message):
+        evaluate_mlm(bert, dataset, tokenizer=wordpiece)
+
+
+def test_wrong_batch_size_is_told(
+    bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast
+) -> None:
+    """A batch of no rows is none."""
+    with pytest.raises(ValueError, match="batch_size is 0; it must be 1 or more"):
+        evaluate_mlm(bert, [FROZEN], tokenizer=wordpiece, batch_size=0)
+
+
+def test_a_row_with_every_token_masked_is_frozen() -> None:
+    """Short rows without special tokens have no -100; one that kept its token tells nothing."""
+    assert is_frozen([{"input_ids": [4], "labels": [9]}])
+    assert is_frozen([{"input_ids": [9], "labels": [9]}, {"input_ids": [4], "labels": [9]}])
+    assert is_frozen([{"masked_input_ids": [9], "masked_labels": [9]}])
+
+
+def test_rows_are_frozen_on_the_way(
+    wordpiece: PreTrainedTokenizerFast, rows: Rows, unfrozen: Rows
+) -> None:
+    """A collator given with them freezes rows to what `insert_random_mask` makes, batch or no."""
+    collate = FrozenCollator(wordpiece, WholeWordMaskingCollator(wordpiece), seed=0)
+    expected = FrozenCollator(wordpiece)(rows)
+    for place in (0, 30):
+        batch = collate(unfrozen[place : place + 30])
+        width = batch["labels"].shape[1]
+        for name, values in batch.items():
+            assert torch.equal(values, expected[name][place : place + 30, :width])
+
+
+@given(
+    st.integers(2, 12).flatmap(
+        lambda vocabulary: st.tuples(
+            st.lists(
+                st.lists(
+                    st.sampled_from([-math.inf, -1.0, 0.0, 1.0]),
+                    min_size=vocabulary,
+                    max_size=vocabulary,
+                ),
+                min_size=1,
+                max_size=4,
+            ),
+            st.integers(0, vocabulary - 1),
+        )
+    )
+)
+def test_ties_go_to_the_lower_id(case: tuple[list[list[float]], int]) -> None:
+    """Among equal logits guesses are ordered as by argmax and a stable sort."""
+    logits, label = torch.tensor(case[0]), case[1]
+    guesses = logits.argsort(dim=1, descending=True, stable=True).tolist()
+    found = evaluation._sum_metrics(logits, torch.full((len(logits),), label))
+    assert found[1] == sum(row[0] == label for row in guesses)
+    assert found[1] == (logits.argmax(1) == label).sum()
+    assert found[2] == sum(label in row[:5] for row in guesses)
+    assert found[3] == len(logits)
+
+
+def test_a_broken_model_has_no_accuracy() -> None:
+    """NaN logits are no right guesses."""
+    found = evaluation._sum_metrics(torch.full((2, 9), torch.nan), torch.tensor([0, 3]))
+    assert found[0].isnan()
+    assert found[1:].tolist() == [0, 0, 2]
+
+
+def test_metrics_of_extreme_sums() -> None:
+    """A perplexity too large for a float is infinite; nothing masked is an error."""
+    metrics = MaskedLMMetrics.from_sums(loss=3e4, correct=1, top5_correct=2, masked_tokens=4)
+    assert metrics == MaskedLMMetrics(7500.0, math.inf, 0.25, 0.5, 4)
+    with pytest.raises(ValueError, match="no masked token"):
+        MaskedLMMetrics.from_sums(loss=0.0, correct=0, top5_correct=0, masked_tokens=0)
+
+
+class ThreadAccelerator:
+    """Stands in for the Accelerator of one of several processes, which are threads."""
+
+    num_processes = 3
+
+    def __init__(self, process_index: int, barrier: threading.Barrier, mail: list[Any]) -> None:
+        self.process_index, self.barrier, self.mail = process_index, barrier, mail
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Concatenate over processes."""
+        self.mail[self.process_index] = values
+        self.barrier.wait()
+        gathered = torch.cat(list(self.mail))
+        self.barrier.wait()
+        return gathered
+
+    def reduce(self, values: torch.Tensor, reduction: str) -> torch.Tensor:
+        """Sum over processes."""
+        assert reduction == "sum"
+        return self.gather(values[None]).sum(0)
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(70, 16), (70, 70), (7, 3), (1, 4)])
+def test_processes_stay_in_step(
+    bert: PreTrainedModel, rows: Rows, monkeypatch: pytest.MonkeyPatch, count: int, batch_size: int
+) -> None:
+    """Every process makes as many forward passes, and all have the figures of one."""
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(evaluation, "MAX_LOGITS", 400 * len(tokenizer))
+    barrier, mail, found = threading.Barrier(3, timeout=30), [None] * 3, [None] * 3
+    passes = [0, 0, 0]
+
+    def evaluate(rank: int) -> None:
+        model = copy.deepcopy(bert)
+
+        def count_pass(module: nn.Module, args: Any) -> None:
+            passes[rank] += 1
+
+        model.register_forward_pre_hook(count_pass)
+        found[rank] = evaluate_rows(
+            model,
+            rows[:count],
+            collate=FrozenCollator(tokenizer),
+            batch_size=batch_size,
+            sparse=None,
+            accelerator=ThreadAccelerator(rank, barrier, mail),
+        )
+
+    threads = [threading.Thread(target=evaluate, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found[0] == found[1] == found[2]
+    assert found[0] is not None
+    assert_same(found[0], slow_metrics(bert, rows[:count]))
+    assert passes[0] == passes[1] == passes[2] > 0

@@ -1,0 +1,238 @@
+"""Every row once an epoch, in steps that are the same however many processes share them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DataCollatorForLanguageModeling
+
+from mlmadapt import WholeWordMaskingCollator, tokenize_with_word_ids
+from mlmadapt.testing import tiny_corpus, tiny_tokenizer
+from mlmadapt.training.batches import BatchPlan, training_batches
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PLANS = st.builds(
+    BatchPlan,
+    rows=st.integers(1, 40),
+    batch_size=st.integers(1, 4),
+    accumulation=st.integers(1, 3),
+    world=st.integers(1, 3),
+    seed=st.integers(0, 3),
+)
+TOKENIZER = tiny_tokenizer()
+
+
+def ranks(plan: BatchPlan, epoch: int = 0) -> list[list[list[list[tuple[int, bool]]]]]:
+    """The steps of an epoch on every rank."""
+    return [list(replace(plan, rank=rank).steps(epoch)) for rank in range(plan.world)]
+
+
+@given(PLANS, st.integers(0, 2))
+def test_every_row_counts_once_an_epoch(plan: BatchPlan, epoch: int) -> None:
+    """Over all ranks, steps and passes, and in no batch are there more rows than fit."""
+    batches = [batch for steps in ranks(plan, epoch) for step in steps for batch in step]
+    assert sorted(row for batch in batches for row, counts in batch if counts) == [
+        *range(plan.rows)
+    ]
+    assert max(map(len, batches)) <= plan.batch_size
+    assert sorted(plan.order(epoch).tolist()) == list(range(plan.rows))
+
+
+@given(PLANS)
+def test_ranks_make_equally_many_passes(plan: BatchPlan) -> None:
+    """As few as will hold the rows, with a filler only where there are fewer rows than passes."""
+    for step in zip(*ranks(plan), strict=True):
+        rows = sum(counts for passes in step for batch in passes for _, counts in batch)
+        fewest = math.ceil(rows / (plan.batch_size * plan.world))
+        assert {len(passes) for passes in step} == {fewest}
+        fillers = [batch for passes in step for batch in passes if not batch[0][1]]
+        assert all(len(batch) == 1 for batch in fillers)
+        assert len(fillers) == max(0, plan.world * fewest - rows)
+        assert all(counts for passes in step for batch in passes for _, counts in batch[1:])
+
+
+@given(PLANS)
+def test_steps_depend_on_their_size_alone(plan: BatchPlan) -> None:
+    """One process with one large batch takes the same rows at each step."""
+
+    def step_sets(plan: BatchPlan) -> list[set[int]]:
+        return [
+            {row for passes in step for batch in passes for row, counts in batch if counts}
+            for step in zip(*ranks(plan), strict=True)
+        ]
+
+    whole = BatchPlan(rows=plan.rows, batch_size=plan.rows_per_step, seed=plan.seed)
+    assert step_sets(plan) == step_sets(whole)
+    assert len(step_sets(plan)) == plan.steps_per_epoch == whole.steps_per_epoch
+
+
+@given(PLANS, st.integers(0, 40))
+def test_starting_late_skips_steps(plan: BatchPlan, start: int) -> None:
+    """The steps from `start` on are those of the whole epoch."""
+    assert list(plan.steps(1, start=start)) == list(plan.steps(1))[start:]
+
+
+def test_order_differs_by_epoch_and_seed() -> None:
+    """A new order each epoch and for each seed, and the same for the same."""
+    plan = BatchPlan(rows=30, batch_size=4)
+    plans = [(plan, 0), (plan, 1), (replace(plan, seed=1), 0), (plan, 1)]
+    *orders, again = [each.order(epoch).tolist() for each, epoch in plans]
+    assert len({tuple(order) for order in orders}) == 3
+    assert again == orders[1]
+    assert orders[0] != list(range(30))
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    """Nine rows of one length and two shorter ones."""
+    columns = tokenize_with_word_ids({"text": tiny_corpus(40)}, TOKENIZER)
+    found = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    long = [row for row in found if len(row["input_ids"]) >= 24][:9]
+    cut = [{name: np.asarray(row[name])[:24].tolist() for name in row} for row in long]
+    return cut + [{name: row[name][:7] for name in row} for row in cut[:2]]
+
+
+class InPlaceCollator:
+    """Draws from all global generators and changes what it is given, as the course's does."""
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """Mask one token a row, in place."""
+        for feature in features:
+            feature.pop("word_ids")
+            ids = feature["input_ids"]
+            draws = [random.randrange(7), np.random.randint(7), int(torch.randint(7, ()))]  # noqa: NPY002, S311
+            place = sum(draws) % 7
+            feature["labels"] = [-100] * len(ids)
+            feature["labels"][place] = int(ids[place])
+            ids[place] = 4
+            for name in ("input_ids", "labels"):
+                feature[name] = [int(value) for value in feature[name]] + [0] * (24 - len(ids))
+        return {
+            name: torch.tensor([feature[name] for feature in features])
+            for name in ("input_ids", "labels")
+        }
+
+
+COLLATORS: dict[str, Callable[[], Any]] = {
+    "ours": lambda: WholeWordMaskingCollator(TOKENIZER),
+    "transformers": lambda: DataCollatorForLanguageModeling(TOKENIZER, seed=3),
+    "in_place": InPlaceCollator,
+}
+
+
+def flatten(batches: Any) -> list[dict[str, Any]]:
+    """All batches of all steps, comparable."""
+    return [
+        {name: values.tolist() for name, values in batch.items()}
+        for step, _ in batches
+        for batch in step
+    ]
+
+
+def global_states() -> Any:
+    """The state of every global generator."""
+    return torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002
+
+
+@pytest.mark.parametrize("name", COLLATORS)
+def test_batches_are_pure(name: str, rows: list[dict[str, Any]]) -> None:
+    """What is drawn depends on seed, epoch and rows; generators, rows and collator are left."""
+    plan = BatchPlan(rows=len(rows), batch_size=3, accumulation=2, seed=5)
+    collator = COLLATORS[name]()
+    tensors = [{name: torch.tensor(values) for name, values in row.items()} for row in rows]
+    kept, kept_tensors, state = copy.deepcopy(rows), copy.deepcopy(tensors), global_states()
+    first = flatten(training_batches(rows, plan, collator, epoch=1))
+    assert global_states() == state
+    collator(copy.deepcopy(rows[:2]))
+    torch.rand(3)
+    state = global_states()
+    assert flatten(training_batches(rows, plan, collator, epoch=1)) == first
+    assert flatten(training_batches(rows, plan, collator, epoch=1, start=1)) == first[2:]
+    assert flatten(training_batches(tensors, plan, collator, epoch=1)) == first
+    dataset = datasets.Dataset.from_list(rows)
+    assert flatten(training_batches(dataset, plan, collator, epoch=1)) == first
+    assert global_states() == state
+    assert rows == kept
+    for row, kept_row in zip(tensors, kept_tensors, strict=True):
+        assert all(torch.equal(row[name], kept_row[name]) for name in kept_row)
+        assert row.keys() == kept_row.keys()
+    patterns = [[label == -100 for row in batch["labels"] for label in row[:7]] for batch in first]
+    assert not patterns[0] == patterns[1] == patterns[2]
+    assert flatten(training_batches(rows, plan, collator, epoch=2)) != first
+    assert flatten(training_batches(rows, replace(plan, seed=6), collator, epoch=1)) != first
+
+
+def test_masks_of_ours_do_not_depend_on_the_batch(rows: list[dict[str, Any]]) -> None:
+    """Each row has the same targets on any number of processes; its own seed replaces the run's."""
+
+    def targets(collator: WholeWordMaskingCollator, **plan: int) -> list[tuple[int, ...]]:
+        found = []
+        for rank in range(plan.get("world", 1)):
+            for step, _ in training_batches(
+                rows, BatchPlan(rows=len(rows), rank=rank, **plan), collator, epoch=1
+            ):
+                for batch in step:
+                    pairs = torch.stack([batch["input_ids"], batch["labels"]], dim=1)
+                    found += [tuple(pair[:, :7].flatten().tolist()) for pair in pairs]
+        return sorted(pair for pair in found if set(pair[7:]) != {-100})
+
+    ours = WholeWordMaskingCollator(TOKENIZER, wwm_probability=0.9)
+    whole = targets(ours, batch_size=40)
+    assert len(whole) > 5
+    assert targets(ours, batch_size=2, accumulation=2, world=3) == whole
+    assert targets(ours, batch_size=40, seed=1) != whole
+    seeded = replace(ours, seed=7)
+    assert targets(seeded, batch_size=40, seed=1) == targets(seeded, batch_size=40, seed=2) != whole
+
+
+@pytest.mark.parametrize("name", COLLATORS)
+def test_fillers_have_no_targets(name: str, rows: list[dict[str, Any]]) -> None:
+    """The process that is left without a row makes its pass with labels that do not count."""
+    plan = BatchPlan(rows=5, batch_size=1, world=4, rank=3)
+    _, ((filler,), _) = training_batches(rows[:5], plan, COLLATORS[name](), epoch=0)
+    assert (filler["labels"] == -100).all()
+    assert filler["input_ids"].shape == filler["labels"].shape
+    _, ((other,), _) = training_batches(rows[:5], replace(plan, rank=0), COLLATORS[name](), epoch=0)
+    assert (other["labels"] != -100).any()
+
+
+@pytest.mark.parametrize("name", COLLATORS)
+def test_workers_change_nothing(name: str, rows: list[dict[str, Any]]) -> None:
+    """A worker process collates the same batches; the caller's generators are left."""
+    plan = BatchPlan(rows=len(rows), batch_size=4)
+    expected = flatten(training_batches(rows, plan, COLLATORS[name](), epoch=0))
+    state = global_states()
+    dataset = datasets.Dataset.from_list(rows)
+    found = training_batches(dataset, plan, COLLATORS[name](), epoch=0, num_workers=1)
+    assert flatten(found) == expected
+    assert global_states() == state
+
+
+def test_spawned_workers(rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a worker needs can be sent to it, where processes are not forked."""
+    spawn = torch.multiprocessing.get_context("spawn")
+    for name in ("Process", "Queue", "Event"):
+        monkeypatch.setattr(torch.multiprocessing, name, getattr(spawn, name))
+    plan = BatchPlan(rows=len(rows), batch_size=6)
+    collator = WholeWordMaskingCollator(TOKENIZER)
+    expected = flatten(training_batches(rows, plan, collator, epoch=0))
+    assert flatten(training_batches(rows, plan, collator, epoch=0, num_workers=1)) == expected
+
+
+def test_a_collator_without_labels_is_told(rows: list[dict[str, Any]]) -> None:
+    """Nothing could be learned from its batches."""
+    plan = BatchPlan(rows=len(rows), batch_size=4)
+    with pytest.raises(ValueError, match=r"returned \['input_ids'\]; it must return 'labels'"):
+        next(training_batches(rows, plan, lambda batch: {"input_ids": batch}, epoch=0))

@@ -1,0 +1,386 @@
+"""The model card tells what happened, to people and to the hub, and nothing of this machine."""
+
+from __future__ import annotations
+
+import getpass
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import accelerate
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from packaging.version import Version
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from mlmadapt import (
+    TrainingConfig,
+    TrainingResult,
+    WholeWordMaskingCollator,
+    accelerate_train,
+)
+from mlmadapt.model.fill_mask import fill_masks
+from mlmadapt.testing import tiny_model, tiny_tokenizer
+from mlmadapt.training.model_card import hub_name
+from tests.scripts.processes import outcome, start
+from tests.scripts.short_run import freeze, make_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROBES = ["This is a great [MASK].", "The film | is *not* <b>[MASK]</b> & a_b _c_ `d`!"]
+
+
+class Run:
+    """A run of 3 steps, to be changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tokenizer = tiny_tokenizer()
+        self.model = tiny_model(self.tokenizer)
+        self.collator: Any = WholeWordMaskingCollator(self.tokenizer)
+        self.objects: dict[str, Any] = {}
+
+    def train(self, eval_rows: Any = None, /, **settings: Any) -> TrainingResult:
+        """Train."""
+        defaults = {
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        }
+        return accelerate_train(
+            self.model,
+            make_rows(12),
+            eval_rows,
+            tokenizer=self.tokenizer,
+            data_collator=self.collator,
+            config=TrainingConfig(output_dir=str(self.folder), **{**defaults, **settings}),
+            **self.objects,
+        )
+
+    @property
+    def card(self) -> Card:
+        """What lies in the folder."""
+        return Card(self.folder)
+
+
+class Card:
+    """A card as a reader sees it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.text = (folder / "README.md").read_text(encoding="utf-8")
+        self.data = ModelCard.load(folder / "README.md").data
+        self.tables: dict[str, list[list[str]]] = {}
+        tokens = MarkdownIt("commonmark").enable("table").parse(self.text.split("---\n", 2)[2])
+        heading = ""
+        for place, token in enumerate(tokens):
+            if token.type == "heading_open":
+                heading = shown(tokens[place + 1])
+            elif token.type == "tr_open":
+                self.tables.setdefault(heading, []).append([])
+            elif token.type == "inline" and tokens[place - 1].type in ("th_open", "td_open"):
+                self.tables[heading][-1].append(shown(token))
+
+    def settings(self, title: str) -> dict[str, str]:
+        """Return a table of two columns."""
+        return {row[0]: row[1] for row in self.tables[title]}
+
+
+def shown(token: Any) -> str:
+    """Return the text of a line of Markdown; signs that are left in it are an error."""
+    assert {child.type for child in token.children} <= {"text", "text_special"}, token.content
+    return "".join(child.content for child in token.children)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run into a new folder."""
+    return Run(tmp_path / "out")
+
+
+def test_the_card_tells_what_the_result_says(run: Run) -> None:
+    """Perplexity before and after for each set, by its name, and how it was trained."""
+    sets = {"domain": freeze(make_rows(5, seed=1)), "general": freeze(make_rows(7, seed=2))}
+    result = run.train(sets, weight_decay=0.25)
+    rows = run.card.tables["Evaluation"][1:]
+    assert [row[:2] for row in rows] == [
+        ["eval_domain", "before"],
+        ["eval_domain", "after"],
+        ["eval_general", "before"],
+        ["eval_general", "after"],
+    ]
+    assert result.initial is not None
+    assert result.final is not None
+    for row, metrics in zip(rows, (result.initial, result.final), strict=False):
+        assert row[2:] == [
+            f"{metrics.perplexity:.2f}",
+            f"{metrics.loss:.4f}",
+            f"{metrics.accuracy:.1%}",
+            f"{metrics.top5_accuracy:.1%}",
+            f"{metrics.masked_tokens}",
+        ]
+    training = run.card.settings("Training")
+    assert training["weight_decay"] == "0.25"
+    assert training["learning_rate"] == "0.01"
+    assert training["mixed_precision"] == "no"
+    assert training["rows per step (processes x batch x accumulation)"] == "4"
+    assert f"{result.global_step} steps, {result.tokens_seen:,} tokens" in run.card.text
+    assert run.card.settings("Versions")["torch"] == torch.__version__
+
+
+def test_the_hub_can_read_it(run: Run) -> None:
+    """Its own classes load the metadata: what the model is for, and a result for each set."""
+    run.model.name_or_path = "distilbert/distilbert-base-uncased"
+    result = run.train(freeze(make_rows(5)), dataset_name="stanfordnlp/imdb")
+    data = run.card.data
+    assert data.base_model == "distilbert/distilbert-base-uncased"
+    assert data.datasets == "stanfordnlp/imdb"
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "fill-mask")
+    (measured,) = data.eval_results
+    assert (measured.dataset_type, measured.metric_type) == ("stanfordnlp/imdb", "perplexity")
+    assert result.final is not None
+    assert measured.metric_value == result.final.perplexity
+    title = "distilbert/distilbert-base-uncased, adapted to stanfordnlp/imdb"
+    assert f"\n# {title}\n" in run.card.text
+
+
+def test_each_set_is_a_result_of_its_own(run: Run) -> None:
+    """The hub merges results of one dataset; and which set is of the named data, nobody said."""
+    rows = freeze(make_rows(5))
+    run.train({"a": rows, "b": rows}, dataset_name="stanfordnlp/imdb")
+    results = run.card.data.eval_results
+    assert [each.dataset_name for each in results] == ["eval_a", "eval_b"]
+    assert [each.dataset_type for each in results] == ["eval_a", "eval_b"]
+
+
+@pytest.mark.parametrize(
+    ("collator", "expected"),
+    [
+        (lambda t: WholeWordMaskingCollator(t, wwm_probability=0.3, seed=5), {"seed": "5"}),
+        (lambda t: WholeWordMaskingCollator(t, word_weights=len), {"word_weights": "builtin"}),
+    ],
+)
+def test_masking_is_told(run: Run, collator: Any, expected: dict[str, str]) -> None:
+    """The collator's settings; of what is no number or text, the kind."""
+    run.collator = collator(run.tokenizer)
+    run.train()
+    masking = run.card.settings("Masking")
+    assert next(iter(masking)) == "WholeWordMaskingCollator"
+    assert masking["wwm_probability"] == str(run.collator.wwm_probability)
+    assert all(masking[name].startswith(value) for name, value in expected.items())
+    assert "tokenizer" not in masking
+
+
+def test_nothing_of_this_machine_is_on_it(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No path, user or token, in the card or in any file that would be pushed with it."""
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    local = tmp_path / "somebody" / "start"
+    run.model.save_pretrained(local)
+    run.tokenizer.save_pretrained(local)
+    run.model = AutoModelForMaskedLM.from_pretrained(local)
+    run.tokenizer = AutoTokenizer.from_pretrained(local)
+    texts = tmp_path / "somebody" / "notes.txt"
+    texts.write_text("private")
+    run.train(freeze(make_rows(5)), dataset_name=str(texts), fill_mask=PROBES)
+    assert "adapted to notes.txt" in run.card.text
+    assert run.card.data.base_model is None
+    assert run.card.data.datasets is None
+    secrets = ["somebody", "hf_verysecret", str(tmp_path), str(Path.cwd()), str(Path.home())]
+    user = getpass.getuser()
+    for path in run.folder.iterdir():
+        content = path.read_bytes().decode("latin-1")
+        assert not [each for each in secrets if each in content], path.name
+        if path.name == "README.md":
+            assert user not in re.findall(r"\w+", content)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("distilbert/distilbert-base-uncased", True),
+        ("gpt2", True),
+        ("", False),
+        ("/home/somebody/model", False),
+        ("./model", False),
+        ("a/b/c", False),
+        ("models", False),  # there is a folder of that name
+        (r"C:\models\mine", False),
+    ],
+)
+def test_names_of_the_hub(
+    name: str,
+    expected: bool,  # noqa: FBT001
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What could be one, and is no folder here."""
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    assert hub_name(name) == (name if expected else None)
+
+
+def test_masks_are_filled_in_before_and_after(run: Run) -> None:
+    """By the model as it came, and as it was saved; Markdown's signs in a sentence stay signs."""
+    before = fill_masks(run.model, PROBES, tokenizer=run.tokenizer)
+    run.train(fill_mask=PROBES)
+    after = fill_masks(
+        AutoModelForMaskedLM.from_pretrained(run.folder), PROBES, tokenizer=run.tokenizer
+    )
+    assert before != after
+    assert run.card.tables["Masks filled in"] == [
+        ["sentence", "before", "after"],
+        *([each, before[each], after[each]] for each in PROBES),
+    ]
+
+
+def weights(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Copy the weights."""
+    return [each.detach().clone() for each in model.state_dict().values()]
+
+
+def test_filling_masks_changes_nothing_about_the_training(tmp_path: Path) -> None:
+    """Dropout and masks are drawn as without them, so weights are equal to the bit."""
+    trained = []
+    for name, probes in (("without", []), ("with", PROBES)):
+        run = Run(tmp_path / name)
+        run.train(freeze(make_rows(5)), fill_mask=probes)
+        trained.append(weights(run.model))
+    assert all(torch.equal(*pair) for pair in zip(*trained, strict=True))
+
+
+def test_a_wrong_probe_is_told_before_the_first_step(run: Run) -> None:
+    """And before the output folder is touched."""
+    with pytest.raises(ValueError, match=r"fill_mask has 'No gap\.' with 0 masks"):
+        run.train(fill_mask=["No gap."])
+    with pytest.raises(
+        ValueError, match=r"fill_mask has a row of 6.. tokens, the model has positions"
+    ):
+        run.train(fill_mask=["film " * 600 + "[MASK]"])
+    assert not run.folder.exists()
+
+
+def test_a_resumed_run_has_the_same_card(tmp_path: Path) -> None:
+    """What was before the first step is what the interrupted run began with, to the letter."""
+    settings = {"rows": 21, "fill_mask": PROBES}
+    outcome(tmp_path / "whole", **settings)
+    folder = tmp_path / "killed"
+    killed = start("train", folder=str(folder), **settings, at_step={"5": ["kill"]})
+    assert [each.code for each in killed] == [-9]
+    settings["fill_mask"] = [*PROBES, "A late [MASK]"]
+    outcome(folder, **settings, resume_from_checkpoint=True)
+    rows = Card(folder).tables.pop("Masks filled in")
+    assert rows.pop()[:2] == ["A late [MASK]", "(asked later)"]
+    assert rows == Card(tmp_path / "whole").tables["Masks filled in"]
+    lines = [line for line in Card(folder).text.splitlines() if "A late" not in line]
+    assert lines == Card(tmp_path / "whole").text.splitlines()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "sharded",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.skipif(
+                Version(accelerate.__version__) < Version("1.15"),
+                reason="FSDP2 on a CPU was not looked into there",
+            ),
+        ),
+    ],
+)
+def test_several_processes_write_one_card(tmp_path: Path, *, sharded: bool) -> None:
+    """All ask the model, which may lie in parts with each, and the first one writes."""
+    settings = {"rows": 16, "dropout": False, "save_strategy": "no", "fill_mask": PROBES}
+    outcome(tmp_path / "one", **settings)
+    outcome(tmp_path / "two", **settings, world=2, per_device_train_batch_size=4, sharded=sharded)
+    one, two = Card(tmp_path / "one"), Card(tmp_path / "two")
+    assert two.tables == one.tables
+    assert two.text.splitlines()[0] == "---"
+
+
+def test_the_card_of_the_best_model_tells_of_it(run: Run) -> None:
+    """Not of the last one, which was not saved."""
+    result = run.train(
+        freeze(make_rows(5, seed=1)),
+        learning_rate=0.3,
+        lr_scheduler_type="constant",
+        num_train_epochs=8,
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        fill_mask=PROBES[:1],
+    )
+    evaluations = [entry for entry in result.history if "eval_loss" in entry]
+    best = min(evaluations[1:], key=lambda entry: entry["eval_loss"])
+    assert best["step"] < result.global_step
+    assert f"Saved is the model of step {best['step']}, which had" in run.card.text
+    assert run.card.tables["Evaluation"][2][2] == f"{best['eval_perplexity']:.2f}"
+    (words,) = fill_masks(run.model, PROBES[:1], tokenizer=run.tokenizer).values()
+    assert run.card.tables["Masks filled in"][1][2] == words
+
+
+def test_objects_of_the_callers_own_are_named(run: Run) -> None:
+    """In place of settings that they have overruled."""
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    run.objects = {"optimizer": optimizer, "lr_scheduler": schedule}
+    run.train()
+    training = run.card.settings("Training")
+    assert (training["optimizer"], training["lr_scheduler"]) == ("SGD", "LambdaLR")
+    overruled = {"learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "max_steps"}
+    assert overruled.isdisjoint(training)
+    assert training["num_train_epochs"] == "1"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning")
+def test_an_adapter_is_called_one(run: Run) -> None:
+    """Its card takes the place of PEFT's, and names the library that loads it."""
+    peft = pytest.importorskip("peft")
+    run.model.name_or_path = "google-bert/bert-base-uncased"
+    run.model = peft.get_peft_model(run.model, peft.LoraConfig(target_modules=["query"]))
+    run.train(fill_mask=PROBES)
+    assert run.card.data.library_name == "peft"
+    assert run.card.data.base_model == "google-bert/bert-base-uncased"
+    assert "An adapter of `BertForMaskedLM` of " in run.card.text
+
+
+def test_the_curves_are_there_if_matplotlib_is(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without it, or where it cannot draw, the card is written all the same."""
+    run.train()
+    assert "](curves.png)" in run.card.text
+    assert (run.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    without = Run(tmp_path / "without")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    without.train()
+    assert "curves" not in without.card.text
+    assert not (without.folder / "curves.png").exists()
+    assert set(without.card.tables) == {"Masking", "Training", "Versions"}
+    assert "curves" not in caplog.text
+    broken = Run(tmp_path / "broken")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", Broken())
+    broken.train()
+    assert "curves" not in broken.card.text
+    assert "the model card has no curves: no LaTeX" in caplog.text
+
+
+class Broken(ModuleType):
+    """A matplotlib that is set up to draw text with a program that is not there."""
+
+    def __init__(self) -> None:
+        super().__init__("matplotlib.figure")
+
+    def Figure(self, **_: Any) -> None:  # noqa: N802
+        """Fail."""
+        raise RuntimeError("no LaTeX")

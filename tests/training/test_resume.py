@@ -1,0 +1,350 @@
+"""An interrupted run ends where an uninterrupted one does, to the bit."""
+
+from __future__ import annotations
+
+import random
+import time
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from mlmadapt import TrainingConfig, WholeWordMaskingCollator, accelerate_train
+from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
+from tests.scripts.processes import outcome, start, train
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+# Over two epochs; no number of processes divides the rows.
+UNEVEN = {"rows": 23, "per_device_train_batch_size": 3}
+
+
+@pytest.fixture(
+    name="on_processes",
+    params=product([1, 2, 3], ["no", "bf16"], [0, 1]),
+    ids=lambda each: "{} processes, {}, {} workers".format(*each),
+)
+def _on_processes(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Settings of a run on 1 to 3 processes, in both precisions, with and without a worker."""
+    world, precision, workers = request.param
+    return {
+        **UNEVEN,
+        "world": world,
+        "mixed_precision": precision,
+        "dataloader_num_workers": workers,
+    }
+
+
+def killed(step: int, rank: int = -1) -> dict[str, Any]:
+    """Have one process, or all, killed before a step."""
+    return {"at_step": {str(step): [["kill", rank]]}}
+
+
+def resume_until_done(folder: Path, *, kills: list[dict[str, Any]], **settings: Any) -> Any:
+    """Kill a run, resume it, kill it again, ... and let the last one end."""
+    for kill in kills:
+        ended = start("train", folder=str(folder), **settings, **kill, resume_from_checkpoint=True)
+        assert any(each.code == -9 for each in ended), [each.log for each in ended]
+    return outcome(folder, **settings, resume_from_checkpoint=True)
+
+
+def check_every_event(tmp_path: Path, every: int, **settings: Any) -> None:
+    """Kill a run before each n-th thing that it does to a file; resumed, it must end the same."""
+    whole = outcome(tmp_path / "whole", count_events=True, **settings)
+    points = range(0, whole.pop("events"), every)
+    assert len(points) >= 10
+    unequal = {}
+    for point in points:
+        folder = tmp_path / f"killed at {point}"
+        assert train(folder, at_event=[point, "kill"], **settings).code == -9
+        ended = outcome(folder, resume_from_checkpoint=True, **settings)
+        if ended != whole:
+            unequal[point] = ended
+    assert unequal == {}
+
+
+def test_a_kill_at_any_touch_of_a_file_costs_nothing(tmp_path: Path) -> None:
+    """Weights, history and evaluation after a kill -9 at every seventh file event are the same."""
+    check_every_event(tmp_path, 7, save_total_limit=1)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_kill_at_every_touch_of_a_file_costs_nothing(
+    tmp_path: Path, on_processes: dict[str, Any]
+) -> None:
+    """The same at each single event, of several processes at every sixth of the first one's."""
+    every = 1 if on_processes["world"] == 1 else 6
+    check_every_event(tmp_path, every, save_total_limit=1, **on_processes)
+
+
+GRID = {
+    "fp32": {},
+    "a worker": {"dataloader_num_workers": 1},
+    "bf16": {"mixed_precision": "bf16"},
+    "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
+    "transformers' collator": {"collator": "transformers"},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "a stream": {"stream": "plain", "max_steps": 7, "per_device_train_batch_size": 5},
+    "a shuffled stream": {"stream": "shuffled", "max_steps": 7, "per_device_train_batch_size": 5},
+}
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_a_run_killed_between_steps_ends_the_same(tmp_path: Path, name: str) -> None:
+    """Killed twice, once before the first checkpoint, whatever the settings; dropout is on."""
+    settings = {"rows": 21, **GRID[name]}
+    whole = outcome(tmp_path / "whole", **settings)
+    kills = [killed(1), killed(5)]
+    assert resume_until_done(tmp_path / "killed", kills=kills, **settings) == whole
+    assert not whole["randomness_moved"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_killed_between_steps_end_the_same(tmp_path: Path, world: int) -> None:
+    """One of several processes is killed, then all; no process count divides the rows.
+
+    With 3, the first step after a resume would differ in the last bits if DDP had not settled its
+    buckets; the DeBERTa has a parameter without gradient, for which DDP would wait in vain.
+    """
+    architecture = "deberta-v2" if world == 2 else "bert"
+    settings = {**UNEVEN, "world": world, "architecture": architecture}
+    whole = outcome(tmp_path / "whole", **settings)
+    kills = [killed(3, rank=world - 1), killed(4)]
+    assert resume_until_done(tmp_path / "killed", kills=kills, **settings) == whole
+
+
+def check_random_plans(tmp_path: Path, count: int, seed: int) -> None:
+    """Resume runs of random shapes, killed at random steps."""
+    generator = random.Random(seed)  # noqa: S311
+    for number in range(count):
+        settings = {
+            "rows": generator.randint(5, 30),
+            "num_train_epochs": generator.choice([1, 1.5, 2, 3]),
+            "per_device_train_batch_size": generator.randint(1, 6),
+            "gradient_accumulation_steps": generator.randint(1, 3),
+            "save_steps": generator.randint(1, 4),
+            "eval_strategy": generator.choice(["no", "epoch", "steps"]),
+            "eval_steps": generator.randint(1, 4),
+            "logging_steps": generator.randint(1, 3),
+        }
+        whole = outcome(tmp_path / f"{number} whole", **settings)
+        steps = sorted(generator.randrange(whole["steps"]) for _ in range(generator.randint(1, 2)))
+        kills = [killed(step) for step in steps]
+        ended = resume_until_done(tmp_path / f"{number} killed", kills=kills, **settings)
+        assert ended == whole, (settings, kills)
+
+
+def test_runs_of_any_shape_end_the_same(tmp_path: Path) -> None:
+    """The stop, the epochs, the batches and what is logged when are drawn."""
+    check_random_plans(tmp_path, 4, seed=0)
+
+
+@pytest.mark.slow
+def test_many_runs_of_any_shape_end_the_same(tmp_path: Path) -> None:
+    """The same for forty others (``pytest -m slow``)."""
+    check_random_plans(tmp_path, 40, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_processes_killed_at_any_step_end_the_same(
+    tmp_path: Path, on_processes: dict[str, Any]
+) -> None:
+    """One process after the other is killed, before each step of a run."""
+    whole = outcome(tmp_path / "whole", **on_processes)
+    for step in range(whole["steps"]):
+        kills = [killed(step, rank=step % on_processes["world"])]
+        ended = resume_until_done(tmp_path / f"killed at {step}", kills=kills, **on_processes)
+        assert ended == whole, step
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_processes_killed_at_any_moment_end_the_same(
+    tmp_path: Path, on_processes: dict[str, Any]
+) -> None:
+    """Killed from outside by the clock, three times over, wherever they are (``-m slow``).
+
+    The moments differ with the machine, and are in the message of a failure.
+    """
+    settings = {**on_processes, "save_total_limit": 2}
+    whole = outcome(tmp_path / "whole", **settings)
+    before = time.monotonic()
+    assert outcome(tmp_path / "timed", **settings) == whole
+    seconds = time.monotonic() - before
+    generator = random.Random(repr(on_processes))  # noqa: S311
+    hits = 0
+    for number in range(4):
+        folder = tmp_path / f"killed {number}"
+        moments = [seconds * generator.random() for _ in range(3)]
+        for moment in moments:
+            ended = start(
+                "train",
+                folder=str(folder),
+                kill_after=moment,
+                **settings,
+                resume_from_checkpoint=True,
+            )
+            assert {each.code for each in ended} <= {0, -9}, [each.log for each in ended]
+            hits += any(each.code == -9 for each in ended)
+        ended = outcome(folder, **settings, resume_from_checkpoint=True)
+        assert ended == whole, moments
+    assert hits >= 4
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("architecture", ["bert", "deberta-v2"])
+def test_another_number_of_processes_goes_on_with_the_same_rows(
+    tmp_path: Path, architecture: str
+) -> None:
+    """2 processes of 2 rows, then 1 of 4: a step has the same rows, and sums differ by 1e-5."""
+    one = {"rows": 21, "dropout": False, "architecture": architecture}
+    two = {**one, "world": 2, "per_device_train_batch_size": 2}
+    one["per_device_train_batch_size"] = 4
+    whole = outcome(tmp_path / "whole", **one)
+    start("train", folder=str(tmp_path / "both"), **two, **killed(5))
+    both = outcome(tmp_path / "both", **one, resume_from_checkpoint=True)
+    losses = [[each["loss"] for each in run["history"] if "loss" in each] for run in (whole, both)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert both["tokens"] == whole["tokens"]
+    # And back again, from one process to two.
+    start("train", folder=str(tmp_path / "back"), **one, **killed(5))
+    back = outcome(tmp_path / "back", **two, resume_from_checkpoint=True)
+    assert back["final"] == pytest.approx(whole["final"], abs=1e-5)
+
+
+def test_a_finished_run_that_is_resumed_does_nothing(tmp_path: Path) -> None:
+    """The same result comes back, and the same model lies there."""
+    whole = outcome(tmp_path)
+    again = outcome(tmp_path, resume_from_checkpoint=True, at_step={"0": ["kill"], "6": ["kill"]})
+    assert again == whole
+
+
+def test_a_checkpoint_can_be_named(tmp_path: Path) -> None:
+    """A path takes up that checkpoint, though there are newer ones."""
+    whole = outcome(tmp_path)
+    named = str(tmp_path / "checkpoint-2")
+    again = train(tmp_path, resume_from_checkpoint=named, at_step={"2": ["fail"]})
+    assert again.error == "ValueError: on purpose"
+    assert outcome(tmp_path, resume_from_checkpoint=named) == whole
+
+
+def test_nothing_to_resume_starts_from_the_beginning(tmp_path: Path) -> None:
+    """An empty folder is no error, so that one command both starts and resumes; it says so."""
+    ended = train(tmp_path, resume_from_checkpoint=True)
+    assert ended.code == 0
+    assert f"{tmp_path} holds no checkpoint; training starts from the beginning" in ended.log
+
+
+class Swapped:
+    """What another run would have."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = tiny_tokenizer()
+        self.model = tiny_model(self.tokenizer)
+        self.rows = self.tokenize(tiny_corpus(8))
+        self.eval_rows = self.rows[:4]
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.probability = 0.2
+        self.settings: dict[str, Any] = {
+            "output_dir": str(folder),
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 1,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "disable_tqdm": True,
+        }
+
+    def tokenize(self, texts: list[str]) -> list[dict[str, Any]]:
+        """Make rows with words of one token."""
+        ids = [self.tokenizer(text)["input_ids"] for text in texts]
+        return [{"input_ids": row, "word_ids": [-1, *range(len(row) - 2), -1]} for row in ids]
+
+    def train(self) -> None:
+        """Train with what there is now."""
+        accelerate_train(
+            self.model,
+            self.rows,
+            self.eval_rows,
+            tokenizer=self.tokenizer,
+            data_collator=WholeWordMaskingCollator(
+                self.tokenizer, wwm_probability=self.probability
+            ),
+            config=TrainingConfig(**self.settings),
+            optimizer=self.optimizer,
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"learning_rate": 2e-4}, "learning_rate was 5e-05, is 0.0002"),
+        ({"seed": 7}, "seed was 42, is 7"),
+        ({"num_train_epochs": 2}, "num_train_epochs was 1, is 2"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type was 'linear', is 'cosine'"),
+        ({"weight_decay": 0.1}, "weight_decay was 0.0, is 0.1"),
+        ({"per_device_train_batch_size": 2}, r"rows per step .* was 4, is 2"),
+        ({"gradient_accumulation_steps": 2}, r"rows per step .* was 4, is 8"),
+        ("dataset", r"train_dataset was '8 rows \w+', is '8 rows \w+'"),
+        ("fewer rows", r"train_dataset was '8 rows \w+', is '7 rows \w+'"),
+        ("tokenizer", r"tokenizer was '475 tokens \w+', is '476 tokens \w+'"),
+        ("model", r"model was 'BertForMaskedLM \w+', is 'DistilBertForMaskedLM \w+'"),
+        ("collator", r"data_collator was '.*0\.2.*', is '.*0\.3"),
+        ("optimizer", "optimizer was None, is 'SGD'"),
+        ("evaluation", r"eval was '4 rows \w+', is '5 rows \w+'"),
+    ],
+)
+def test_another_run_is_refused_by_name_and_values(
+    tmp_path: Path, change: dict[str, Any] | str, expected: str
+) -> None:
+    """Settings, data or model that a checkpoint was not made with are an error, not a mixture."""
+    run = Swapped(tmp_path)
+    run.train()
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    run.settings["resume_from_checkpoint"] = True
+    if isinstance(change, dict):
+        run.settings |= change
+    elif change == "dataset":
+        run.rows = run.tokenize(tiny_corpus(8, seed=1))
+    elif change == "fewer rows":
+        run.rows = run.rows[:-1]
+    elif change == "tokenizer":
+        run.tokenizer.add_tokens(["neologism"])
+        run.model.resize_token_embeddings(len(run.tokenizer), mean_resizing=False)
+    elif change == "model":
+        run.model = tiny_model(run.tokenizer, architecture="distilbert")
+    elif change == "optimizer":
+        run.optimizer = torch.optim.SGD(run.model.parameters(), lr=5e-5)
+    elif change == "evaluation":
+        run.eval_rows = run.rows[:5]
+    else:
+        run.probability = 0.3
+    with pytest.raises(ValueError, match=rf"checkpoint-2 is of another run: .*{expected}"):
+        run.train()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == files
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"per_device_eval_batch_size": 3},
+        {"dataloader_num_workers": 1},
+        {"save_steps": 5, "save_total_limit": 1},
+    ],
+)
+def test_what_does_not_decide_the_outcome_may_change(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Rows of a step may be cut up otherwise, and be saved and evaluated otherwise."""
+    settings = {"rows": 20, "per_device_train_batch_size": 4, "dropout": False}
+    whole = outcome(tmp_path / "whole", **settings)
+    train(tmp_path / "killed", **settings, **killed(7))
+    ended = outcome(tmp_path / "killed", **{**settings, **change}, resume_from_checkpoint=True)
+    assert ended["final"] == pytest.approx(whole["final"], abs=1e-6)
+    assert ended["tokens"] == whole["tokens"]

@@ -13,13 +13,14 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from mlmadapt.model.evaluation import MaskedLMMetrics
@@ -30,28 +31,41 @@ logger = logging.getLogger(__name__)
 
 _PREFIX = "checkpoint-"
 _MANIFEST = "manifest.json"
+_WEIGHTS = "model.safetensors"
+_TENSORS = "optimizer.safetensors"
+_STATE = "state.json"
 
 
 def write_run(run: Run, *, loss_sums: list[float]) -> None:
-    """Write a checkpoint that `read_run` takes up again and ``from_pretrained`` loads."""
-    moments, optimizer = split_state(run.optimizer.state_dict())
+    """Write a checkpoint that `read_run` takes up again and ``from_pretrained`` loads.
+
+    Args:
+        run: The run, between two steps.
+        loss_sums: `RunState.loss_sum` of each process.
+
+    Raises:
+        OSError: As `whole_checkpoint`.
+    """
     scaler = run.accelerator.scaler
-    write_checkpoint(
-        run.folder,
-        run.state.step,
-        tensors={"model": distinct(run.model.state_dict()), "optimizer": moments},
-        texts={
-            "config": run.model.config.to_dict(),
-            "state": {
-                "fingerprint": run.fingerprint,
-                "counts": asdict(replace(run.state, seconds=run.seconds)),
-                "loss_sums": loss_sums,
-                "optimizer": optimizer,
-                "scheduler": run.scheduler.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-            },
-        },
+    tensors, objects = split_state(
+        {
+            "optimizer": run.optimizer.state_dict(),
+            "scheduler": run.scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
     )
+    state = {
+        "fingerprint": run.fingerprint,
+        "counts": asdict(replace(run.state, seconds=run.seconds)),
+        "loss_sums": loss_sums,
+        "objects": objects,
+    }
+    with whole_checkpoint(run.folder, run.state.step) as folder:
+        # The format is what from_pretrained looks for. Tied weights are stored once.
+        save_model(run.model, str(folder / _WEIGHTS), metadata={"format": "pt"})
+        save_file(tensors, folder / _TENSORS)
+        (folder / "config.json").write_text(json.dumps(run.model.config.to_dict(), indent=1))
+        (folder / _STATE).write_text(json.dumps(state, indent=1))
 
 
 def read_run(checkpoint: Path, run: Run) -> None:
@@ -60,22 +74,24 @@ def read_run(checkpoint: Path, run: Run) -> None:
     Raises:
         ValueError: If it is of another run.
     """
-    stored = read_text(checkpoint, "state")
+    stored = json.loads((checkpoint / _STATE).read_text())
     check_same_run(stored["fingerprint"], run.fingerprint, checkpoint=checkpoint.name)
     load_weights(checkpoint, run.model)
-    moments = read_tensors(checkpoint, "optimizer")
-    run.optimizer.load_state_dict(join_state(moments, stored["optimizer"]))
-    run.scheduler.load_state_dict(stored["scheduler"])
+    objects = join_state(load_file(checkpoint / _TENSORS), stored["objects"])
+    run.optimizer.load_state_dict(objects["optimizer"])
+    run.scheduler.load_state_dict(objects["scheduler"])
     accelerator = run.accelerator
-    if accelerator.scaler is not None and stored["scaler"] is not None:
-        accelerator.scaler.load_state_dict(stored["scaler"])
-    state = RunState(**stored["counts"])
-    state.evaluations = [(step, MaskedLMMetrics(**each)) for step, each in state.evaluations]  # type: ignore[arg-type]
-    # Each process goes on with its own sum; another number of them, with the whole in the first.
+    if accelerator.scaler is not None and objects["scaler"] is not None:
+        accelerator.scaler.load_state_dict(objects["scaler"])
+    run.state = RunState(**stored["counts"])
+    run.state.evaluations = [
+        (step, MaskedLMMetrics(**each))  # type: ignore[arg-type]  # a dict, in JSON
+        for step, each in run.state.evaluations
+    ]
+    # Each process goes on with its own sum; if their number differs, the first takes the whole.
     sums = stored["loss_sums"]
     rank, same = accelerator.process_index, len(sums) == accelerator.num_processes
-    state.loss_sum = sums[rank] if same else sum(sums) if rank == 0 else 0.0
-    run.state = state
+    run.state.loss_sum = sums[rank] if same else sum(sums) if rank == 0 else 0.0
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
@@ -84,39 +100,15 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
     Raises:
         ValueError: If they are another model's.
     """
-    loaded = read_tensors(checkpoint, "model")
-    # Tied weights are stored once and are loaded through any of their names.
-    missing = sorted(set(distinct(model.state_dict())) - set(loaded))
-    unknown = model.load_state_dict(loaded, strict=False).unexpected_keys
-    if missing or unknown:
-        raise ValueError(
-            f"{checkpoint.name} lacks weights {missing[:3]} or has others {unknown[:3]}; it was "
-            "made from another model"
-        )
+    try:
+        load_model(model, checkpoint / _WEIGHTS)
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint.name} was made from another model: {error}") from error
 
 
-def distinct(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return each tensor once: tied weights have several names, and safetensors takes one.
-
-    Examples:
-        >>> weight = torch.zeros(2)
-        >>> distinct({"embeddings": weight, "head": weight})
-        {'embeddings': tensor([0., 0.])}
-    """
-    seen: dict[tuple[Any, ...], str] = {}
-    for name, values in state.items():
-        seen.setdefault((values.data_ptr(), values.shape, values.stride(), values.dtype), name)
-    return {name: state[name].detach().cpu().contiguous() for name in seen.values()}
-
-
-def write_checkpoint(
-    output_dir: Path,
-    step: int,
-    *,
-    tensors: Mapping[str, Mapping[str, torch.Tensor]],
-    texts: Mapping[str, Any],
-) -> Path:
-    """Write ``checkpoint-<step>`` with a safetensors file and a JSON file for each entry.
+@contextmanager
+def whole_checkpoint(output_dir: Path, step: int) -> Iterator[Path]:
+    """Hand out a folder to fill, and make it ``checkpoint-<step>`` when that went well.
 
     Raises:
         OSError: If it cannot be written; nothing of it is left then, and older ones are whole.
@@ -126,11 +118,7 @@ def write_checkpoint(
     try:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
-        for name, entries in tensors.items():
-            metadata = {"format": "pt"}  # what from_pretrained looks for
-            save_file(dict(entries), building / f"{name}.safetensors", metadata=metadata)
-        for name, text in texts.items():
-            (building / f"{name}.json").write_text(json.dumps(text, indent=1))
+        yield building
         files = {
             path.name: {"size": path.stat().st_size, "sha256": _hash(path)}
             for path in sorted(building.iterdir())
@@ -152,7 +140,6 @@ def write_checkpoint(
     finally:
         # Gone already when all went well: whatever went wrong, nothing half done is left.
         shutil.rmtree(building, ignore_errors=True)
-    return target
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
@@ -222,23 +209,13 @@ def find_damage(checkpoint: Path) -> Iterator[str]:
             yield f"{name} is not what was written (its hash differs)"
 
 
-def read_tensors(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
-    """Read the tensors of an entry."""
-    return load_file(checkpoint / f"{name}.safetensors")
-
-
-def read_text(checkpoint: Path, name: str) -> Any:
-    """Read the JSON of an entry."""
-    return json.loads((checkpoint / f"{name}.json").read_text())
-
-
 def prune(
     output_dir: Path, *, keep: int | None, also: int | None = None, newest: int | None = None
 ) -> None:
     """Remove all but the `keep` checkpoints up to step `newest` and the one of step `also`.
 
-    Later ones than `newest`, which has just been written, are damaged or of a time that is trained
-    again. They neither count nor are removed: their steps will be written anew.
+    Checkpoints after `newest`, which has just been written, are damaged or will be written again.
+    They do not count, and are left alone.
     """
     if keep is None:
         return
@@ -264,46 +241,41 @@ def clear(output_dir: Path, *, checkpoints: bool) -> None:
 def split_state(state: Any) -> tuple[dict[str, torch.Tensor], Any]:
     """Take the tensors out of a nested state, for safetensors, and leave what JSON can hold.
 
+    Keys keep their type: JSON alone makes strings of all, and an optimizer's are whole numbers.
+
     Examples:
         >>> split_state({"step": 3, "moments": {0: torch.zeros(2)}})
-        ({'moments.0': tensor([0., 0.])}, {'step': 3, 'moments': {'0': None}})
+        ({'0': tensor([0., 0.])}, {'pairs': [['step', 3], ['moments', {'pairs': [[0, \
+{'tensor': '0'}]]}]]})
     """
     tensors: dict[str, torch.Tensor] = {}
 
-    def walk(value: Any, path: tuple[str, ...]) -> Any:
+    def walk(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            tensors[".".join(path)] = value.detach().cpu().contiguous()
-            return None
+            name = str(len(tensors))
+            tensors[name] = value.detach().cpu().contiguous()
+            return {"tensor": name}
         if isinstance(value, Mapping):
-            return {str(key): walk(each, (*path, str(key))) for key, each in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [walk(each, (*path, str(place))) for place, each in enumerate(value)]
-        return value
+            return {"pairs": [[key, walk(each)] for key, each in value.items()]}
+        return [walk(each) for each in value] if isinstance(value, (list, tuple)) else value
 
-    return tensors, walk(state, ())
+    return tensors, walk(state)
 
 
 def join_state(tensors: Mapping[str, torch.Tensor], rest: Any) -> Any:
-    """Undo `split_state`, but for tuples, which are lists, and keys, which are whole numbers again.
+    """Undo `split_state`, but for tuples, which are lists.
 
     Examples:
         >>> join_state(*split_state({"moments": {0: torch.zeros(2)}}))
         {'moments': {0: tensor([0., 0.])}}
     """
-
-    def walk(value: Any, path: tuple[str, ...]) -> Any:
-        if (name := ".".join(path)) in tensors:
-            return tensors[name]
-        if isinstance(value, dict):
-            return {
-                int(key) if key.isdigit() else key: walk(each, (*path, key))
-                for key, each in value.items()
-            }
-        if isinstance(value, list):
-            return [walk(each, (*path, str(place))) for place, each in enumerate(value)]
-        return value
-
-    return walk(rest, ())
+    if isinstance(rest, list):
+        return [join_state(tensors, each) for each in rest]
+    if not isinstance(rest, dict):
+        return rest
+    if "tensor" in rest:
+        return tensors[rest["tensor"]]
+    return {key: join_state(tensors, each) for key, each in rest["pairs"]}
 
 
 def _step_of(checkpoint: Path) -> int:

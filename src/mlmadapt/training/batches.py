@@ -12,7 +12,7 @@ resume, the rows of finished steps are read and passed over, which is exact for 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -35,8 +35,8 @@ class BatchPlan:
 
     Attributes:
         rows: Rows of the training set, 0 for a stream.
-        batch_size: Rows a process and forward pass.
-        accumulation: Forward passes an optimizer step.
+        batch_size: Rows per process and forward pass.
+        accumulation: Forward passes per optimizer step.
         seed: Decides the order of each epoch.
         rank: This process.
         world: All processes.
@@ -62,7 +62,7 @@ class BatchPlan:
     def order(self, epoch: int) -> torch.Tensor:
         """Return the rows in the order in which `epoch` takes them, over all processes.
 
-        A tensor, which takes 8 bytes a row where a list takes 36.
+        A tensor takes 8 bytes per row where a list takes 36.
         """
         generator = torch.Generator().manual_seed(derive_key(self.seed, "order", epoch))
         return torch.randperm(self.rows, generator=generator)
@@ -127,7 +127,8 @@ def training_batches(
     Raises:
         ValueError: If a stream has no rows, or none that a resumed run has not had.
     """
-    collate = epoch_collator(data_collator, seed=plan.seed, epoch=epoch)
+    collator = purify(data_collator)
+    collate = partial(_collate, data_collator=collator, seed=plan.seed, epoch=epoch)
     if not plan.rows:
         yield from _stream_batches(dataset, plan, collate, epoch=epoch, start=start)
         return
@@ -174,17 +175,6 @@ def _stream_batches(
         step = following
 
 
-def epoch_collator(
-    data_collator: DataCollator, *, seed: int, epoch: int
-) -> Callable[[list[tuple[int, bool, Row]]], Batch]:
-    """Return a collate function for (index, counts, row) whose masks are those of an epoch."""
-    if isinstance(data_collator, WholeWordMaskingCollator):
-        own_seed = seed if data_collator.seed is None else data_collator.seed
-        key = derive_key(own_seed, "mask", epoch)
-        return partial(_collate_ours, collator=data_collator, key=key)
-    return partial(_collate_foreign, collator=purify(data_collator), seed=seed, epoch=epoch)
-
-
 def count_tokens(batch: Batch) -> int:
     """Count the tokens of rows that have a target, which a filler does not."""
     trained = (batch["labels"] != -100).any(1, keepdim=True)
@@ -205,23 +195,19 @@ class _IndexedRows(torch.utils.data.Dataset[Any]):
         return [(index, counts, row) for (index, counts), row in zip(picks, rows, strict=True)]
 
 
-def _collate_ours(
-    items: list[tuple[int, bool, Row]], *, collator: WholeWordMaskingCollator, key: int
+def _collate(
+    items: list[tuple[int, bool, Row]], *, data_collator: DataCollator, seed: int, epoch: int
 ) -> Batch:
-    arrays = collator.collate([row for _, _, row in items], key=key)
-    return _fill(items, {name: torch.from_numpy(array) for name, array in arrays.items()})
-
-
-def _collate_foreign(
-    items: list[tuple[int, bool, Row]], *, collator: DataCollator, seed: int, epoch: int
-) -> Batch:
-    indices = [index for index, _, _ in items]
-    key = derive_key(seed, "mask", epoch, *indices)
-    batch = collate_seeded(collator, [row for _, _, row in items], key=key)
-    return _fill(items, {name: torch.as_tensor(values) for name, values in batch.items()})
-
-
-def _fill(items: list[tuple[int, bool, Row]], batch: Batch) -> Batch:
+    """Collate (index, counts, row) with the masks of an epoch; a filler counts for nothing."""
+    rows: list[Any] = [row for _, _, row in items]
+    batch: Mapping[str, Any]
+    if isinstance(data_collator, WholeWordMaskingCollator):
+        own_seed = seed if data_collator.seed is None else data_collator.seed
+        batch = data_collator.collate(rows, key=derive_key(own_seed, "mask", epoch))
+    else:
+        key = derive_key(seed, "mask", epoch, *(index for index, _, _ in items))
+        batch = collate_seeded(data_collator, rows, key=key)
+    tensors = {name: torch.as_tensor(values) for name, values in batch.items()}
     if not items[0][1]:
-        batch["labels"] = torch.full_like(batch["labels"], -100)
-    return batch
+        tensors["labels"] = torch.full_like(tensors["labels"], -100)
+    return tensors

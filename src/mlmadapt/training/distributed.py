@@ -47,12 +47,14 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def check_launcher(accelerator: Accelerator) -> None:
-    """Notice a launcher that asked for several processes of which each believes to be alone.
+def join_group(accelerator: Accelerator) -> None:
+    """Check that all processes that were started know of each other, and leave them in the end.
 
     Raises:
-        RuntimeError: If the launcher started several, which would overwrite each other's files.
+        RuntimeError: If a launcher started several and each thinks that it is the only one: they
+            would overwrite each other's files.
     """
+    _leave_group_at_exit()
     if accelerator.num_processes > 1:
         return
     asked = int(os.environ.get("WORLD_SIZE", "1"))
@@ -70,7 +72,7 @@ def check_launcher(accelerator: Accelerator) -> None:
 
 
 @functools.cache
-def leave_group_at_exit() -> None:
+def _leave_group_at_exit() -> None:
     """Take the process out of its group when Python ends, which nobody else does.
 
     Threads of gloo that still run then abort the process: on a busy machine, 10 of 25 scripts whose

@@ -18,12 +18,7 @@ from mlmadapt.model.evaluation import FrozenCollator, as_log, evaluate_rows, is_
 from mlmadapt.model.fill_mask import fill_masks
 from mlmadapt.training import checkpoint
 from mlmadapt.training.config import TrainingConfig
-from mlmadapt.training.distributed import (
-    check_launcher,
-    leave_group_at_exit,
-    make_accelerator,
-    on_main_process,
-)
+from mlmadapt.training.distributed import join_group, make_accelerator, on_main_process
 from mlmadapt.training.hub import make_repository, push
 from mlmadapt.training.model_card import write_model_card
 from mlmadapt.training.output_dir import own_output_dir, save_model
@@ -114,8 +109,7 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
     """
     config = config or TrainingConfig()
     accelerator = accelerator or make_accelerator(config)
-    check_launcher(accelerator)
-    leave_group_at_exit()
+    join_group(accelerator)
     eval_sets = name_sets(eval_dataset)
     check_run(model, train_dataset, eval_sets, tokenizer=tokenizer, config=config)
     if config.push_to_hub:

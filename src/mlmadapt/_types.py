@@ -13,17 +13,19 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import pyarrow as pa
     import torch
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Models and tokenizers of transformers.
 Model: TypeAlias = "PreTrainedModel"
 Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 
-# A row by column, the rows of a batch, and a dataset whose rows can be counted and looked up.
+# A row by column, the rows of a batch, a dataset whose rows can be counted and looked up, and one
+# whose rows come one after another.
 Row: TypeAlias = Mapping[str, Any]
 Features: TypeAlias = Sequence[Row]
 Rows: TypeAlias = "Dataset | Sequence[Row]"
+Stream: TypeAlias = "IterableDataset"
 # What `map` hands to a function with ``batched=True``, and gets back: lists by column, or a table.
 Columns = TypeVar("Columns", Mapping[str, Any], "pa.Table")
 # What a model is called with, each of shape (batch, sequence).

@@ -1,9 +1,11 @@
 """Checkpoints that are whole or not there at all.
 
 A checkpoint is written under another name, listed in a manifest with the size and hash of each
-file, flushed to the disk and only then renamed; older ones are removed after that. A run killed at
-any moment leaves the previous checkpoint as it was. Nothing is pickled: tensors are safetensors,
-the rest is JSON, so that a checkpoint from elsewhere can at worst be refused.
+file, flushed to the disk and only then renamed; older ones are removed after that. A run that is
+killed at any moment leaves the previous checkpoint as it was. It holds weights, the optimizer's
+moments, the schedule and the counts of `RunState`; random state is not part of it, since nothing
+random is remembered. Nothing is pickled: tensors are safetensors, the rest is JSON, so that a
+checkpoint from elsewhere can at worst be refused.
 """
 
 import hashlib

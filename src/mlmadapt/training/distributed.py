@@ -1,7 +1,7 @@
 """What several processes need to stay in step.
 
 Collective calls wait for every process, so a process that fails alone leaves the others waiting
-until a time-out of half an hour. What one process checks, all hear of.
+until a time-out of half an hour. So what one process checks, all are told.
 """
 
 import atexit
@@ -131,7 +131,7 @@ def synchronize(
 def agree(
     accelerator: Accelerator, masked: int, tokens: int, stop_signal: int
 ) -> tuple[int, int, int]:
-    """Sum the counts over all processes; a signal that one has noted is noted by all."""
+    """Sum the counts over all processes, and tell all of a signal that one has noted."""
     if accelerator.num_processes == 1:
         return masked, tokens, stop_signal
     signals = [0] * accelerator.num_processes

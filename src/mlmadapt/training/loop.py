@@ -7,13 +7,12 @@ weights, moments and a few counts.
 
 import logging
 from collections.abc import Mapping  # noqa: TC003  # for those who ask for the types
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from mlmadapt._types import DataCollator, Model, Rows, Tokenizer
+from mlmadapt._types import DataCollator, Model, Rows, Stream, Tokenizer
 from mlmadapt.model.evaluation import FrozenCollator, as_log, evaluate_rows, is_frozen, name_sets
 from mlmadapt.model.fill_mask import fill_masks
 from mlmadapt.training import checkpoint
@@ -34,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 def accelerate_train(  # noqa: C901  # the whole story on one screen
     model: Model,
-    train_dataset: Any,
+    train_dataset: "Rows | Stream",
     eval_dataset: "Rows | Mapping[str, Rows] | None" = None,
     *,
     tokenizer: Tokenizer,
@@ -48,8 +47,8 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
 
     The same call runs under ``python``, ``torchrun`` and ``accelerate launch``. The masks of an
     epoch are a function of the seed, the epoch and the row, so batch size, workers and processes
-    change the speed and never what is learned from (with our collator; those of transformers draw a
-    batch at a time, which makes their masks depend on which rows share a batch).
+    change the speed and never what is learned from. (With our collator; those of transformers draw
+    per batch, so that their masks depend on which rows share a batch.)
 
     SIGTERM and Ctrl-C finish the step, write a checkpoint and leave; with
     ``resume_from_checkpoint=True`` the same call goes on and ends, bit for bit on one machine,
@@ -67,8 +66,8 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
         data_collator: `WholeWordMaskingCollator`, or another library's.
         config: Settings; `TrainingConfig()` by default.
         optimizer: In place of AdamW with the settings' learning rate and weight decay.
-        lr_scheduler: In place of the settings' schedule, of the `optimizer` that is passed;
-            stepped once an optimizer step.
+        lr_scheduler: In place of the settings' schedule. It must be one of the `optimizer` that is
+            passed, and takes a step with each optimizer step.
         accelerator: In place of one made from the settings.
 
     Returns:
@@ -83,8 +82,8 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
         OSError: If `output_dir` cannot be used, is in use, or a checkpoint cannot be written; if
             the hub refuses, before the first step or when all is saved.
         RuntimeError: If a launcher started several processes and each trains alone.
-        FloatingPointError: If the loss or the gradient is not finite, before the update it would
-            spoil.
+        FloatingPointError: If the loss or the gradient is not finite; raised before the update that
+            it would spoil.
 
     Source:
         Gururangan et al. 2020, arXiv:2004.10964 (adapting to a domain before the task).

@@ -1,4 +1,4 @@
-"""The output folder of a run: one run's alone, and with a whole model in it at the end."""
+"""The output directory: held by one run at a time, and with a whole model in it at the end."""
 
 import shutil
 import tempfile
@@ -54,7 +54,7 @@ def save_model(
     """Save model and tokenizer, whole or not at all; return their files' names.
 
     Raises:
-        OSError: If the model could not be saved, which `save_pretrained` alone does not always say.
+        OSError: If the model could not be saved; `save_pretrained` alone does not always say so.
     """
     state = None
     if is_sharded(model):  # gathering the shards takes every process

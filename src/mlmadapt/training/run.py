@@ -32,17 +32,17 @@ class RunState:
     Attributes:
         step: Optimizer steps taken.
         epoch: Whole passes over the training rows.
-        epoch_step: Steps taken of the pass after them.
+        epoch_step: Steps taken of the pass that is under way.
         tokens_seen: Tokens trained on, padding not counted, over all processes.
         masked_tokens_seen: Tokens predicted.
         seconds: Wall time before the last interruption.
-        grad_norm: Of the last step, before clipping.
+        grad_norm: Norm of the last step's gradient, before clipping.
         skips: Steps in a row that an fp16 scaler has skipped.
         loss_sum: Loss of this process since the last entry of the history, in nats.
         loss_tokens: Masked tokens of all processes since then.
         history: What was logged.
         evaluations: Step and metrics of each evaluation of the first set.
-        filled: By sentence, how the probes were filled before the first step.
+        filled: How the model filled in each sentence of `config.fill_mask` before the first step.
     """
 
     step: int = 0
@@ -60,7 +60,7 @@ class RunState:
     filled: dict[str, str] = field(default_factory=dict)
 
     def best(self, *, since: int = 0) -> tuple[int, MaskedLMMetrics] | None:
-        """Return step and metrics of the evaluation with the lowest loss, the first of equals."""
+        """Return step and metrics of the evaluation with the lowest loss; of equals, the first."""
         evaluations = [each for each in self.evaluations if each[0] >= since]
         return min(evaluations, key=lambda each: each[1].loss, default=None)
 
@@ -114,7 +114,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Wall time, that before an interruption included."""
+        """Wall time in seconds, including the time before an interruption."""
         return self.state.seconds + time.perf_counter() - self.started
 
     @property

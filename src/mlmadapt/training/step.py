@@ -1,7 +1,7 @@
 """One optimizer step, whose loss is the sum over its masked tokens divided by their number.
 
 The sum runs over all accumulated batches and all processes. ``outputs.loss`` is a mean per batch,
-which weighs a token the more the fewer its batch has, and is never used.
+in which a token weighs more the fewer its batch has; it is never used.
 """
 
 import logging

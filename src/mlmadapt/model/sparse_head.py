@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from threading import get_ident
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -86,14 +86,13 @@ class _Masked(NamedTuple):
 
     @classmethod
     def of(cls, positions: torch.Tensor, num_items: torch.Tensor | int | None = None) -> "_Masked":
-        # The only wait for the device; indexing with booleans twice would wait twice. What rounds
-        # up stands at the end, where a view of the logits leaves it out. See also `round_up`.
+        # The only wait for the device; indexing with booleans twice would wait twice.
         indices = positions.flatten().nonzero().squeeze(1)
         spare = -len(indices) % POSITION_MULTIPLE
         return cls(positions.shape, nn.functional.pad(indices, (0, spare)), len(indices), num_items)
 
 
-class SparsePrediction:
+class SparsePrediction(AbstractContextManager["SparsePrediction"]):
     """The hooks that gather masked positions, and the handle that `sparse_prediction` returns.
 
     The hooks stay out of `torch.compile`, since only the batch tells how many positions are masked:
@@ -126,9 +125,6 @@ class SparsePrediction:
         """
         for hook in self._hooks:
             hook.remove()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.remove()
@@ -272,12 +268,11 @@ def masked_logits(outputs: Any, positions: torch.Tensor) -> torch.Tensor:
 
 
 def round_up(positions: torch.Tensor) -> torch.Tensor:
-    """Add positions without a target, which count for nothing, up to a multiple of 32.
-
-    The handle of a model rounds up too, but takes the added logits off again by a view at the end.
-    Gradients that come back through that view are a copy of all logits' gradients. The loop, which
-    computes its loss outside of the model, saves that copy by positions that need no rounding.
-    """
+    """Add positions without a target, which count for nothing, up to a `POSITION_MULTIPLE`."""
+    # `_Masked.of` rounds up too, but at the end, so that a view of the logits leaves out what it
+    # added and users get the masked positions only. The loop computes its loss outside of the
+    # model, where the backward pass of that view would copy all logits' gradients, so it asks for
+    # positions that need no rounding. One order for both would change the order of sums.
     filled = positions.flatten().clone()
     others = (~filled).nonzero().squeeze(1)
     filled[others[: -int(filled.sum()) % POSITION_MULTIPLE]] = True

@@ -43,16 +43,15 @@ def push(config: TrainingConfig, files: Sequence[str]) -> None:
     Raises:
         OSError: If the upload fails.
     """
-    folder = config.output_dir
     try:
         HfApi().upload_folder(
             repo_id=make_repository(config),
-            folder_path=folder,
+            folder_path=config.output_dir,
             allow_patterns=[pattern for name in files for pattern in (name, f"{name}/*")],
             commit_message="Adapt the model with mlmadapt",
         )
     except Exception as error:  # as above: whatever it is, the model is saved
         raise OSError(
-            f"the model is saved in {folder!r}, but was not pushed to the hub ({error}); "
-            "call again with resume_from_checkpoint=True, or push it with 'hf upload'"
+            f"the model is saved in {config.output_dir!r}, but was not pushed to the hub "
+            f"({error}); call again with resume_from_checkpoint=True, or push it with 'hf upload'"
         ) from error

@@ -310,6 +310,12 @@ def test_special_tokens_written_in_a_text_are_no_words(wordpiece: PreTrainedToke
         assert_whole_words_masked(batch, features, tokenizer=wordpiece)
 
 
+def test_no_rows_prove_nothing() -> None:
+    """A batch of no rows has no mask that could be wrong."""
+    with pytest.raises(AssertionError, match="nothing is masked"):
+        assert_whole_words_masked({"input_ids": [], "labels": []}, [])
+
+
 def test_positions_are_those_of_the_batch() -> None:
     """With padding on the left, a position counts it."""
     broken = BrokenBatch()

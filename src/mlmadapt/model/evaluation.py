@@ -89,7 +89,7 @@ class MaskedLMMetrics:
                 "into it with insert_random_mask"
             )
         mean = loss / masked_tokens
-        perplexity = math.inf if mean > 709 else math.exp(mean)  # as a float would overflow
+        perplexity = math.inf if mean > 709 else math.exp(mean)  # a float would overflow
         return cls(
             mean, perplexity, correct / masked_tokens, top5_correct / masked_tokens, masked_tokens
         )
@@ -242,11 +242,11 @@ def evaluate_rows(
     with evaluation_mode(model):
         while True:
             part = next(parts, None)
-            is_left = torch.tensor([part is not None], device=device)
+            is_left = part is not None
             # All processes make equally many forward passes, in which they may have to meet.
-            if accelerator is not None:
-                is_left = accelerator.gather(is_left)
-            if not is_left.any():
+            if accelerator is not None and world > 1:
+                is_left = bool(accelerator.gather(torch.tensor([is_left], device=device)).any())
+            if not is_left:
                 break
             inputs = {name: values.to(device) for name, values in (part or filler).items()}
             labels = inputs.pop("labels")

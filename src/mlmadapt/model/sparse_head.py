@@ -258,12 +258,14 @@ def masked_logits(outputs: Any, positions: torch.Tensor) -> torch.Tensor:
     Args:
         outputs: A model's output, with logits of all positions or, by `predict_at`, of these only.
             A tuple has no loss in it.
-        positions: Booleans of shape ``(batch, sequence)``.
+        positions: Booleans of shape ``(batch, sequence)``; on the CPU, they need no wait for the
+            device.
     """
     logits: torch.Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
     picked = logits.flatten(0, -2)
     if logits.shape[:-1] == positions.shape:
-        picked = picked.index_select(0, positions.flatten().nonzero().squeeze(1))
+        indices = positions.flatten().nonzero().squeeze(1).to(logits.device)
+        picked = picked.index_select(0, indices)
     return picked.float()
 
 

@@ -45,7 +45,7 @@ class Signals:
             self.leave()
 
     def leave(self, noted: int = 0) -> None:
-        """Exit as `noted`, the signal of another process, or else this one's own would have it."""
+        """Exit as a signal demands: `noted`, which another process has noted, or else our own."""
         self.noted = noted or self.noted
         if self.noted == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)

@@ -1,7 +1,7 @@
 """Fixtures for the tests of every project that has mlmadapt installed.
 
-pytest loads this file at its start, whether or not a test asks for a fixture. So nothing is
-imported here that is not there already: a fixture loads what it needs when it is asked for.
+pytest loads this file at its start, whether or not a test asks for a fixture. So this file imports
+nothing that is not loaded already; a fixture loads what it needs when a test asks for it.
 """
 # ruff: noqa: PLC0415
 
@@ -29,7 +29,7 @@ def mlmadapt_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFas
         The tokenizer, as `mlmadapt.testing.tiny_tokenizer` makes it.
 
     Raises:
-        ValueError: If the parameter is no kind of tokenizer.
+        ValueError: If the parameter is not a kind of tokenizer.
     """
     from mlmadapt.testing import tiny_tokenizer
 
@@ -53,7 +53,7 @@ def mlmadapt_model(
         The model, as `mlmadapt.testing.tiny_model` makes it.
 
     Raises:
-        ValueError: If the parameter is no architecture with a masked-language-model head.
+        ValueError: If the parameter is not an architecture with a masked-language-model head.
     """
     from mlmadapt.testing import tiny_model
 

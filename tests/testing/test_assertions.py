@@ -268,14 +268,15 @@ def lose_labels(broken: BrokenBatch) -> None:
 
 MISTAKES: dict[Callable[[BrokenBatch], None], str] = {
     forget_a_piece: r"row 0: the word 'unfilmable' \(positions 2 to 5\) is masked in part: "
-    r"position 3, token \d+ \('##film'\), is no target",
+    r"position 3, token \d+ \('##film'\), is not a target",
     show_a_piece: r"row 0: the word 'unfilmable' \(positions 2 to 5\) is hidden in part: "
     r"position 3 of the input is token \d+ \('##film'\), not the mask token",
-    mask_special: r"row 0: position 7, token 3 \('\[SEP\]'\), is of no word, but a target",
+    mask_special: r"row 0: position 7, token 3 \('\[SEP\]'\), belongs to no word, but is a target",
     mask_padding: r"row 1, position 5: padding has the label token 0 \('\[PAD\]'\)",
     label_wrongly: r"row 1, position 1: token \d+ \('the'\) has the label token 6 \(",
-    shift_labels: r"row 0, position 2: token \d+ \('un'\) is no target, but now token 4 \('\[MASK",
-    hide_without_label: r"row 1, position 2: token \d+ \('film'\) is no target, but now token 4",
+    shift_labels: r"row 0, position 2: token \d+ \('un'\) is not a target, but now token 4 "
+    r"\('\[MASK",
+    hide_without_label: r"row 1, position 2: token \d+ \('film'\) is not a target, but now token 4",
     mask_nothing: "no token of the batch is a target: nothing is masked",
     swap_rows: r"row 0 has 8 tokens|row 0, position \d: token",
     lose_a_row: "the batch has 1 rows of 'input_ids' for 2 features",
@@ -303,8 +304,16 @@ def test_special_tokens_written_in_a_text_are_no_words(wordpiece: PreTrainedToke
     batch = {"input_ids": [list(encoded["input_ids"])], "labels": [[-100, -100, 3, -100, -100]]}
     batch["input_ids"][0][2] = wordpiece.mask_token_id
     assert_whole_words_masked(batch, features)
-    with pytest.raises(AssertionError, match=r"row 0: position 2, token 3 \('\[SEP\]'\), is of no"):
+    with pytest.raises(
+        AssertionError, match=r"row 0: position 2, token 3 \('\[SEP\]'\), belongs to no"
+    ):
         assert_whole_words_masked(batch, features, tokenizer=wordpiece)
+
+
+def test_no_rows_prove_nothing() -> None:
+    """A batch of no rows has no mask that could be wrong."""
+    with pytest.raises(AssertionError, match="nothing is masked"):
+        assert_whole_words_masked({"input_ids": [], "labels": []}, [])
 
 
 def test_positions_are_those_of_the_batch() -> None:
@@ -313,7 +322,7 @@ def test_positions_are_those_of_the_batch() -> None:
     for name, rows in broken.batch.items():
         broken.batch[name] = [rows[0], rows[1][4:] + rows[1][:4]]
     broken.hide(1, 4)
-    with pytest.raises(AssertionError, match=r"row 1: position 4, token 2, is of no word"):
+    with pytest.raises(AssertionError, match=r"row 1: position 4, token 2, belongs to no word"):
         assert_whole_words_masked(broken.batch, broken.features)
 
 
@@ -570,7 +579,7 @@ def test_mistakes_of_chunkers_are_named() -> None:
         {name: rows[::-1] for name, rows in right.items()},
     )
     found(
-        r"chunk 3, position 0, .* on: 1 tokens of no example",
+        r"chunk 3, position 0, .* on: 1 tokens that no example has",
         {name: [*rows, rows[2]] for name, rows in right.items()},
     )
     types = [[0] * 4, [0, 0, 1, 0], [0]]

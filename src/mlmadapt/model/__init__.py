@@ -1,1 +1,1 @@
-"""What is done to a model, in any loop: its head, its loss, its metrics."""
+"""What any training loop needs of a model: its head, its loss and its metrics."""

@@ -1,7 +1,7 @@
-"""What can be known to fail is found before the first step, not hours after it.
+"""Checks that find before the first step what would otherwise fail hours after it.
 
-A token id past the embedding is an `IndexError` without a name on the CPU and a device assert on a
-GPU; an output folder that cannot be written costs the whole run.
+A token id past the embedding gives an `IndexError` that does not name it on the CPU, and a device
+assert on a GPU.
 """
 
 from collections.abc import Mapping
@@ -23,17 +23,17 @@ def check_rows(
     """Check that `model` can read every row of `dataset`.
 
     Raises:
-        ValueError: If there are no rows, the tokenizer or a row has ids past the model's embedding,
-            or a row is longer than the model's positions.
+        ValueError: If there are no rows, if the tokenizer or a row has ids past the model's
+            embedding, or if a row has more tokens than the model has positions.
         TypeError: If `dataset` is a dict of datasets, or has no length.
     """
     if isinstance(dataset, Mapping) or not hasattr(dataset, "__len__"):
         raise TypeError(
-            f"{name} is a {type(dataset).__name__}; it must be one dataset (of a dict, one of its "
-            "values), or a list, of rows that can be counted"
+            f"{name} is a {type(dataset).__name__}; it must be one dataset, or a list, whose rows "
+            "can be counted; of a dict of datasets, pass one value"
         )
     if not len(dataset):
-        raise ValueError(f"{name} has no rows; group_texts drops what is shorter than chunk_size")
+        raise ValueError(f"{name} has no rows; group_texts drops rows shorter than chunk_size")
     embedding: Any = model.get_input_embeddings()
     embeddings = len(embedding.weight)
     if len(tokenizer) > embeddings:
@@ -56,10 +56,11 @@ def check_rows(
 
 
 def position_capacity(model: Model) -> int | None:
-    """Return how many tokens the model has positions for; None where positions are not a table.
+    """Return how many tokens the model has positions for, or None if it has no table of positions.
 
-    Not all of the table is used: RoBERTa and its kin count positions from the padding id, so of
-    514 two never are; Nystromformer and YOSO list those they use in a buffer.
+    Some models do not use the whole table. RoBERTa and its relatives count positions from the
+    padding id, so that they never use 2 of 514; Nystromformer and YOSO list those that they use in
+    a buffer.
 
     Examples:
         >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
@@ -71,8 +72,7 @@ def position_capacity(model: Model) -> int | None:
         parent, _, name = path.rpartition(".")
         if name in ("position_embeddings", "embed_positions") and hasattr(module, "weight"):
             padding_idx = getattr(module, "padding_idx", None)
-            offset = 0 if padding_idx is None else padding_idx + 1
-            capacity = len(module.weight) - offset
+            capacity = len(module.weight) - (0 if padding_idx is None else padding_idx + 1)
             listed = getattr(model.get_submodule(parent), "position_ids", None)
             return capacity if listed is None else min(capacity, listed.shape[-1])
     return None

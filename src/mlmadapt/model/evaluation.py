@@ -1,13 +1,13 @@
 """Exact metrics of a masked language model on frozen rows.
 
-Perplexity is the exponential of the mean negative log-likelihood over **masked tokens**. Means of
-batch means, as `Trainer` and the recipe take them, weigh tokens by how many share their batch: on
-the same 403 short documents `Trainer` gives 224 to 232 by batch size where 251.7 is exact. Here
-sums are carried over all batches and processes and divided once.
+Perplexity is the exponential of the mean negative log-likelihood over **masked tokens**. `Trainer`
+and the recipe take a mean of batch means, which weighs a token by the number of tokens that share
+its batch: on the same 403 short documents `Trainer` gives 224 to 232, depending on the batch size,
+where 251.7 is exact. Here sums are carried over all batches and processes and divided once.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,10 +31,8 @@ from mlmadapt.model.sparse_head import (
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Collate = Callable[[list[Row]], Batch]
-
 MAX_LOGITS = 2**27
-"""Logits computed at once: half a gigabyte in 32 bits."""
+"""The number of logits computed at once: half a gigabyte in 32 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +40,11 @@ class MaskedLMMetrics:
     """What a model gets right on the masked tokens of a set.
 
     Attributes:
-        loss: Mean negative log-likelihood, in nats a masked token.
+        loss: Mean negative log-likelihood, in nats per masked token.
         perplexity: The exponential of `loss`.
         accuracy: Share of masked tokens that are the model's first guess, in [0, 1].
         top5_accuracy: Share of masked tokens among its first five guesses, in [0, 1].
-        masked_tokens: How many tokens that is over, 1 or more.
+        masked_tokens: The number of masked tokens, 1 or more.
 
     Examples:
         >>> metrics = MaskedLMMetrics.from_sums(
@@ -70,15 +68,15 @@ class MaskedLMMetrics:
 
         Args:
             loss: Sum of the negative log-likelihoods, in nats.
-            correct: How many first guesses are right.
-            top5_correct: How many tokens are among the first five guesses.
-            masked_tokens: How many tokens the sums are over.
+            correct: The number of first guesses that are right.
+            top5_correct: The number of tokens that are among the first five guesses.
+            masked_tokens: The number of tokens that the sums are over.
 
         Returns:
             The metrics.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If there are no masked tokens.
 
         Examples:
             >>> sums = {"loss": 3.0, "correct": 1, "top5_correct": 2, "masked_tokens": 2}
@@ -91,7 +89,7 @@ class MaskedLMMetrics:
                 "into it with insert_random_mask"
             )
         mean = loss / masked_tokens
-        perplexity = math.inf if mean > 709 else math.exp(mean)  # what a float can hold
+        perplexity = math.inf if mean > 709 else math.exp(mean)  # a float would overflow
         return cls(
             mean, perplexity, correct / masked_tokens, top5_correct / masked_tokens, masked_tokens
         )
@@ -108,24 +106,24 @@ def evaluate_mlm(
     """Evaluate a model on rows with frozen masks, exactly.
 
     The batch size changes the speed and never the figures (beyond the last bits of 32-bit logits:
-    1e-6 of the loss). Of equal logits, the lower token id counts as the earlier guess. Only logits
-    of masked positions are computed, and of a large batch only so many rows' at a time as come to
-    about half a gigabyte.
+    1e-6 of the loss). Among equal logits, the lower token id counts as the earlier guess. Logits
+    are computed for masked positions only, and a large batch is split so that they take about half
+    a gigabyte at a time.
 
     Args:
         model: A masked language model; its mode and device are left as they are.
         dataset: Rows from `insert_random_mask`, with its prefix or without, of any lengths; each
-            column of shape ``(sequence,)``.
+            column has shape ``(sequence,)``.
         tokenizer: Pads the rows.
-        batch_size: Rows a process and forward pass.
-        accelerator: Shares the rows out over its processes and sums over them.
+        batch_size: Rows per process and forward pass.
+        accelerator: Shares the rows out among its processes and sums over them.
 
     Returns:
-        The figures over all masked tokens of all processes, the same on each.
+        The metrics over all masked tokens of all processes, the same on each process.
 
     Raises:
-        ValueError: If there are no rows, they are not frozen, nothing in them is masked, they do
-            not fit the model, or `batch_size` is below 1.
+        ValueError: If there are no rows, if they are not frozen, have no masked token or do not fit
+            the model, or if `batch_size` is below 1.
         TypeError: If `dataset` is a dict of datasets, or has no length.
 
     Examples:
@@ -160,7 +158,7 @@ def evaluate_mlm(
 def is_frozen(dataset: Rows) -> bool:
     """Tell whether rows have masks frozen into them.
 
-    Rows of `group_texts` have labels too, but a copy of their tokens.
+    Rows of `group_texts` have labels too, but these are a copy of their tokens.
 
     Examples:
         >>> is_frozen([{"input_ids": [4, 8], "labels": [7, -100]}])
@@ -168,7 +166,7 @@ def is_frozen(dataset: Rows) -> bool:
         >>> is_frozen([{"input_ids": [7, 8], "labels": [7, 8]}])
         False
     """
-    # Several, since all tokens of a very short row may be masked, and each kept as it is.
+    # Several rows, since a very short one may have all its tokens masked and left as they are.
     rows = (dataset[row] for row in range(min(8, len(dataset))))
     return any("masked_labels" in row or _is_masked(row) for row in rows)
 
@@ -179,25 +177,22 @@ def _is_masked(row: Row) -> bool:
 
 
 def name_sets(eval_dataset: Any) -> dict[str, Any]:
-    """Name the sets of a run as `Trainer` does.
+    """Name the evaluation sets of a run as `Trainer` does.
 
     Examples:
         >>> list(name_sets({"domain": [], "general": []})), list(name_sets([]))
         (['eval_domain', 'eval_general'], ['eval'])
     """
-    if eval_dataset is None:
-        return {}
     if isinstance(eval_dataset, Mapping):
         return {f"eval_{name}": rows for name, rows in eval_dataset.items()}
-    return {"eval": eval_dataset}
+    return {} if eval_dataset is None else {"eval": eval_dataset}
 
 
 @dataclass(frozen=True)
 class FrozenCollator:
-    """Pad frozen rows into a batch of tensors; their ``masked_`` prefix and ``word_ids`` go.
+    """Pad frozen rows into a batch of tensors, without their ``masked_`` prefix and ``word_ids``.
 
-    Rows that are not frozen yet are frozen with `data_collator` and `seed`, to the same masks at
-    every call.
+    With a `data_collator`, rows are frozen on the way, to the same masks at every call.
     """
 
     tokenizer: Tokenizer
@@ -223,7 +218,7 @@ def evaluate_rows(
     model: Model,
     dataset: Rows,
     *,
-    collate: Collate,
+    collate: "FrozenCollator",
     batch_size: int,
     sparse: SparsePrediction | None,
     accelerator: "Accelerator | None" = None,
@@ -231,33 +226,34 @@ def evaluate_rows(
     """Sum over the batches that `collate` makes of a dataset, and over the processes."""
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = model.device
-    limit = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
+    batches = torch.split(torch.arange(len(dataset)), batch_size)[rank::world]
     loader = DataLoader(
         dataset,  # type: ignore[arg-type]
-        batch_sampler=list(_shares(len(dataset), batch_size, rank, world)),
+        batch_sampler=[rows.tolist() for rows in batches],
         collate_fn=collate,
-        # Of its own, or each iterator would move torch's global one.
+        # Without one of its own, each iterator would move torch's global generator.
         generator=torch.Generator(),
     )
-    # In 64 bits, so that the order of the batches does not show.
+    parts = _split(loader, model, is_sparse=sparse is not None)
+    filler = collate([dataset[0]])
+    filler["labels"].fill_(-100)
+    # In 64 bits, so that the order of the batches makes no difference.
     sums = torch.zeros(4, dtype=torch.float64)
     with evaluation_mode(model):
-        for place, batch in enumerate(loader):
-            if (place * world + rank) * batch_size >= len(dataset):
-                batch["labels"][:] = -100  # another process's row, to keep in step
-            parts = _split(batch, limit, is_sparse=sparse is not None)
+        while True:
+            part = next(parts, None)
+            is_left = part is not None
+            # All processes make equally many forward passes, in which they may have to meet.
             if accelerator is not None and world > 1:
-                most = int(accelerator.gather(torch.tensor([len(parts)], device=device)).max())
-                filler = {name: values[:1] for name, values in batch.items()}
-                filler["labels"] = torch.full_like(filler["labels"], -100)
-                parts += [filler] * (most - len(parts))
-            for part in parts:
-                inputs = {name: values.to(device) for name, values in part.items()}
-                labels = inputs.pop("labels")
-                positions = labels != -100
-                with predict_at(sparse, positions):
-                    logits = masked_logits(model(**inputs), positions)
-                sums += _sum_metrics(logits, labels[positions])
+                is_left = bool(accelerator.gather(torch.tensor([is_left], device=device)).any())
+            if not is_left:
+                break
+            inputs = {name: values.to(device) for name, values in (part or filler).items()}
+            labels = inputs.pop("labels")
+            positions = labels != -100
+            with predict_at(sparse, positions):
+                logits = masked_logits(model(**inputs), positions)
+            sums += _sum_metrics(logits, labels[positions])
     if accelerator is not None and world > 1:
         sums = accelerator.reduce(sums.to(device), "sum").cpu()
     loss, correct, top5_correct, count = sums.tolist()
@@ -266,27 +262,22 @@ def evaluate_rows(
     )
 
 
-def _shares(rows: int, batch_size: int, rank: int, world: int) -> Iterator[list[int]]:
-    """Yield this process's batches; all get equally many, since forward passes may meet."""
-    for start in range(0, rows, batch_size * world):
-        share = range(start + rank * batch_size, min(start + (rank + 1) * batch_size, rows))
-        yield list(share) or [0]
-
-
-def _split(batch: Batch, limit: int, *, is_sparse: bool) -> list[Batch]:
-    """Split a batch by rows, so that at most `limit` positions and a row get logits at once."""
-    labels = batch["labels"].numpy()
-    predicted = (labels != -100) if is_sparse else np.ones_like(labels)
-    _, sizes = np.unique(predicted.sum(1).cumsum() // limit, return_counts=True)
-    columns = [torch.split(values, sizes.tolist()) for values in batch.values()]
-    return [dict(zip(batch, values, strict=True)) for values in zip(*columns, strict=True)]
+def _split(batches: Iterable[Batch], model: Model, *, is_sparse: bool) -> Iterator[Batch]:
+    """Split batches by rows, so that about `MAX_LOGITS` logits are computed at once."""
+    limit = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
+    for batch in batches:
+        labels = batch["labels"].numpy()
+        predicted = (labels != -100) if is_sparse else np.ones_like(labels)
+        _, sizes = np.unique(predicted.sum(1).cumsum() // limit, return_counts=True)
+        columns = [torch.split(values, sizes.tolist()) for values in batch.values()]
+        yield from (dict(zip(batch, values, strict=True)) for values in zip(*columns, strict=True))
 
 
 def _sum_metrics(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     true = logits.gather(1, labels[:, None])
     losses = logits.logsumexp(1) - true[:, 0]
-    # As argmax and a stable sort have it: of equal logits the lower id comes first. Not "greater",
-    # since nothing is greater than NaN.
+    # Among equal logits the lower id comes first, as in argmax and a stable sort. The comparison is
+    # not "greater", since nothing is greater than NaN.
     is_lower_id = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
     guessed_before = (~(logits <= true) | ((logits == true) & is_lower_id)).sum(1)
     correct, top5_correct = (guessed_before < 1).sum(), (guessed_before < 5).sum()
@@ -296,7 +287,7 @@ def _sum_metrics(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def as_log(metrics: MaskedLMMetrics, name: str) -> Mapping[str, float]:
-    """Name the metrics as `Trainer` names them in its logs: ``eval_loss``, ``eval_perplexity``, ...
+    """Name metrics as `Trainer` names them in its logs: ``eval_loss``, ``eval_perplexity``, ...
 
     Examples:
         >>> as_log(MaskedLMMetrics(0.0, 1.0, 1.0, 1.0, 9), "eval")["eval_perplexity"]

@@ -1,4 +1,4 @@
-"""Sentences with a mask, and the words that a model fills in: what a perplexity means in words."""
+"""Sentences with a mask, and the words that a model fills in: a perplexity made visible."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ from mlmadapt.model.sparse_head import SparsePrediction, evaluation_mode, masked
 
 
 def read_sentences(sentences: Sequence[str], tokenizer: Tokenizer) -> list[Row]:
-    """Return the model's inputs of each sentence, arrays of shape ``(sequence,)``.
+    """Return the model's inputs for each sentence, as arrays of shape ``(sequence,)``.
 
-    A mask is ``[MASK]`` or what the tokenizer calls it, so that one list does for all models.
+    A mask is ``[MASK]``, or the tokenizer's own name for it, so that one list works for all models.
 
     Raises:
-        TypeError: If the sentences are one string.
-        ValueError: If a sentence has not one mask.
+        TypeError: If `sentences` is one string.
+        ValueError: If a sentence has no mask, or several.
 
     Examples:
         >>> from mlmadapt.testing import tiny_tokenizer
@@ -48,9 +48,9 @@ def fill_masks(
     tokenizer: Tokenizer,
     sparse: SparsePrediction | None = None,
 ) -> dict[str, str]:
-    """Return by sentence the five likeliest tokens for its mask, and their probabilities.
+    """Return for each sentence the five likeliest tokens for its mask, with their probabilities.
 
-    No random state is moved, and the model is left in its mode.
+    No random state is moved, and the model keeps its mode.
 
     Examples:
         >>> from mlmadapt.testing import tiny_model, tiny_tokenizer

@@ -1,8 +1,9 @@
 """Cross entropy in the memory of its logits.
 
-Torch's makes three more arrays of their size, one after the other: at 64 x 128 tokens 150 MB each,
-which the allocator takes from the system anew in every step. Here the gradient takes the place of
-the logits, a few rows at a time: three quarters of the time of head and loss on a CPU.
+Torch's cross entropy makes three more arrays of that size, one after the other. At 64 x 128 tokens
+each has 150 MB, which the allocator takes from the system anew in every step. Here the gradient
+takes the place of the logits, a few rows at a time. On a CPU, head and loss then need three
+quarters of the time.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from mlmadapt.model.sparse_head import count_items, logits_of
+from mlmadapt.model.sparse_head import count_items, masked_logits
 
 
 def masked_lm_loss(
@@ -29,14 +30,14 @@ def masked_lm_loss(
         outputs: The model's output, with logits of shape ``(batch, sequence, vocabulary)``, or of
             the masked positions only, as `sparse_prediction` leaves them.
         labels: Token ids of shape ``(batch, sequence)``, -100 where nothing is to be predicted.
-        num_items_in_batch: Masked tokens of the window over all processes, as `Trainer` counts
-            them; None takes those of `labels`.
+        num_items_in_batch: The number of masked tokens in the window over all processes, as
+            `Trainer` counts them; None takes their number in `labels`.
 
     Returns:
-        The loss, a scalar in nats a token; 0 where nothing is masked.
+        The loss, a scalar in nats per token; 0 where nothing is masked.
 
     Raises:
-        ValueError: By torch, if the logits are of other positions than the labels.
+        ValueError: By torch, if there are logits for other positions than there are labels.
         IndexError: By torch, if a label is past the vocabulary.
 
     Source:
@@ -48,13 +49,9 @@ def masked_lm_loss(
         >>> masked_lm_loss(outputs, torch.tensor([[-100, 2, -100]]), num_items_in_batch=2)
         tensor(0.6931)
     """
-    logits = logits_of(outputs)
-    masked = (labels != -100).flatten().nonzero().squeeze(1)
-    rows = logits.flatten(0, -2)
-    if logits.shape[:-1] == labels.shape:
-        rows = rows.index_select(0, masked)
-    targets = labels.flatten()[masked]
-    summed = nn.functional.cross_entropy(rows.float(), targets, reduction="sum")
+    positions = labels != -100
+    logits, targets = masked_logits(outputs, positions), labels[positions]
+    summed = nn.functional.cross_entropy(logits, targets, reduction="sum")
     count = len(targets) if num_items_in_batch is None else num_items_in_batch
     return summed / count_items(count, summed.device)
 
@@ -66,12 +63,12 @@ _LOGITS_AT_ONCE = 2**22
 def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Sum the negative log-likelihoods in nats; the backward pass **overwrites the logits**.
 
-    Autograd refuses where what computed the logits needs them again (a last ``exp`` would, a linear
-    layer does not).
+    Autograd raises an error if the layer that computed the logits needs them again: an ``exp``
+    does, a linear layer does not.
 
     Args:
         logits: Of shape ``(tokens, vocabulary)``, in 32 bits or more.
-        labels: Of shape ``(tokens,)``; -100 counts for nothing.
+        labels: Of shape ``(tokens,)``; a position with -100 does not count.
 
     Examples:
         >>> summed_cross_entropy(torch.zeros(3, 4), torch.tensor([1, -100, 2]))

@@ -1,15 +1,15 @@
 """The prediction head and its loss, on masked positions only.
 
 A masked language model's vocabulary head is its largest matrix product, and 80 to 85 % of its rows
-are thrown away: only masked positions have a label. Gathering those positions before the head gives
-the same loss and the same gradients for less than a fifth of the head's time and memory.
+are thrown away, since only masked positions have a label. Gathering those positions before the head
+gives the same loss and the same gradients for less than a fifth of the head's time and memory.
 """
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from threading import get_ident
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 POSITION_MULTIPLE = 32
 """Positions are predicted in multiples of this.
 
-As many as are masked are another number in each step, and blocks of memory of as many sizes,
-between which glibc's heap keeps more and more: after 300 steps of 64 x 128 tokens, 4.4 M parameters
-held 2.4 GB and rising, in place of a steady 0.9.
+The number of masked tokens differs from step to step. Without rounding, so do the sizes of the
+blocks of memory, and glibc's heap keeps more and more between them: after 300 steps of 64 x 128
+tokens, a model of 4.4 M parameters held 2.4 GB and rising, in place of a steady 0.9.
 """
 
 
@@ -48,9 +48,10 @@ def sparse_prediction(model: Model) -> "SparsePrediction":
         A handle with `remove`, which is a context manager too.
 
     Raises:
-        ValueError: If the model is no encoder with a head on top: encoder-decoders, causal models
-            (whose labels are shifted), and models whose encoder cannot be told from their head. In
-            a forward pass, if the encoder's output has not a position for each of the labels'.
+        ValueError: If the model is not an encoder with a prediction head: an encoder-decoder, a
+            causal model (whose labels are shifted), or a model whose encoder cannot be told from
+            its head. In a forward pass, if the encoder returns another number of positions than
+            there are labels.
 
     Source:
         Liu et al. 2019 (fairseq's masked_lm criterion); transformers#47688.
@@ -72,10 +73,10 @@ class _Masked(NamedTuple):
 
     Attributes:
         shape: ``(batch, sequence)``.
-        indices: Into batch times sequence, of shape ``(masked,)``, and the first position again
-            and again up to a multiple of `POSITION_MULTIPLE`.
-        number: How many are masked.
-        num_items: Masked tokens that the loss is to be divided by; None leaves it a mean.
+        indices: Indices of the masked positions into batch times sequence, followed by zeros up to
+            a multiple of `POSITION_MULTIPLE`.
+        number: How many positions are masked.
+        num_items: The number of masked tokens to divide the loss by; None leaves it a mean.
     """
 
     shape: torch.Size
@@ -91,16 +92,16 @@ class _Masked(NamedTuple):
         return cls(positions.shape, nn.functional.pad(indices, (0, spare)), len(indices), num_items)
 
 
-class SparsePrediction:
+class SparsePrediction(AbstractContextManager["SparsePrediction"]):
     """The hooks that gather masked positions, and the handle that `sparse_prediction` returns.
 
-    They stay out of `torch.compile`, since how many positions are masked is not known before the
-    batch is: encoder and head become a graph each, and only the head's takes varying shapes.
+    The hooks stay out of `torch.compile`, since only the batch tells how many positions are masked:
+    encoder and head become a graph each, and only the head's graph takes varying shapes.
     """
 
     def __init__(self, model: Model) -> None:
         _check_architecture(model)
-        # By thread, since `DataParallel` calls replicas with the same hooks at the same time.
+        # Per thread, since `DataParallel` calls replicas with the same hooks at the same time.
         self._masked: dict[int, _Masked] = {}
         self._asked: _Masked | None = None
         self._hooks = [
@@ -124,23 +125,20 @@ class SparsePrediction:
         """
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.remove()
 
     @contextmanager
     def at(self, positions: torch.Tensor) -> Iterator[None]:
-        """Predict at `positions` inside the block, in any mode and without labels.
+        """Predict at `positions` only inside the block, in any mode and without labels.
 
         Args:
-            positions: Bool, of shape ``(batch, sequence)``.
+            positions: Booleans of shape ``(batch, sequence)``.
 
         Returns:
-            A context manager; logits have shape ``(1, positions that are True, vocabulary)`` in it.
+            A context manager. Inside it, logits have shape ``(1, positions that are True,
+            vocabulary)``.
 
         Examples:
             >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
@@ -163,10 +161,9 @@ class SparsePrediction:
         labels = kwargs.get("labels")
         if labels is None or not model.training:
             return None
-        # Kept from the model: the few that know it would divide by it themselves.
-        num_items = kwargs.get("num_items_in_batch")
+        # The model does not get this: the few that know it would divide by it themselves.
+        num_items = kwargs.pop("num_items_in_batch", None)
         masked = self._masked[get_ident()] = _Masked.of(labels != -100, num_items)
-        kwargs = {name: kwargs[name] for name in kwargs if name != "num_items_in_batch"}
         targets = labels.flatten()[masked.indices]
         targets[masked.number :] = -100
         return args, {**kwargs, "labels": targets[None]}
@@ -187,9 +184,7 @@ class SparsePrediction:
         gathered = hidden.flatten(0, 1).index_select(0, masked.indices.to(hidden.device))[None]
         if isinstance(output, tuple):
             return (gathered, *output[1:])
-        output = type(output)(output)
-        output[next(iter(output))] = gathered
-        return output
+        return type(output)({**output, next(iter(output)): gathered})
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _finish(self, model: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG002  # torch's signature
@@ -199,43 +194,40 @@ class SparsePrediction:
             return None
         is_tuple = isinstance(output, tuple)
         values: Any = list(output) if is_tuple else output
-        name: Any
+        # A tuple has its loss first, if it has one.
+        loss: Any = 0 if is_tuple else "loss"
+        logits: Any = int(labeled is not None)
+        if not is_tuple:
+            logits = next(name for name in output if name.endswith("logits"))
         if len(masked.indices) > masked.number:
             # A view; gradients go around it where the model computes its loss itself.
-            name = int(labeled is not None)  # a tuple has a loss first, where there is one
-            if not is_tuple:
-                name = next(each for each in values if each.endswith("logits"))
-            values[name] = values[name][:, : masked.number]
+            values[logits] = values[logits][:, : masked.number]
         if labeled is not None and labeled.num_items is not None:
-            name = 0 if is_tuple else "loss"
-            # A mean over the masked tokens, of nothing where there are none.
-            loss = values[name] if labeled.number else values[name].nan_to_num(nan=0.0)
-            values[name] = loss * labeled.number / count_items(labeled.num_items, loss.device)
+            mean = values[loss] if labeled.number else values[loss].nan_to_num(nan=0.0)
+            values[loss] = mean * labeled.number / count_items(labeled.num_items, mean.device)
         return tuple(values) if is_tuple else output
 
 
 def try_sparse(model: Model, probe: Mapping[str, torch.Tensor]) -> SparsePrediction | None:
     """Return the model's sparse head if it gives what the full head gives on a few rows of a batch.
 
-    Where it does not, a warning says so and the full head is used: slower, and as exact.
+    Otherwise a warning says why, and the full head is used, which is slower and just as exact.
     """
     inputs = {name: values[:4].to(model.device) for name, values in probe.items()}
     positions = inputs.pop("labels") != -100
-    sparse = None
+    reason = "its head does not work position by position"
     try:
-        with evaluation_mode(model):
+        with ExitStack() as undo, evaluation_mode(model):
+            sparse = undo.enter_context(SparsePrediction(model))
             full = masked_logits(model(**inputs), positions)
-            sparse = SparsePrediction(model)
             with sparse.at(positions):
                 gathered = masked_logits(model(**inputs), positions)
-        # Wide enough for 16 bits; a head that is not position-wise is off by far more.
-        if gathered.shape == full.shape and (gathered - full).norm() <= 0.05 * full.norm():
-            return sparse
-        reason = "its head does not work position by position"
+            # Wide enough for 16 bits; a head that is not position-wise is off by far more.
+            if gathered.shape == full.shape and (gathered - full).norm() <= 0.05 * full.norm():
+                undo.pop_all()
+                return sparse
     except ValueError as error:
         reason = str(error)
-    if sparse is not None:
-        sparse.remove()
     logger.warning("%s runs with its full head, more slowly: %s", type(model).__name__, reason)
     return None
 
@@ -256,7 +248,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def predict_at(
     sparse: SparsePrediction | None, positions: torch.Tensor
 ) -> AbstractContextManager[None]:
-    """Have a model's handle, where there is one, predict at `positions` only inside a block."""
+    """Predict at `positions` only inside the block, if the model has a sparse head."""
     return nullcontext() if sparse is None else sparse.at(positions)
 
 
@@ -264,19 +256,25 @@ def masked_logits(outputs: Any, positions: torch.Tensor) -> torch.Tensor:
     """Return the logits at `positions` in 32 bits, of shape ``(masked, vocabulary)``.
 
     Args:
-        outputs: A model's, with logits of all positions, or of these only by `predict_at`.
-        positions: Bool, of shape ``(batch, sequence)``.
+        outputs: A model's output, with logits of all positions or, by `predict_at`, of these only.
+            A tuple has no loss in it.
+        positions: Booleans of shape ``(batch, sequence)``; on the CPU, they need no wait for the
+            device.
     """
-    logits = logits_of(outputs)
-    picked = logits[positions] if logits.shape[:2] == positions.shape else logits.flatten(0, 1)
+    logits: torch.Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+    picked = logits.flatten(0, -2)
+    if logits.shape[:-1] == positions.shape:
+        indices = positions.flatten().nonzero().squeeze(1).to(logits.device)
+        picked = picked.index_select(0, indices)
     return picked.float()
 
 
 def round_up(positions: torch.Tensor) -> torch.Tensor:
-    """Add positions without a target, which count for nothing, up to a `POSITION_MULTIPLE`.
-
-    The model's handle would add some too, and take them off again: a copy of all logits' gradients.
-    """
+    """Add positions without a target, which count for nothing, up to a `POSITION_MULTIPLE`."""
+    # `_Masked.of` rounds up too, but at the end, so that a view of the logits leaves out what it
+    # added and users get the masked positions only. The loop computes its loss outside of the
+    # model, where the backward pass of that view would copy all logits' gradients, so it asks for
+    # positions that need no rounding. One order for both would change the order of sums.
     filled = positions.flatten().clone()
     others = (~filled).nonzero().squeeze(1)
     filled[others[: -int(filled.sum()) % POSITION_MULTIPLE]] = True
@@ -284,37 +282,28 @@ def round_up(positions: torch.Tensor) -> torch.Tensor:
 
 
 def count_items(num_items: torch.Tensor | int, device: torch.device) -> torch.Tensor:
-    """Return a divisor; under `DataParallel`, `Trainer` gives the count once a device."""
+    """Return a divisor; under `DataParallel`, `Trainer` gives the count once per device."""
     return torch.as_tensor(num_items, device=device).sum().clamp(min=1)
 
 
-def logits_of(outputs: Any) -> torch.Tensor:
-    """Return the logits of a model's output, by name or, in a tuple without a loss, first."""
-    logits: torch.Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-    return logits
-
-
 def _unwrap(model: Any) -> Any:
-    """Return the model below PEFT's adapters, whose own forward pass goes around its hooks."""
+    """Return the model below PEFT's adapters, which call its `forward` and so miss its hooks."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _check_architecture(model: Model) -> None:
-    from transformers.models.auto.modeling_auto import (  # noqa: PLC0415  # a second to load
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
+    from transformers.models.auto import modeling_auto  # noqa: PLC0415  # a second to load
 
     bare = _unwrap(model)
     names = {ancestor.__name__ for ancestor in type(bare).__mro__}
+    causal = names.intersection(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    masked = names.intersection(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
     reason = None
     if getattr(bare, "base_model", bare) is bare:
         reason = "has no base_model below its head"
     elif bare.config.is_encoder_decoder:
         reason = "is an encoder-decoder, whose labels belong to the decoder"
-    elif not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) and names.isdisjoint(
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
-    ):
+    elif causal and not masked:
         reason = "is a causal language model, which shifts its labels"
     if reason is not None:
         raise ValueError(

@@ -26,22 +26,22 @@ def assert_tokens_kept(
     """Assert that chunking loses, adds and moves no token, and neither joins nor cuts a word.
 
     ``input_ids`` are compared in order, ``token_type_ids`` too where both have them, and padding
-    (by ``attention_mask``) is left out. Where both have ``word_ids``, neighbors in a chunk must be
-    of one word after as before: the last word of a document and the first of the next are two,
-    though both may have number 0. Only the edge of a chunk may cut a word.
+    (by ``attention_mask``) is left out. Where both have ``word_ids``, neighbors in a chunk must
+    belong to one word exactly if they did before: the last word of a document and the first of the
+    next are two words, though both may have number 0. Only the edge of a chunk may cut a word.
 
     Args:
         examples: What was chunked: a dict of columns, a list of rows, a `Dataset` or a
             ``pyarrow.Table``.
-        chunks: What came of it, in order, as any of these.
+        chunks: The result, in order, in any of these forms.
         max_dropped: How many tokens may be missing at the end: ``chunk_size - 1`` for a remainder
             that is dropped after one pass over everything.
         tokenizer: Names tokens in messages.
 
     Raises:
         AssertionError: With chunk, position, token and example of the first fault.
-        ValueError: If there are no rows or no ``input_ids``, or a column is not one whole number a
-            token.
+        ValueError: If there are no rows or no ``input_ids``, or a column does not hold one whole
+            number per token.
         TypeError: If one of several rows is not a dict.
 
     Examples:
@@ -71,7 +71,9 @@ max_dropped is 1
                 f"{column!r} should follow; of {total} tokens, {left} came out"
             )
     if left > kept:
-        raise AssertionError(f"{name('chunk', after, kept)} on: {left - kept} tokens of no example")
+        raise AssertionError(
+            f"{name('chunk', after, kept)} on: {left - kept} tokens that no example has"
+        )
     if total - kept > max_dropped:
         raise AssertionError(
             f"the last {total - kept} of {total} tokens are lost, from "
@@ -79,7 +81,7 @@ max_dropped is 1
         )
     if "word_ids" in before and "word_ids" in after:
         roles = [_roles(columns)[:kept] for columns in (before, after)]
-        # A word that the edge of a chunk cuts begins anew behind it.
+        # A word that is cut by the edge of a chunk begins anew after it.
         roles[0][(after["position"][:kept] == 0) & (roles[0] == 2)] = 1
         differ = roles[0] != roles[1]
         if differ.any():

@@ -21,28 +21,30 @@ def assert_same_loss(
     rtol: float = 1e-4,
     atol: float = 1e-6,
 ) -> None:
-    """Assert that a loss is the exact one, in nats a masked token, however a step is cut up.
+    """Assert that a loss is the exact one, in nats per masked token, however a step is cut up.
 
     The exact loss of a step is the sum of the negative log-likelihoods of its masked tokens divided
     by their number. The batch is taken as a step, first whole and then a row at a time, as under
-    gradient accumulation: each row must give its share, or the sum over the step is not exact. Its
-    own mean is not its share (transformers#47688), nor is NaN that of a row without target.
+    gradient accumulation: each row must give its share, or the sum over the step is not exact. A
+    row's own mean is not its share (transformers#47688), and NaN is not the share of a row without
+    a target.
 
     Args:
-        compute_loss: From (model, part of the batch, masked tokens of the whole step) to the share
-            of the part in the step's loss, a scalar, as ``Trainer.compute_loss`` is called.
-        model: Gives ``logits`` of shape ``(batch, sequence, vocabulary)``. Dropout is off for the
-            time; parameters, their ``.grad`` and the modes of modules are left as they were.
+        compute_loss: Takes (model, part of the batch, number of masked tokens in the whole step),
+            as ``Trainer.compute_loss`` does, and returns the share of that part in the step's loss,
+            a scalar.
+        model: Returns ``logits`` of shape ``(batch, sequence, vocabulary)``. Dropout is off
+            meanwhile; parameters, their ``.grad`` and the modes of modules are left as they were.
         batch: The model's inputs and ``labels`` of shape ``(batch, sequence)``, -100 where nothing
             is to be predicted, as tensors, arrays or lists.
         gradients: Compare gradients too; False for an evaluation.
         rtol: Tolerance relative to the loss, and to the norm of its gradient; for 32 bits.
-        atol: Absolute tolerance, of both.
+        atol: Absolute tolerance of both.
 
     Raises:
         AssertionError: With the row, its loss and the exact one, or the worst parameter.
         ValueError: If the batch has no masked token.
-        KeyError: If it has no ``labels``.
+        KeyError: If the batch has no ``labels``.
 
     Source:
         transformers#47688, where row 0 below would be found.

@@ -29,24 +29,24 @@ def assert_whole_words_masked(
 ) -> None:
     """Assert that each word of a batch is to be predicted as a whole or not at all.
 
-    Besides: labels are the row's own tokens, all else is unchanged, no token of no word and no
-    padding is a target, and some word is one. A word is a run of tokens of one word id; units of
-    several words pass too. Chance can make half a word look whole: give it rows enough, with some
-    dozens of words of several tokens.
+    Besides, labels must be the row's own tokens, all else must be unchanged, special tokens and
+    padding must never be targets, and some word must be one. A word is a run of tokens with one
+    word id; units of several words pass too. By chance, a collator may mask only whole words of a
+    few rows: pass rows with some dozens of words of several tokens.
 
     Args:
         batch: What a collator made of `features`, in their order: ``input_ids`` and ``labels``
             (-100 where nothing is to be predicted) of shape ``(batch, sequence)``, as tensors,
             arrays or lists.
         features: The rows as the collator got them, with ``input_ids`` and ``word_ids`` (None, NaN
-            or -1 for a token of no word).
+            or -1 for a token that belongs to no word).
         tokenizer: Names tokens and words in messages and tells special tokens. A target word must
             then be hidden behind the mask token as a whole too, or not at all: 80/10/10 by token,
             as in BERT's own code, leaves words half visible. To allow that, leave it out.
 
     Raises:
         AssertionError: With row, position in the batch, token and word of the first fault.
-        ValueError: If `features` are no rows with ``input_ids`` and ``word_ids``.
+        ValueError: If `features` are not rows with ``input_ids`` and ``word_ids``.
 
     Examples:
         >>> features = [{"input_ids": [2, 7, 8, 9, 3], "word_ids": [None, 0, 0, 1, None]}]
@@ -56,7 +56,7 @@ def assert_whole_words_masked(
         >>> assert_whole_words_masked(batch, features)
         Traceback (most recent call last):
         AssertionError: row 0: the word [7, 8] (positions 1 to 2) is masked in part: position 2, \
-token 8, is no target
+token 8, is not a target
     """
     __tracebackhide__ = True
     import numpy as np
@@ -76,13 +76,15 @@ token 8, is no target
             spot = run[is_target[run].argmin() if word >= 0 else is_target[run].argmax()]
             where = f"position {row.start + spot}, {name_token(row.tokens[spot], tokenizer)},"
             if word < 0:
-                raise AssertionError(f"row {row.number}: {where} is of no word, but a target")
+                raise AssertionError(
+                    f"row {row.number}: {where} belongs to no word, but is a target"
+                )
             about = (
                 f"row {row.number}: {name_word(row.tokens[run], tokenizer)} (positions "
                 f"{row.start + run[0]} to {row.start + run[-1]})"
             )
             if not is_target[run].all():
-                raise AssertionError(f"{about} is masked in part: {where} is no target")
+                raise AssertionError(f"{about} is masked in part: {where} is not a target")
             is_hidden = row.inputs[run] == getattr(tokenizer, "mask_token_id", None)
             if is_hidden.any() and not is_hidden.all():
                 spot = run[is_hidden.argmin()]
@@ -102,22 +104,23 @@ def assert_masks_reproducible(
 ) -> None:
     """Assert that a mask depends on its row alone, in the epoch that the collator is in.
 
-    The rows are collated together, again with all global generators seeded otherwise, in reverse
-    order, each alone, by a copy of the collator and, where asked, in worker processes: all must
+    The rows are collated together, again with other seeds in all global generators, in reverse
+    order, each alone, by a copy of the collator and, if asked for, in worker processes. All must
     give the same inputs and labels, and leave the rows as they were. Global random state is put
     back.
 
     Args:
-        collator: From a list of rows to a batch as `assert_whole_words_masked` takes it. One that
-            draws its masks fails, ours without a ``seed`` included.
-        features: Rows as `collator` wants them; with a single one, no company can matter.
+        collator: Takes a list of rows and returns a batch as `assert_whole_words_masked` takes it.
+            A collator that draws its masks fails, ours without a ``seed`` included.
+        features: Rows as `collator` wants them. With a single row, nothing shows whether its mask
+            depends on other rows.
         num_workers: Worker processes of a `DataLoader` to collate in too.
         tokenizer: Names tokens in messages.
 
     Raises:
         AssertionError: With row, position in the row and token of the first difference; if nothing
             is masked, or the collator changes the rows.
-        ValueError: If `features` are no rows with ``input_ids``.
+        ValueError: If `features` are not rows with ``input_ids``.
 
     Examples:
         >>> def hide_one(features, place=0):

@@ -96,18 +96,18 @@ def tiny_tokenizer(kind: str = "wordpiece") -> PreTrainedTokenizerFast:
 
     The kinds differ in where words begin and in what the offsets of a token cover:
 
-    ==================== ============= =====================================================
+    ==================== ============= =======================================================
     kind                 like          ``word_ids()`` of the tokenizer itself
-    ==================== ============= =====================================================
+    ==================== ============= =======================================================
     ``wordpiece``        BERT uncased  words and punctuation apart, pieces begin with ``##``
     ``chinese``          BERT Chinese  the same, and every Chinese character is a word
     ``byte_bpe``         RoBERTa       as GPT-2 splits (``doesn`` + ``'t``), spaces trimmed
-    ``byte_bpe_nosplit`` ModernBERT    one word a document; tokens hold and span spaces
+    ``byte_bpe_nosplit`` ModernBERT    one word per document; tokens hold and span spaces
     ``unigram``          ALBERT, XLM-R split at spaces, punctuation stays with its word
     ``unigram_offsets``  DeBERTa-v3    the same, but offsets include the space before
-    ``no_pretokenizer``  Llama, Gemma  one word a document; offsets include the space before
+    ``no_pretokenizer``  Llama, Gemma  one word per document; offsets include the space before
     ``wordlevel``        a lookup      split at spaces, rare words are ``[UNK]``
-    ==================== ============= =====================================================
+    ==================== ============= =======================================================
 
     Args:
         kind: One of `TOKENIZER_KINDS`.
@@ -117,7 +117,7 @@ def tiny_tokenizer(kind: str = "wordpiece") -> PreTrainedTokenizerFast:
         all special tokens of masked language models and a ``model_max_length`` of 512.
 
     Raises:
-        ValueError: If ``kind`` is none of `TOKENIZER_KINDS`.
+        ValueError: If ``kind`` is not one of `TOKENIZER_KINDS`.
 
     Examples:
         >>> tokenizer = tiny_tokenizer()
@@ -254,14 +254,14 @@ def tiny_model(
             ``"bert"``, ``"distilbert"``, ``"roberta"``, ``"albert"``, ``"electra"``,
             ``"deberta-v2"``, ``"modernbert"`` or ``"mpnet"``. One with other names for its sizes
             (``"xlm"``, ``"perceiver"``, ``"funnel"``) comes out at full size or cannot be built.
-        seed: Of the weights.
+        seed: Seed of the weights.
 
     Returns:
         The model on the CPU, in evaluation mode as ``from_pretrained`` gives it, for 512 tokens.
 
     Raises:
         ValueError: By transformers, if there is no such architecture, or none with that head.
-        NotImplementedError: By transformers, of some with other names for their sizes.
+        NotImplementedError: By transformers, for some that have other names for their sizes.
 
     Examples:
         >>> tokenizer = tiny_tokenizer()

@@ -1,6 +1,6 @@
 """Rows of features, found again in the batch that a collator made of them.
 
-A row is known by its own tokens, which stand in the labels where they no longer stand in the
+A row is recognized by its own tokens, which stand in the labels where they no longer stand in the
 inputs. So any library's batch will do: padded on either side, of tensors, arrays or lists.
 """
 # ruff: noqa: PLC0415 (numpy is loaded by the functions that need it)
@@ -23,10 +23,10 @@ class FoundRow(NamedTuple):
     """A row as it stands in a batch, padding left out; arrays of shape ``(tokens,)``.
 
     Attributes:
-        number: Of the row in the features.
+        number: Number of the row in the features.
         start: Position of its first token in the batch.
-        tokens: As in the features.
-        inputs: What stands there in the batch.
+        tokens: Its tokens in the features.
+        inputs: What stands in their place in the batch.
         labels: -100 where nothing is to be predicted.
     """
 
@@ -71,7 +71,7 @@ def find_rows(
                 f"{about} has {len(tokens)} tokens in features, but {len(inputs)} input_ids and "
                 f"{len(labels)} labels in the batch"
             )
-        # Padding is on the right or on the left: where less is wrong.
+        # Padding may be on the right or on the left: on the side that leaves less wrong.
         fits = []
         for start in (0, room):
             expected = np.full(len(inputs), -1)
@@ -84,7 +84,9 @@ def find_rows(
             spot = int(wrong.argmax())
             token = name_token(expected[spot], tokenizer) if expected[spot] >= 0 else "padding"
             seen = name_token((labels if is_target[spot] else inputs)[spot], tokenizer)
-            fault = f"has the label {seen}" if is_target[spot] else f"is no target, but now {seen}"
+            fault = (
+                f"has the label {seen}" if is_target[spot] else f"is not a target, but now {seen}"
+            )
             raise AssertionError(f"{about}, position {spot}: {token} {fault}")
         window = slice(start, start + len(tokens))
         yield FoundRow(numbers[place], start, tokens, inputs[window], labels[window])
@@ -94,15 +96,13 @@ def column_of(features: Features, name: str) -> list[npt.NDArray[np.int64]]:
     """Return a token column of the rows as arrays of their own, None and NaN as -1.
 
     Raises:
-        ValueError: If a row lacks it or has not one number a token.
+        ValueError: If a row lacks it, or does not have one number per token.
 
     Examples:
         >>> column_of([{"input_ids": [7, 8], "word_ids": [None, 0]}], "word_ids")
         [array([-1,  0])]
     """
-    import numpy as np
-
-    from mlmadapt.data.rows import join_rows
+    from mlmadapt.data.rows import join_rows, split_rows
 
     for number, row in enumerate(features):
         for needed in ("input_ids", name):
@@ -113,7 +113,7 @@ def column_of(features: Features, name: str) -> list[npt.NDArray[np.int64]]:
                 )
     columns = {each: [row[each] for row in features] for each in ("input_ids", name)}
     joined, lengths = join_rows(columns)
-    return [row.copy() for row in np.split(joined[name], np.cumsum(lengths)[:-1])]
+    return [row.copy() for row in split_rows(joined[name], lengths)]
 
 
 def to_array(values: Any) -> npt.NDArray[Any]:

@@ -1,7 +1,7 @@
 """An assertion about interrupted runs, for tests of any library's training loops.
 
-A run is killed, not persuaded: each goes into a process of its own, as a user's would, which dies
-before an optimizer step that torch's own hook counts. Nothing of the loop is known or patched.
+Each run has a process of its own, as a user's would, which is really killed, before an optimizer
+step that a hook of torch counts. The training loop itself is neither known nor patched.
 """
 # ruff: noqa: PLC0415 (numpy and torch are loaded by the functions that need them)
 
@@ -141,7 +141,7 @@ function of a module, or a functools.partial of one
 
 
 class _Report(NamedTuple):
-    """What a run says of itself: optimizer steps, what it returned by name, and what it raised."""
+    """What a run reports: its optimizer steps, what it returned, by name, and what it raised."""
 
     steps: int
     outcome: dict[str, Any]
@@ -158,7 +158,7 @@ def _run(
     at_step: int | None = None,
     by: str = "",
 ) -> _Report:
-    """Train in a process of its own, of which nothing is left."""
+    """Train in a process of its own, and leave nothing of it behind."""
     file = folder / "report"
     process = multiprocessing.get_context("spawn").Process(
         target=_work,

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -9,7 +10,7 @@ if TYPE_CHECKING:
     _Checkpoint: TypeAlias = str | Literal[True] | None
     _Arguments: TypeAlias = dict[str, Any] | str | None
 else:
-    # All that HfArgumentParser can read; it gives "true" for True, and JSON for arguments.
+    # HfArgumentParser can read nothing else; it gives "true" for True, and JSON for arguments.
     _Checkpoint = _Arguments = str | None
 
 
@@ -17,56 +18,56 @@ else:
 class TrainingConfig:
     """How `accelerate_train` trains.
 
-    Names are those of transformers' `TrainingArguments`; the defaults are the recipe's (batch 64 a
-    process, lr 5e-5, linear schedule, 3 epochs, evaluation and saving once an epoch) and
-    `TrainingArguments`' where the recipe sets none. Fit for `HfArgumentParser`.
+    Names are those of transformers' `TrainingArguments`. The defaults are the recipe's (batch 64
+    per process, lr 5e-5, linear schedule, 3 epochs, evaluation and saving once per epoch), and
+    those of `TrainingArguments` where the recipe sets none. `HfArgumentParser` can read it.
 
     Args:
-        output_dir: Folder of the final model.
-        overwrite: Train into an `output_dir` that holds another run; its checkpoints are removed.
-        resume_from_checkpoint: True for the newest whole checkpoint in `output_dir` (from the
-            start, where there is none), or the folder of one.
-        num_train_epochs: Passes over the training rows; a part of one is allowed.
+        output_dir: Directory of the final model.
+        overwrite: Train into an `output_dir` that holds another run, and remove its checkpoints.
+        resume_from_checkpoint: True for the newest whole checkpoint in `output_dir` (without one,
+            the run begins at the start), or the directory of a checkpoint.
+        num_train_epochs: Passes over the training rows; a fraction is allowed.
         max_steps: Optimizer steps; above 0 it takes the place of `num_train_epochs`.
-        per_device_train_batch_size: Rows a process and forward pass.
-        per_device_eval_batch_size: Rows a process and forward pass; no effect on the metrics.
-        gradient_accumulation_steps: Forward passes an optimizer step. Tokens weigh the same
+        per_device_train_batch_size: Rows per process and forward pass.
+        per_device_eval_batch_size: Rows per process and forward pass; no effect on the metrics.
+        gradient_accumulation_steps: Forward passes per optimizer step. Tokens weigh the same,
             however the rows of a step are cut up.
-        learning_rate: Of AdamW, at its peak.
-        weight_decay: Of weight matrices; not of biases and norms.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Decay of weight matrices; biases and norms do not decay.
         max_grad_norm: Gradients of a step are clipped to this norm; 0 for no clipping.
-        lr_scheduler_type: A name that `transformers.get_scheduler` takes. Those that wait for a
-            metric get the loss of the first evaluation set, after each evaluation.
+        lr_scheduler_type: A name that `transformers.get_scheduler` takes. A schedule that waits for
+            a metric gets the loss of the first evaluation set, after each evaluation.
         lr_scheduler_kwargs: Further arguments of that schedule, as a dict or its JSON:
             ``{"min_lr": 1e-6}`` for ``"cosine_with_min_lr"``.
-        warmup_steps: Optimizer steps of warm-up; below 1, their share of all steps.
+        warmup_steps: Optimizer steps of warm-up; a value below 1 is a share of all steps.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; None leaves it to ``accelerate
             launch``.
         seed: Decides order, masks (unless the collator has a seed of its own) and dropout.
-        eval_strategy: Evaluate each ``"epoch"``, every `eval_steps` ``"steps"``, or at the ends
-            only (``"no"``).
+        eval_strategy: Evaluate each ``"epoch"``, every `eval_steps` ``"steps"``, or only before the
+            first step and after the last (``"no"``).
         eval_steps: Optimizer steps between evaluations, with ``eval_strategy="steps"``.
         save_strategy: Write a checkpoint each ``"epoch"``, every `save_steps` ``"steps"``, or only
             when interrupted (``"no"``).
         save_steps: Optimizer steps between checkpoints, with ``save_strategy="steps"``.
-        save_total_limit: Checkpoints to keep, the best one not counted; None keeps all.
-        load_best_model_at_end: Save the model of the best evaluation, by the loss of the first set,
-            in place of the last; wants evaluations and checkpoints at the same steps.
+        save_total_limit: The number of checkpoints to keep, besides the best one; None keeps all.
+        load_best_model_at_end: Save the model of the best evaluation in place of the last, by the
+            loss of the first set; needs evaluations and checkpoints at the same steps.
         early_stopping_patience: Stop after this many evaluations without a better one.
-        gradient_checkpointing: Compute activations again in the backward pass: less memory, about
-            a third more time.
+        gradient_checkpointing: Compute activations again in the backward pass, which takes less
+            memory and about a third more time.
         logging_steps: Optimizer steps between entries of the history and the trackers.
         report_to: Trackers by their names in Accelerate: ``"tensorboard"``, ``"trackio"``,
             ``"wandb"``, several with commas, or ``"none"``.
         dataloader_num_workers: Processes that collate ahead; 0 collates in the training process.
         disable_tqdm: Show no progress bar.
         dataset_name: What the model card calls the training data: its name on the hub, or any
-            words; of a path, the last part.
+            words. The card shows only the last part of a path.
         fill_mask: Sentences with one ``[MASK]`` each; the model card shows how the model fills them
             in before and after.
         push_to_hub: Upload the model, tokenizer and card when all is saved, with the token of ``hf
             auth login`` or `HF_TOKEN`. The repository is made before the first step.
-        hub_model_id: Name of the repository; that of the last folder of `output_dir` by default.
+        hub_model_id: Name of the repository; by default the last part of `output_dir`.
         hub_private_repo: Whether a new repository is private; None takes the hub's default.
 
     Raises:
@@ -143,23 +144,18 @@ class TrainingConfig:
         self._require("mixed_precision", known, "None, 'no', 'bf16' or 'fp16'")
         if self.load_best_model_at_end:
             self._check_best()
-        self._read_scheduler_kwargs()
+        arguments = self.lr_scheduler_kwargs
+        if isinstance(arguments, str):
+            with suppress(ValueError):
+                arguments = json.loads(arguments)
+        known = arguments is None or isinstance(arguments, dict)
+        self._require("lr_scheduler_kwargs", known, "a dict, or JSON of one")
+        object.__setattr__(self, "lr_scheduler_kwargs", arguments)
         from transformers import SchedulerType  # noqa: PLC0415  # a second to load
 
         schedules = [each.value for each in SchedulerType]
         known = self.lr_scheduler_type in schedules
         self._require("lr_scheduler_type", known, f"one of {schedules}")
-
-    def _read_scheduler_kwargs(self) -> None:
-        given = self.lr_scheduler_kwargs
-        try:
-            read = json.loads(given) if isinstance(given, str) else given
-        except ValueError:
-            read = given
-        self._require(
-            "lr_scheduler_kwargs", read is None or isinstance(read, dict), "a dict, or JSON of one"
-        )
-        object.__setattr__(self, "lr_scheduler_kwargs", read)
 
     def _check_best(self) -> None:
         together = self.eval_strategy == self.save_strategy != "no"

@@ -1,8 +1,8 @@
 """What makes a resumed run the same run.
 
-A checkpoint continued with another learning rate, batch or dataset trains something that neither
-setting describes, and most loops do so without a word. What decides the outcome is stored beside
-the weights and compared field by field.
+Most loops continue a checkpoint with another learning rate, batch size or dataset without a word,
+and train something that neither setting describes. Here a fingerprint, all that decides the
+outcome, is stored beside the weights and compared field by field.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ from typing import Any
 from mlmadapt._types import Model, Tokenizer
 from mlmadapt.training.config import TrainingConfig
 
-# What may differ: where things are written, what is shown, and how rows are cut into batches, as
-# long as a step has the same rows.
+# Settings that may differ: where things are written, what is shown, and how rows are cut into
+# batches, as long as a step has the same rows.
 _FREE = {
     "output_dir",
     "overwrite",
@@ -49,9 +49,9 @@ def describe_run(
     datasets: Mapping[str, Any],
     rows_per_step: int,
 ) -> dict[str, Any]:
-    """Return what decides the outcome of a run, as JSON can hold it.
+    """Return the fingerprint of a run: what decides its outcome, in values that JSON can hold.
 
-    `own` names the classes of objects that the caller put in the place of settings.
+    `own` names the classes of the caller's objects that take the place of settings.
     """
     shapes = [(name, list(values.shape)) for name, values in model.state_dict().items()]
     return {
@@ -69,8 +69,8 @@ def check_same_run(stored: Mapping[str, Any], given: Mapping[str, Any], *, check
     """Check that a checkpoint belongs to the run that wants to continue it.
 
     Raises:
-        ValueError: If anything that decides the outcome differs; each field is named with both
-            values.
+        ValueError: If a field of the two fingerprints differs; the error names each such field
+            with both values.
 
     Examples:
         >>> check_same_run({"seed": 1}, {"seed": 2}, checkpoint="checkpoint-5")
@@ -94,20 +94,18 @@ def _describe_collator(data_collator: Any) -> str:
     name = getattr(data_collator, "__qualname__", type(data_collator).__qualname__)
     if not is_dataclass(data_collator):
         return str(name)
-    values = {each.name: getattr(data_collator, each.name) for each in fields(data_collator)}
-    plain = (int, float, str, type(None))
-    settings = {
-        name: value if isinstance(value, plain) else type(value).__name__
-        for name, value in values.items()
-        if name != "tokenizer"
-    }
+    settings = {each.name: getattr(data_collator, each.name) for each in fields(data_collator)}
+    settings.pop("tokenizer", None)
+    for field, value in settings.items():
+        if not isinstance(value, int | float | str | None):
+            settings[field] = type(value).__name__
     return f"{name} {json.dumps(settings, sort_keys=True)}"
 
 
 def _describe_rows(dataset: Any) -> str:
     if not hasattr(dataset, "__len__"):
         return f"a stream, {type(dataset).__name__}"
-    # Rows spread over the whole: reading all of a large dataset would take longer than the resume.
+    # A sample spread over all rows: to read a whole large dataset would take longer than to resume.
     places = sorted({i * (len(dataset) - 1) // _ROWS_LOOKED_AT for i in range(_ROWS_LOOKED_AT + 1)})
     column = "input_ids" if "input_ids" in dataset[0] else "masked_input_ids"
     rows = [[int(token) for token in dataset[place][column]] for place in places]

@@ -1,7 +1,7 @@
-"""A finished run on the Hugging Face hub, if the settings ask for it.
+"""Upload of a finished run to the Hugging Face hub, if the settings ask for it.
 
-What can be wrong with the name or the token is found before the first step, by making the
-repository, and the upload comes when everything is saved: a failure costs a message.
+The repository is made before the first step, so that a wrong name or token is found then. The
+upload comes when everything is saved, so that a failure costs nothing but a message.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from mlmadapt.training.config import TrainingConfig
 
 
 def make_repository(config: TrainingConfig) -> str:
-    """Make the model's repository on the hub if it is not there, and return its full name.
+    """Make the model's repository on the hub unless it exists, and return its full name.
 
     Raises:
         ValueError: If the hub is switched off, or no token is stored.
@@ -29,7 +29,7 @@ def make_repository(config: TrainingConfig) -> str:
         )
     try:
         made = HfApi().create_repo(name, private=config.hub_private_repo, exist_ok=True)
-    except Exception as error:  # the client's own, its HTTP library's, of a bad name
+    except Exception as error:  # of the client, of its HTTP library, or of a bad name
         raise OSError(
             f"push_to_hub is True, but the hub makes no repository {name!r} ({error}); set "
             "hub_model_id, or train without push_to_hub"
@@ -38,21 +38,20 @@ def make_repository(config: TrainingConfig) -> str:
 
 
 def push(config: TrainingConfig, files: Sequence[str]) -> None:
-    """Upload the files of a saved model; no checkpoint, log or lock.
+    """Upload the files of a saved model, but no checkpoint, log or lock.
 
     Raises:
-        OSError: If that fails.
+        OSError: If the upload fails.
     """
-    folder = config.output_dir
     try:
         HfApi().upload_folder(
             repo_id=make_repository(config),
-            folder_path=folder,
+            folder_path=config.output_dir,
             allow_patterns=[pattern for name in files for pattern in (name, f"{name}/*")],
             commit_message="Adapt the model with mlmadapt",
         )
     except Exception as error:  # as above: whatever it is, the model is saved
         raise OSError(
-            f"the model is saved in {folder!r}, but was not pushed to the hub ({error}); "
-            "call again with resume_from_checkpoint=True, or push it with 'hf upload'"
+            f"the model is saved in {config.output_dir!r}, but was not pushed to the hub "
+            f"({error}); call again with resume_from_checkpoint=True, or push it with 'hf upload'"
         ) from error

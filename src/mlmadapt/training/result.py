@@ -1,4 +1,4 @@
-"""What a run leaves behind for its caller."""
+"""What a run returns to its caller."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,15 +16,15 @@ class TrainingResult:
     Attributes:
         initial: Metrics of the first evaluation set before the first step; None without one.
         final: The same after the last step.
-        best: The lowest loss of that set at any evaluation.
+        best: The same at the evaluation with the lowest loss.
         history: What was logged, in order: ``step``, ``epoch``, and ``loss``, ``learning_rate``,
             ``grad_norm`` or ``eval_loss``, ``eval_perplexity``, ... as `Trainer` names them.
         global_step: Optimizer steps taken.
         tokens_seen: Tokens trained on, padding not counted, over all processes.
         masked_tokens_seen: Tokens predicted, over all processes.
-        seconds: Wall time of training and evaluation in seconds, that before an interruption
-            included.
-        output_dir: Where model and tokenizer lie.
+        seconds: Wall time of training and evaluation in seconds, including the time before an
+            interruption.
+        output_dir: The directory of the model and the tokenizer.
 
     Examples:
         >>> result = TrainingResult(
@@ -56,12 +56,12 @@ class TrainingResult:
         r"""Draw the curves of a run by step: training loss, perplexities, learning rate.
 
         A perplexity that falls to less than a tenth is drawn on a logarithmic scale. The figure
-        knows nothing of pyplot: save it with ``savefig``, or leave it as the last line of a
+        is not registered with pyplot: save it with ``savefig``, or make it the last line of a
         notebook's cell after ``%matplotlib inline``.
 
         Returns:
-            A figure with one plot below the other, and in the second a line for each evaluation
-            set; what was not measured has no plot.
+            A figure with one plot below the other. Perplexity has a line for each evaluation set;
+            what was not measured has no plot.
 
         Raises:
             ImportError: If matplotlib is not installed.
@@ -79,7 +79,7 @@ class TrainingResult:
             ...     output_dir="adapted",
             ... )
             >>> [axes.get_ylabel() for axes in result.plot().axes]
-            ['training loss\n(nats a masked token)', 'learning rate']
+            ['training loss\n(nats per masked token)', 'learning rate']
         """
         try:
             from matplotlib.figure import Figure  # noqa: PLC0415  # an optional extra
@@ -89,7 +89,7 @@ class TrainingResult:
             ) from error
         names = dict.fromkeys(name for entry in self.history for name in entry)
         panels = {
-            "training loss\n(nats a masked token)": ["loss"],
+            "training loss\n(nats per masked token)": ["loss"],
             "perplexity": [name for name in names if name.endswith("_perplexity")],
             "learning rate": ["learning_rate"],
         }

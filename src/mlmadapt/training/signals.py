@@ -1,7 +1,8 @@
 """Leaving a run in good order when asked to.
 
-Schedulers send SIGTERM some seconds before they kill, people press Ctrl-C. Either is noted and
-acted upon between two steps, when a checkpoint can be written; a second one acts at once.
+Schedulers send SIGTERM some seconds before they kill a process, and people press Ctrl-C. Either
+signal is noted, and acted upon between two steps, when a checkpoint can be written. A second one
+acts at once.
 """
 
 import signal
@@ -15,9 +16,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Signals:
     """Notes SIGTERM and Ctrl-C inside a ``with`` block.
 
-    At its end, or when `leave` is called, the process leaves with the usual code: 143 after
-    SIGTERM, `KeyboardInterrupt` (130) after Ctrl-C. Signals belong to the main thread; in another
-    one nothing is noted.
+    At the end of the block, or when `leave` is called, the process exits with the usual code: 143
+    after SIGTERM, `KeyboardInterrupt` (130) after Ctrl-C. Python handles signals in the main thread
+    only; in another thread nothing is noted.
 
     Examples:
         >>> with Signals() as signals:
@@ -32,8 +33,8 @@ class Signals:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
-                # What is ignored stays so (Ctrl-C by a job in the background), and a handler that
-                # was not set from Python could not be put back.
+                # An ignored signal stays ignored (a job in the background ignores Ctrl-C), and a
+                # handler that was not set from Python could not be put back.
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._previous[number] = signal.signal(number, self._note)
         return self
@@ -44,7 +45,7 @@ class Signals:
             self.leave()
 
     def leave(self, noted: int = 0) -> None:
-        """Leave as a signal would have made the process leave: that of another, or the own one."""
+        """Exit as a signal demands: `noted`, which another process has noted, or else our own."""
         self.noted = noted or self.noted
         if self.noted == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)

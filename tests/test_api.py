@@ -266,7 +266,7 @@ def imports(path: Path) -> set[str]:
             inside = str(node.module).removeprefix("mlmadapt").removeprefix(".")
             for alias in node.names:
                 full = f"{inside}.{alias.name}".strip(".")
-                home = mlmadapt._HOME.get(alias.name, alias.name) if not inside else inside
+                home = inside or mlmadapt._HOME.get(alias.name, alias.name)
                 found.add(full if full in modules else home)
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names if alias.name.startswith("mlmadapt.")]

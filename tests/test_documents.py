@@ -91,7 +91,7 @@ def test_links_and_tests_are_there(document: Path) -> None:
 
 
 def test_every_file_is_in_the_readme() -> None:
-    """The tour of the source names each file by its path; no document names one that is not there."""
+    """The tour of the source names each file by its path, and no document names a missing one."""
     source = Path(mlmadapt.__file__).parent
     files = {path.relative_to(source).as_posix() for path in source.rglob("*.py")}
     rooms = {path.parent.name for path in source.glob("*/__init__.py")}

@@ -287,7 +287,7 @@ class Report:
             spread = f"{_figure(low)} to {_figure(high)}"
             cpu = _figure(1e3 * float(np.median(each.cpu)))
             rows.append((name, _figure(median), spread, cpu, f"{1e3 * count / median:,.0f}"))
-        header = (title, "ms, median", "quartiles", "CPU ms", f"{unit} a second")
+        header = (title, "ms, median", "quartiles", "CPU ms", f"{unit} per second")
         self.table(header, rows)
         self.figures.setdefault("seconds", {})[title] = {
             name: {"wall": each.wall.tolist(), "cpu": each.cpu.tolist()}

@@ -126,7 +126,7 @@ def report_growth(
             batch: np.array([1024 * turn["memory"] / 1e6 for turn in turns[name, batch]])
             for batch in batches
         }
-    over = f"rows of 128 a batch, {size.partition(',')[0]}, fp32"
+    over = f"rows of 128 per batch, {size.partition(',')[0]}, fp32"
     report.growth(over, {"ms": milliseconds(times), "peak MB": memory})
 
 

@@ -145,7 +145,7 @@ def start_turn(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_turn(name: str, size: str, batch: int, precision: str, steps: int) -> dict[str, Any]:
-    """Train for some steps and return seconds a step and the memory taken while training."""
+    """Train for some steps and return seconds per step and the memory taken while training."""
     import torch
     from transformers import AutoConfig, AutoModelForMaskedLM, DataCollatorForLanguageModeling
 

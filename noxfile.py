@@ -45,10 +45,9 @@ def install(session: nox.Session, *packages: str, constraint: str = "constraints
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting of everything."""
+    """Check all files as .pre-commit-config.yaml says: style, formatting, spelling, size."""
     install(session, *nox.project.dependency_groups(PYPROJECT, "lint"))
-    session.run("ruff", "check")
-    session.run("ruff", "format", "--check")
+    session.run("pre-commit", "run", "--all-files", "--show-diff-on-failure")
 
 
 @nox.session

@@ -58,12 +58,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Arguments:
-    """What is adapted to what. How it is trained is said by `TrainingConfig`."""
+    """What is adapted to what. `TrainingConfig` says how it is trained."""
 
     model: str = "distilbert/distilbert-base-uncased"  # a name on the hub, or a folder
     dataset: str = "stanfordnlp/imdb"  # the same, or a parquet, csv, json or txt file
     text_column: str = "text"  # "text" in a txt file, each line of which is a document
-    chunk_size: int = 128  # tokens a row
+    chunk_size: int = 128  # tokens per row
     train_size: int = 10_000  # rows, at most
     test_size: int = 1_000  # rows, at most
     masking: Literal["whole-word", "token"] = "whole-word"
@@ -75,10 +75,10 @@ class Arguments:
 def main() -> None:
     """Tell the story from the first fill-mask to the last."""
     args, config = parse_arguments()
-    # Whoever asks first decides on the device, and PartialState does not read this by itself.
+    # The first PartialState decides on the device, and does not read this variable by itself.
     PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     transformers.set_seed(config.seed)
-    # No bars for what takes a blink; what chunking drops is said below.
+    # No progress bars for short work, and no log of dropped tokens: they are counted below.
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("mlmadapt.data.chunking").setLevel(logging.ERROR)
 
@@ -100,13 +100,14 @@ def main() -> None:
 
     title("The text")
     with PartialState().main_process_first():
-        # Split first, then cut: of rows split at random, half share a document with the other side.
+        # Split first, then cut: if rows were split at random, half would share a document with the
+        # other side.
         share = args.test_size / (args.train_size + args.test_size)
         parts = documents.train_test_split(test_size=share, seed=config.seed)
         train_rows = cut_into_rows("training", parts["train"], args.train_size, tokenizer, args)
         test_rows = cut_into_rows("held out", parts["test"], args.test_size, tokenizer, args)
         collator = make_collator(args.masking, tokenizer, seed=config.seed)
-        # Masked once, whatever the seed of the run: the perplexities of all runs can be compared.
+        # These masks do not depend on the seed of the run: all perplexities can be compared.
         frozen = test_rows.map(
             insert_random_mask,
             batched=True,
@@ -141,7 +142,7 @@ def main() -> None:
                 f"  Its card, with curves if matplotlib is installed: {config.output_dir}/README.md"
             )
         if args.demo:
-            say("  Next, to your own text, a document a line or row:")
+            say("  Next, adapt it to your own text, with one document per line or row:")
             say(f"  python {sys.argv[0]} --dataset FILE --text_column COLUMN --output_dir FOLDER")
 
     leave_group()
@@ -165,7 +166,7 @@ def parse_arguments() -> tuple[Arguments, TrainingConfig]:
     for name in ("chunk_size", "train_size", "test_size"):
         if getattr(args, name) < 1:
             parser.error(f"{name} is {getattr(args, name)}; it must be 1 or more")
-    # What the model card tells, beside what the run knows of itself.
+    # The model card tells this, beside what the run knows about itself.
     sentences = config.fill_mask or [args.sentence]
     name = config.dataset_name or ("Python's documentation" if args.demo else args.dataset)
     return args, replace(config, fill_mask=sentences, dataset_name=name)
@@ -210,12 +211,12 @@ def load_documents(source: str, text_column: str) -> Dataset:
             f"text_column is {text_column!r}, but {source!r} has the columns "
             f"{loaded.column_names}: name the one with the documents by --text_column."
         )
-    # A document that comes twice would stand on both sides of the split.
+    # A document that occurs twice could end up on both sides of the split.
     rows: dict[str, int] = {}
     for row, text in enumerate(loaded[text_column]):
         if not isinstance(text, str):
             sys.exit(
-                f"row {row} of {text_column!r} in {source!r} is {text!r:.40}, which is no text."
+                f"row {row} of {text_column!r} in {source!r} is {text!r:.40}, which is not a text."
             )
         if text.strip():
             rows.setdefault(text, row)
@@ -297,8 +298,8 @@ def train_with_trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,  # or the collator never sees the word_ids
     )
-    # Trainer gives the labels either to the model, for sparse_prediction, or to a loss function,
-    # without which it weighs batches in place of tokens once several make a step.
+    # Trainer gives the labels either to the model, for sparse_prediction, or to a loss function.
+    # Without the latter it weighs batches, not tokens, as soon as several make a step.
     several = arguments.gradient_accumulation_steps * max(arguments.world_size, arguments.n_gpu) > 1
     trainer = ExactTrainer(
         model,

@@ -9,12 +9,14 @@ import os
 import re
 import socket
 import sys
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
@@ -89,11 +91,26 @@ def test_links_and_tests_are_there(document: Path) -> None:
 
 
 def test_every_file_is_in_the_readme() -> None:
-    """Its tour of the source leaves none out."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    """The tour of the source names each file by its path, and no document names a missing one."""
     source = Path(mlmadapt.__file__).parent
-    files = {path.name for path in source.glob("*.py") if not path.name.startswith("_")}
-    assert files - set(re.findall(r"`(\w+\.py)`", readme)) == set()
+    files = {path.relative_to(source).as_posix() for path in source.rglob("*.py")}
+    rooms = {path.parent.name for path in source.glob("*/__init__.py")}
+    pattern = rf"`((?:{'|'.join(sorted(rooms))})/\w+\.py)`"
+    named = {
+        path.name: set(re.findall(pattern, path.read_text(encoding="utf-8"))) for path in DOCUMENTS
+    }
+    assert {name for name in files if not Path(name).name.startswith("_")} == named["README.md"]
+    for names in named.values():
+        assert names <= files
+
+
+def test_the_citation_is_of_this_version() -> None:
+    """A release changes the version in both places."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == project["version"]
+    assert citation["license"] == project["license"]
+    assert citation["repository-code"] == project["urls"]["Homepage"]
 
 
 def test_every_public_name_is_in_the_reference() -> None:

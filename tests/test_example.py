@@ -220,7 +220,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             "review,label\ngood,1\n",
             r"text_column is 'text', but .+a.csv' has the columns \['review', 'label'\]: name",
         ),
-        ("b.csv", "text\n1\n2\n", r"row 0 of 'text' in .+b.csv' is 1, which is no text"),
+        ("b.csv", "text\n1\n2\n", r"row 0 of 'text' in .+b.csv' is 1, which is not a text"),
         ("c.txt", "same\n\nsame\n", r"has 1 distinct document\(s\); a split takes 2 or more"),
         ("d.json", "not json", r"dataset '.+d.json' cannot be loaded: "),
     ],

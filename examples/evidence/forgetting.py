@@ -40,13 +40,13 @@ def main() -> None:
         rows of which {SHARE:.0%} are general text, mixed in by `datasets.interleave_datasets`.
 
         - {study.tell_training(args, alone)}.
-        - In the mix, {SHARE:.0%} of the rows are of general_wikisplit/train, which the model has
-          been trained on before, too. Whole words masked for either.
+        - In the mix, {SHARE:.0%} of the rows are from general_wikisplit/train, which the model has
+          also been trained on before. Whole words are masked in both.
         - Measured on {len(held_out["reviews"]):,} rows of IMDb test, and on the sentences of
           general_wikisplit/test, {len(held_out["general"]):,} rows as long as they are, which no
           model has learned from.
-        - By both masks, since the task changes with the text: having learned with whole words
-          masked lowers perplexity on any text masked so, and may hide what was forgotten of it.
+        - Measured with both masks, since the task changes with the text: to have learned with whole
+          words masked lowers perplexity on any text masked so, and may hide what was forgotten.
         - {study.tell_spread(args)}
         """,
     )

@@ -184,10 +184,10 @@ def main() -> None:
         rows: for as many steps, and for as long as the recipe took.
 
         - {study.tell_training(args, rows)}.
-        - {study.MASKED:.0%} of words masked. Ours clips gradients at 1, as it does by default; the
-          recipe does not.
+        - {study.MASKED:.0%} of words are masked. Ours clips gradients at 1, as it does by default;
+          the recipe does not.
         - Exact perplexity (`evaluate_mlm`) on one frozen set, {len(frozen):,} rows of IMDb test.
-        - Seconds are those from the loaded model to the end of the last step, without evaluation.
+        - Seconds are counted from the loaded model to the end of the last step, without evaluation.
         - {study.tell_spread(args)}
         """,
     )

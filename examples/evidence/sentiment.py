@@ -41,13 +41,13 @@ def main() -> None:
     study.begin(
         "Sentiment from few labels",
         f"""
-        Accuracy on IMDb test with the model before and after adaptation: of a logistic regression
-        on its mean-pooled last states, which stay as they are, and of a classifier fine-tuned from
-        it.
+        Accuracy on IMDb test, with the model before and after adaptation. It is that of a logistic
+        regression on the model's mean-pooled last states, which stay as they are, and that of a
+        classifier fine-tuned from the model.
 
         - {study.tell_training(args, rows)}; whole words masked, one run. Labels play no part in it.
-        - {len(test):,} reviews of IMDb test, a random choice fixed for all, without those that also
-          stand in train. The first {TOKENS} tokens of a review.
+        - {len(test):,} reviews of IMDb test, a random choice fixed for all, without those that are
+          also in train. Only the first {TOKENS} tokens of a review are read.
         - The regression has a penalty of half the squared weights, on standardized features.
           Fine-tuning takes {args.steps} steps of {BATCH} reviews, learning rate {LEARNING_RATE:g},
           a tenth of them warm-up, then linear to 0: the same before and after, and not tuned.

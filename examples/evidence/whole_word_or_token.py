@@ -19,9 +19,9 @@ def main() -> None:
     study.begin(
         "Whole words or single tokens",
         f"""
-        A model that learned with whole words masked, and one that learned with single tokens
-        masked, each measured by both: perplexity on one frozen set with whole words masked, and on
-        one with single tokens masked, of the same held-out reviews.
+        One model learned with whole words masked, and one with single tokens masked. Each is
+        measured by both: perplexity on one frozen set with whole words masked, and on one with
+        single tokens masked, of the same held-out reviews.
 
         - {study.tell_training(args, rows)}; the same rows for all.
         - {study.MASKED:.0%} of words or of tokens are masked, always by the mask token, so that

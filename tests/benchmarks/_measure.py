@@ -56,9 +56,9 @@ def parse_arguments(doc: str | None, *, rounds: int) -> argparse.Namespace:
         "--data",
         type=Path,
         default=os.environ.get("MLMADAPT_TEST_DATA"),
-        help="real text: a parquet file with a column 'text', a file of one document a line, or a "
-        "folder with imdb/train.parquet and tokenizers/bert-base-uncased (default: the folder that "
-        "MLMADAPT_TEST_DATA names, or else synthetic reviews)",
+        help="real text: a parquet file with a column 'text', a file of one document per line, or "
+        "a folder with imdb/train.parquet and tokenizers/bert-base-uncased (default: the folder "
+        "that MLMADAPT_TEST_DATA names, or else synthetic reviews)",
     )
     parser.add_argument(
         "--tokenizer",
@@ -73,7 +73,7 @@ def parse_arguments(doc: str | None, *, rounds: int) -> argparse.Namespace:
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:
     """Add the options that tell where figures and pictures go."""
-    parser.add_argument("--output", type=Path, help="file to append the figures to, a JSON a line")
+    parser.add_argument("--output", type=Path, help="file for the figures, one JSON per line")
     parser.add_argument("--pictures", type=Path, help="folder to draw in, beside the written page")
 
 
@@ -287,7 +287,7 @@ class Report:
             spread = f"{_figure(low)} to {_figure(high)}"
             cpu = _figure(1e3 * float(np.median(each.cpu)))
             rows.append((name, _figure(median), spread, cpu, f"{1e3 * count / median:,.0f}"))
-        header = (title, "ms, median", "quartiles", "CPU ms", f"{unit} a second")
+        header = (title, "ms, median", "quartiles", "CPU ms", f"{unit} per second")
         self.table(header, rows)
         self.figures.setdefault("seconds", {})[title] = {
             name: {"wall": each.wall.tolist(), "cpu": each.cpu.tolist()}

@@ -61,7 +61,7 @@ def main() -> None:
     sizes = {size: contenders_for(tokens.slice(0, size)) for size in SIZES}
     growth = measure.take_turns_by_size(sizes, rounds=max(arguments.rounds // 2, 3))
     report.growth(
-        "documents a batch",
+        "documents per batch",
         {"ms": measure.milliseconds(growth), "peak MB": measure.peak_megabytes(sizes)},
         absent="left out: a minute",
     )

@@ -48,11 +48,11 @@ def main() -> None:
     lengths = {length: data.contenders(rows=4, length=length) for length in LENGTHS}
     growth = measure.take_turns_by_size(lengths, rounds=arguments.rounds)
     report.growth(
-        "tokens a row, 4 rows",
+        "tokens per row, 4 rows",
         {"ms": measure.milliseconds(growth), "peak MB": measure.peak_megabytes(lengths)},
         absent="left out: 16 GB",
     )
-    print("Peak memory is Python's and NumPy's; tensors made by torch come on top.\n")
+    print("Peak memory is that of Python and NumPy; tensors that torch makes come on top.\n")
 
     ratio = measure.Claim.ratio
     ours, ours_none, recipe, transformers = times.values()

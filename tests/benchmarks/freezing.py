@@ -49,12 +49,14 @@ def main() -> None:
 
     sizes = {size: contenders_for(rows.slice(0, size), tokenizer) for size in SIZES}
     growth = measure.take_turns_by_size(sizes, rounds=max(arguments.rounds // 2, 3))
-    report.growth("rows a batch", {"ms": measure.milliseconds(growth)})
+    report.growth("rows per batch", {"ms": measure.milliseconds(growth)})
 
     ratio = measure.Claim.ratio
     lists_, arrays_ = times["ours, lists"], times["ours, arrays"]
     rates = [
-        measure.Claim(f"rows a second, {name}", ROWS / each.wall, ROWS / each.cpu, at_least=50_000)
+        measure.Claim(
+            f"rows per second, {name}", ROWS / each.wall, ROWS / each.cpu, at_least=50_000
+        )
         for name, each in (("lists", lists_), ("arrays", arrays_))
     ]
     report.claims(

@@ -61,7 +61,9 @@ def main() -> None:
             ratio("ours, Arrow / encode_batch", arrow, bare, at_most=1.15),
             ratio("recipe / encode_batch", recipe, bare),
             ratio("recipe / ours, lists", recipe, lists),
-            measure.Claim("ms once a map, to hash the tokenizer", 1e3 * once.wall, 1e3 * once.cpu),
+            measure.Claim(
+                "ms once per map, to hash the tokenizer", 1e3 * once.wall, 1e3 * once.cpu
+            ),
         ],
     )
     report.save()

@@ -126,7 +126,7 @@ def report_growth(
             batch: np.array([1024 * turn["memory"] / 1e6 for turn in turns[name, batch]])
             for batch in batches
         }
-    over = f"rows of 128 a batch, {size.partition(',')[0]}, fp32"
+    over = f"rows of 128 per batch, {size.partition(',')[0]}, fp32"
     report.growth(over, {"ms": milliseconds(times), "peak MB": memory})
 
 
@@ -145,7 +145,7 @@ def start_turn(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_turn(name: str, size: str, batch: int, precision: str, steps: int) -> dict[str, Any]:
-    """Train for some steps and return seconds a step and the memory taken while training."""
+    """Train for some steps and return seconds per step and the memory taken while training."""
     import torch
     from transformers import AutoConfig, AutoModelForMaskedLM, DataCollatorForLanguageModeling
 

@@ -259,10 +259,22 @@ def test_map_takes_every_format(layout: str | None, lengths: list[int]) -> None:
         ),
         ({**DOCUMENTS, "label": [0, 1, 0]}, {}, "column 'label' is .* row 0 is 0, of type int"),
         ({**DOCUMENTS, "labels": [0, 1, 0]}, {}, "column 'labels' is .* row 0 is 0, of type int"),
-        ({**DOCUMENTS, "a": [[1], {"b": 2}, []]}, {}, "column 'a' is .* row 1 is {'b': 2}, of type dict"),
-        ({**DOCUMENTS, "raw": [[1], b"", []]}, {}, "column 'raw' is .* row 1 is b'', of type bytes"),
+        (
+            {**DOCUMENTS, "a": [[1], {"b": 2}, []]},
+            {},
+            "column 'a' is .* row 1 is {'b': 2}, of type dict",
+        ),
+        (
+            {**DOCUMENTS, "raw": [[1], b"", []]},
+            {},
+            "column 'raw' is .* row 1 is b'', of type bytes",
+        ),
         (pa.table({"input_ids": [[1]], "y": [3.5]}), {}, "column 'y' is .* its type is double"),
-        ({"input_ids": [[1], None]}, {}, "column 'input_ids' is not .* row 1 is None, of type NoneType"),
+        (
+            {"input_ids": [[1], None]},
+            {},
+            "column 'input_ids' is not .* row 1 is None, of type NoneType",
+        ),
         (pa.table({"input_ids": [[1], None]}), {}, "column 'input_ids' is not .* row 1 is None"),
         (
             {**DOCUMENTS, "word_ids": [[0, 0, 1], [], [0]]},

@@ -91,7 +91,10 @@ def test_word_ids_can_hold_nothing(nothing: float | None, form: Any) -> None:
         ([[1, 2], None], "is not a column of tokens: row 1 is None, of type NoneType"),
         ([1, 2], "is not a column of tokens: row 0 is 1, of type int"),
         (torch.tensor([1, 2]), r"is not a column of tokens: row 0 is tensor\(1\), of type Tensor"),
-        ([[1, 2], {"a": 1, "b": 2}], "is not a column of tokens: row 1 is {'a': 1, 'b': 2}, of type"),
+        (
+            [[1, 2], {"a": 1, "b": 2}],
+            "is not a column of tokens: row 1 is {'a': 1, 'b': 2}, of type",
+        ),
         ([[1, 2]], "has 1 rows, 'input_ids' has 2; all columns must come from the same"),
     ],
 )

@@ -145,7 +145,7 @@ def test_white_space_at_the_end_changes_no_word_before_it(kind: str, text: str, 
 
 @pytest.mark.data
 def test_white_space_at_the_end_changes_no_word_of_real_text(data_dir: Path) -> None:
-    """ALBERT writes a rare word as a lone mark and its letters, and ignores a vertical tab alone."""
+    """ALBERT splits rare words into a lone mark and letters, and ignores only a vertical tab."""
     tokenizer = AutoTokenizer.from_pretrained(data_dir / "tokenizers" / "albert-base")
     path = str(data_dir / "imdb" / "small" / "train.parquet")
     texts = datasets.Dataset.from_parquet(path)["text"][:100]

@@ -718,11 +718,20 @@ far = {"input_ids": [2, 9, 4000], "word_ids": [-1, 0, -1]}
         ([good, {**good, "word_ids": None}], r"row 1 of the batch has no 'word_ids'"),
         ([{"word_ids": [0]}], r"has no 'input_ids', only \['word_ids'\]; tokenize the documents"),
         ([good, bare], r"row 1 of the batch has columns \['input_ids'\], row 0 has .* the same"),
-        ([good, {**good, "word_ids": [0, 1]}], r"row 1 has 3 'input_ids' but 2 'word_ids'; all columns"),
-        ([{**good, "text": "a film"}], r"'text' is .* row 0 is 'a film', .*remove_columns=\['text'\]"),
+        (
+            [good, {**good, "word_ids": [0, 1]}],
+            r"row 1 has 3 'input_ids' but 2 'word_ids'; all columns",
+        ),
+        (
+            [{**good, "text": "a film"}],
+            r"'text' is .* row 0 is 'a film', .*remove_columns=\['text'\]",
+        ),
         ([{**good, "text": "abc"}], r"'text' is .* row 0 is 'abc', of type str; "),
         ([{**good, "label": 1}], r"'label' is .* row 0 is 1, of type int; .*\['label'\]"),
-        ([{**good, "label": torch.tensor(1)}], r"'label' is .* row 0 is tensor\(1\), of type Tensor"),
+        (
+            [{**good, "label": torch.tensor(1)}],
+            r"'label' is .* row 0 is tensor\(1\), of type Tensor",
+        ),
         ([{**good, "score": [0.1, 0.2, 0.3]}], r"'score' holds float64 .*Remove 'score'"),
         ([{**good, "word_ids": [0, 0.5, 1]}], r"'word_ids' holds float64 "),
         ([good, far], r"row 1 .* has token id 4000, but .* ids 0 to \d+ .*after adding tokens"),

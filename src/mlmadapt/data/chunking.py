@@ -14,6 +14,7 @@ from operator import itemgetter
 from typing import Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -34,7 +35,7 @@ def group_texts(
     """Join a batch of tokenized documents and cut it into rows of `chunk_size` tokens.
 
     For ``dataset.map(group_texts, batched=True)``. What is left after the last whole chunk is lost
-    once a **batch**: with `map`'s 1,000 documents that is 0.03 % of IMDb at 128 tokens a chunk,
+    once per **batch**: with `map`'s 1,000 documents that is 0.03 % of IMDb at 128 tokens per chunk,
     with 10 short documents it can be everything. ``batch_size=None`` makes one pass of the whole
     dataset; ``remainder="keep"`` keeps every token. What is dropped is counted and logged, at first
     as a warning; a batch of which nothing is left warns.
@@ -42,7 +43,7 @@ def group_texts(
     Args:
         examples: A batch of token columns: a dict of lists, or a ``pyarrow.Table`` (datasets with
             format "arrow"), of which no token is copied.
-        chunk_size: Tokens a row.
+        chunk_size: Tokens per row.
         remainder: ``"drop"``, or ``"keep"`` for a last, shorter row.
         labels: Add a copy of ``input_ids`` as ``labels``, for collators of other libraries. Those
             here make their own.
@@ -156,7 +157,9 @@ def _cut_pieces(line: pa.ChunkedArray, chunk_size: int) -> Iterator[tuple[int, p
         start += len(piece)
 
 
-def _number_words(word_ids: Any, lengths: Ints, chunk_size: int, kept: int) -> Any:
+def _number_words(
+    word_ids: npt.NDArray[Any], lengths: Ints, chunk_size: int, kept: int
+) -> npt.NDArray[np.int32]:
     """Number the words of each row from 0, a new one where the id changes or a document begins."""
     word_ids = word_ids[:kept]
     rows = -(-kept // chunk_size)

@@ -54,7 +54,8 @@ def join_rows(columns: Mapping[str, Any]) -> tuple[dict[str, Ints], Ints]:
             or NaN, which become -1.
 
     Raises:
-        ValueError: If there are no ``input_ids``, or a column does not hold one whole number per token.
+        ValueError: If there are no ``input_ids``, or a column does not hold one whole number per
+            token.
 
     Examples:
         >>> join_rows({"input_ids": [[7, 8], [9]], "word_ids": [[None, 0], [0]]})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,13 +23,14 @@ def reference_tokenize(
         for token, word in zip(encoded["input_ids"], encoded.word_ids(), strict=True)
     ]
     is_text = [word is not None for word in words]
-    if any(not splits_at(tokenizer, space) for space in set(text) if space.isspace()):
-        apart = [match.span() for match in re.finditer(r"\S+", text)]
-        touched = _touched(text, offsets, apart, is_text)
-        keys = [
-            (touches, word) if touches else None
-            for touches, word in zip(touched, words, strict=True)
-        ]
+    ignored = [c.isspace() and not splits_at(tokenizer, c) for c in text]
+    if any(ignored):
+        # A word is the tokenizer's own, as far as the next white space that the tokenizer ignores.
+        keys: list[tuple[set[int], int | None] | None] = []
+        for (start, end), word in zip(offsets, words, strict=True):
+            places = range(start, max(end, start + 1))
+            seen = {sum(ignored[:i]) for i in places if i < len(text) and not ignored[i]}
+            keys.append((seen, word) if seen and word is not None else None)
         words = _number(keys)
     if spans is not None:
         touched = _touched(text, offsets, spans, is_text)

@@ -250,24 +250,36 @@ def test_map_takes_every_format(layout: str | None, lengths: list[int]) -> None:
         (
             {**DOCUMENTS, "text": ["a film", "b", "c"]},
             {},
-            r"column 'text' is not .*: row 0 is 'a film', a str; .*remove_columns=\['text'\]",
+            r"column 'text' is not .*: row 0 is 'a film', of type str; .*remove_columns=\['text'\]",
         ),
         (
             pa.table({"input_ids": [[1]], "text": ["a"]}),
             {},
             r"column 'text' is not a column of tokens: its type is string; .*=\['text'\]",
         ),
-        ({**DOCUMENTS, "label": [0, 1, 0]}, {}, "column 'label' is .* row 0 is 0, a int"),
-        ({**DOCUMENTS, "labels": [0, 1, 0]}, {}, "column 'labels' is .* row 0 is 0, a int"),
-        ({**DOCUMENTS, "a": [[1], {"b": 2}, []]}, {}, "column 'a' is .* row 1 is {'b': 2}, a dict"),
-        ({**DOCUMENTS, "raw": [[1], b"", []]}, {}, "column 'raw' is .* row 1 is b'', a bytes"),
+        ({**DOCUMENTS, "label": [0, 1, 0]}, {}, "column 'label' is .* row 0 is 0, of type int"),
+        ({**DOCUMENTS, "labels": [0, 1, 0]}, {}, "column 'labels' is .* row 0 is 0, of type int"),
+        (
+            {**DOCUMENTS, "a": [[1], {"b": 2}, []]},
+            {},
+            "column 'a' is .* row 1 is {'b': 2}, of type dict",
+        ),
+        (
+            {**DOCUMENTS, "raw": [[1], b"", []]},
+            {},
+            "column 'raw' is .* row 1 is b'', of type bytes",
+        ),
         (pa.table({"input_ids": [[1]], "y": [3.5]}), {}, "column 'y' is .* its type is double"),
-        ({"input_ids": [[1], None]}, {}, "column 'input_ids' is not .* row 1 is None, a NoneType"),
+        (
+            {"input_ids": [[1], None]},
+            {},
+            "column 'input_ids' is not .* row 1 is None, of type NoneType",
+        ),
         (pa.table({"input_ids": [[1], None]}), {}, "column 'input_ids' is not .* row 1 is None"),
         (
             {**DOCUMENTS, "word_ids": [[0, 0, 1], [], [0]]},
             {},
-            "row 2 has 2 'input_ids' but 1 'word_ids'; all columns must hold one value a token",
+            "row 2 has 2 'input_ids' but 1 'word_ids'; all columns must hold one value per token",
         ),
         (
             pa.table({"input_ids": [[1], [2]], "a": [[1], []]}),

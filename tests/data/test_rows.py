@@ -79,7 +79,7 @@ def test_word_ids_can_hold_nothing(nothing: float | None, form: Any) -> None:
         ([[0.5, 1.0], [1.0, 1.0]], "holds float64"),
         ([[1.0, 1.0], [0.5, 1.0]], "holds float64"),
         ([np.array([0.5, 1]), np.array([1, 2])], "holds float64"),
-        (["ab", "cd"], "holds <U2"),
+        (["ab", "cd"], "is not a column of tokens: row 0 is 'ab', of type str"),
         ([["1", "2"], ["3", "4"]], "holds <U1"),
         ([[None, 1], [1, 2]], "holds object"),
         ([[1, 2], [None, 2]], "holds object"),
@@ -88,10 +88,13 @@ def test_word_ids_can_hold_nothing(nothing: float | None, form: Any) -> None:
         ([[1, 2], [[3], [4, 5]]], "holds something else .*inhomogeneous"),
         ([[1, 2], [2**70, 4]], "holds object"),
         (np.zeros((2, 2, 3), int), r"holds int64 of shape \(4, 3\)"),
-        ([[1, 2], [3]], "of row 1 has 1 values for 2 input_ids"),
-        ([[1, 2], None], "of row 1 has None, not a list, for 2 input_ids"),
-        ([1, 2], "of row 0 has 1, not a list, for 2 input_ids"),
-        (torch.tensor([1, 2]), r"of row 0 has tensor\(1\), not a list, for 2 input_ids"),
+        ([[1, 2], None], "is not a column of tokens: row 1 is None, of type NoneType"),
+        ([1, 2], "is not a column of tokens: row 0 is 1, of type int"),
+        (torch.tensor([1, 2]), r"is not a column of tokens: row 0 is tensor\(1\), of type Tensor"),
+        (
+            [[1, 2], {"a": 1, "b": 2}],
+            "is not a column of tokens: row 1 is {'a': 1, 'b': 2}, of type",
+        ),
         ([[1, 2]], "has 1 rows, 'input_ids' has 2; all columns must come from the same"),
     ],
 )
@@ -101,9 +104,16 @@ def test_columns_that_are_not_one_number_a_token(values: Any, message: str) -> N
         join_rows({"input_ids": [[5, 6], [7, 8]], "extra": values})
 
 
+def test_rows_of_unequal_columns() -> None:
+    """The first row that differs, both lengths, and what to do."""
+    message = "row 1 has 2 'input_ids' but 1 'extra'; all .* together, or remove 'extra'"
+    with pytest.raises(ValueError, match=message):
+        join_rows({"extra": [[1, 2], [3]], "input_ids": [[5, 6], [7, 8]]})
+
+
 def test_rows_without_tokens() -> None:
     """The missing column, and what to do."""
     with pytest.raises(ValueError, match=r"no 'input_ids', only \['labels'\]; tokenize"):
         join_rows({"labels": [[1]]})
-    with pytest.raises(ValueError, match=r"column 'input_ids' of row 0 has None, not a list"):
+    with pytest.raises(ValueError, match=r"column 'input_ids' is not .* row 0 is None"):
         join_rows({"input_ids": [None]})

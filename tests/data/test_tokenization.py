@@ -22,7 +22,8 @@ from datasets.fingerprint import Hasher
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -97,26 +98,82 @@ def test_batches_are_what_a_slow_reference_makes_of_each_document(
 @kinds
 @given(text=documents)
 def test_laws_of_words(kind: str, text: str) -> None:
-    """All tokens are there, specials and bare space are -1, words rise and stand within spaces."""
+    """All tokens are there, specials and ignored space are -1, words rise and end at spaces."""
     tokenizer = shared(kind)
     (row,) = tokenize([text], tokenizer)
     encoded = tokenizer(text, return_offsets_mapping=True)
     assert row["input_ids"] == encoded["input_ids"]
     row = {name: row[name] for name in ("input_ids", "word_ids")}
     specials = special_ids(tokenizer)
-    spaces_are_words = all(splits_at(tokenizer, space) for space in text if space.isspace())
+    ignored = {space for space in text if space.isspace() and not splits_at(tokenizer, space)}
     covers, before = [], -1
     for token, word, (start, end) in zip(*row.values(), encoded["offset_mapping"], strict=True):
         covered = text[start:end]
         first = end - len(covered.lstrip())
         covers.append((first, first + len(covered.strip())))
-        assert (word == -1) == (token in specials or (covered.isspace() and not spaces_are_words))
+        is_ignored = bool(covered) and ignored.issuperset(covered)
+        assert (word == -1) == (token in specials or is_ignored)
         assert word == -1 or word >= before
         before = max(word, before)
     pairs = zip(pairwise(row["word_ids"]), pairwise(covers), strict=True)
     for (one, two), ((begin, end), (start, stop)) in pairs:
         if one == two >= 0 and (begin < end or start < stop):
             assert not any(map(str.isspace, text[end:start]))
+
+
+def words_with_and_without(text: str, end: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the words of a text alone and before `end`, up to the first token that differs."""
+    tokens, words = [], []
+    for whole in (text, text + end):
+        encoded = tokenizer(whole, return_offsets_mapping=True, verbose=False)
+        tokens.append([*zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)])
+        (row,) = tokenize([whole], tokenizer)
+        numbers: dict[int, int] = {-1: -1}  # a special token in the text leaves a number out
+        words.append([numbers.setdefault(word, len(numbers) - 1) for word in row["word_ids"]])
+    pairs = enumerate(zip(*tokens, strict=False))
+    same = next((i for i, (one, two) in pairs if one != two), len(tokens[0]))
+    return words[0][:same], words[1][:same]
+
+
+@kinds
+@given(text=documents, end=st.sampled_from(["\t", "\n", " \n", "\x0b", "\x0c", "\xa0", "\u3000"]))
+def test_white_space_at_the_end_changes_no_word_before_it(kind: str, text: str, end: str) -> None:
+    """Words are by one rule, whether or not a document holds white space that is ignored."""
+    alone, before = words_with_and_without(text, end, shared(kind))
+    assert alone == before
+
+
+@pytest.mark.data
+def test_white_space_at_the_end_changes_no_word_of_real_text(data_dir: Path) -> None:
+    """ALBERT splits rare words into a lone mark and letters, and ignores only a vertical tab."""
+    tokenizer = AutoTokenizer.from_pretrained(data_dir / "tokenizers" / "albert-base")
+    path = str(data_dir / "imdb" / "small" / "train.parquet")
+    texts = datasets.Dataset.from_parquet(path)["text"][:100]
+    mark, marks = tokenizer.convert_tokens_to_ids("▁"), 0
+    for text in texts:
+        for end in ("\n", "\t", "\x0b"):
+            alone, before = words_with_and_without(text, end, tokenizer)
+            assert alone == before
+            assert len(alone) > len(text) / 10
+        (row,) = tokenize([text + "\x0b"], tokenizer)
+        for place, token in enumerate(row["input_ids"]):
+            if token == mark:
+                marks += 1
+                assert row["word_ids"][place] == row["word_ids"][place + 1] >= 0
+    assert marks > 100
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\t"])
+def test_a_lone_mark_begins_the_word_after_it(end: str) -> None:
+    """As with NLLB, which ignores a tab; a mark that stands alone in its own word is a word."""
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "▁", "a", "b", "▁a"])}
+    backend = Tokenizer(BPE(vocabulary, [("▁", "a")], unk_token="<unk>"))  # noqa: S106
+    backend.pre_tokenizer = Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert word_tokens(f"a b{end}", tokenizer) == ["▁a", "▁|b"]
+    assert word_tokens(f"a  b{end}", tokenizer) == ["▁a", "▁", "▁|b"]
+    assert word_tokens(f"b {end}", tokenizer) == ["▁|b", "▁"]
+    assert word_tokens(f"b\ta b{end}", tokenizer) == ["▁|b", "a", "▁|b"]
 
 
 @kinds

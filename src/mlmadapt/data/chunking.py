@@ -8,7 +8,7 @@ documents.
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, groupby, pairwise
 from operator import itemgetter
 from typing import Any, Literal, cast
@@ -18,7 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlmadapt._types import Columns
+from mlmadapt._types import Columns, Ints
+from mlmadapt.data.rows import common_lengths, not_tokens, row_lengths
 
 logger = logging.getLogger(__name__)
 _drop_was_said = False
@@ -34,7 +35,7 @@ def group_texts(
     """Join a batch of tokenized documents and cut it into rows of `chunk_size` tokens.
 
     For ``dataset.map(group_texts, batched=True)``. What is left after the last whole chunk is lost
-    once a **batch**: with `map`'s 1,000 documents that is 0.03 % of IMDb at 128 tokens a chunk,
+    once per **batch**: with `map`'s 1,000 documents that is 0.03 % of IMDb at 128 tokens per chunk,
     with 10 short documents it can be everything. ``batch_size=None`` makes one pass of the whole
     dataset; ``remainder="keep"`` keeps every token. What is dropped is counted and logged, at first
     as a warning; a batch of which nothing is left warns.
@@ -42,7 +43,7 @@ def group_texts(
     Args:
         examples: A batch of token columns: a dict of lists, or a ``pyarrow.Table`` (datasets with
             format "arrow"), of which no token is copied.
-        chunk_size: Tokens a row.
+        chunk_size: Tokens per row.
         remainder: ``"drop"``, or ``"keep"`` for a last, shorter row.
         labels: Add a copy of ``input_ids`` as ``labels``, for collators of other libraries. Those
             here make their own.
@@ -82,8 +83,8 @@ def group_texts(
             f"labels=True copies 'input_ids', but the columns are {names}; tokenize first, or pass "
             "labels=False"
         )
-    measure = _table_lengths if is_table else _lengths
-    lengths = _common_lengths({name: measure(name, batch[name]) for name in names})
+    measure = _list_lengths if is_table else row_lengths
+    lengths = common_lengths({name: measure(name, batch[name]) for name in names})
     total = int(lengths.sum())
     kept = total if remainder == "keep" else total - total % chunk_size
     _account(len(lengths), total, kept, chunk_size)
@@ -102,12 +103,7 @@ def group_texts(
 
 
 def _group_rows(
-    rows: Sequence[Sequence[Any]],
-    lengths: npt.NDArray[np.int64],
-    chunk_size: int,
-    kept: int,
-    *,
-    words: bool,
+    rows: Sequence[Sequence[Any]], lengths: Ints, chunk_size: int, kept: int, *, words: bool
 ) -> list[list[Any]]:
     # Arrays and tensors, by any library, to the numbers that lists hold.
     as_lists = (row.tolist() if hasattr(row, "tolist") else row for row in rows)
@@ -120,12 +116,7 @@ def _group_rows(
 
 
 def _group_column(
-    column: pa.ChunkedArray,
-    lengths: npt.NDArray[np.int64],
-    chunk_size: int,
-    kept: int,
-    *,
-    words: bool,
+    column: pa.ChunkedArray, lengths: Ints, chunk_size: int, kept: int, *, words: bool
 ) -> pa.ChunkedArray:
     value_type = column.type.value_type
     line = pa.chunked_array([chunk.flatten() for chunk in column.chunks], value_type)
@@ -167,10 +158,7 @@ def _cut_pieces(line: pa.ChunkedArray, chunk_size: int) -> Iterator[tuple[int, p
 
 
 def _number_words(
-    word_ids: npt.NDArray[np.signedinteger[Any]],
-    lengths: npt.NDArray[np.int64],
-    chunk_size: int,
-    kept: int,
+    word_ids: npt.NDArray[Any], lengths: Ints, chunk_size: int, kept: int
 ) -> npt.NDArray[np.int32]:
     """Number the words of each row from 0, a new one where the id changes or a document begins."""
     word_ids = word_ids[:kept]
@@ -197,51 +185,15 @@ def _number_words(
     return numbers
 
 
-def _lengths(name: str, rows: Any) -> npt.NDArray[np.int64]:
-    for row_type in set(map(type, rows)):
-        if issubclass(row_type, (str, bytes, Mapping)) or not hasattr(row_type, "__len__"):
-            row = next(i for i, value in enumerate(rows) if type(value) is row_type)
-            _refuse_column(name, f"row {row} is {rows[row]!r:.40}, a {row_type.__name__}")
-    return np.fromiter(map(len, rows), np.int64, len(rows))
-
-
-def _table_lengths(name: str, column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+def _list_lengths(name: str, column: pa.ChunkedArray) -> Ints:
     kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     if not any(is_kind(column.type) for is_kind in kinds):
-        _refuse_column(name, f"its type is {column.type}")
+        raise not_tokens(name, f"its type is {column.type}")
     if column.null_count:
         row = pc.index(column.is_null(), value=True).as_py()
-        _refuse_column(name, f"row {row} is None")
-    lengths: npt.NDArray[np.int64] = pc.list_value_length(column).to_numpy().astype(np.int64)
+        raise not_tokens(name, f"row {row} is None")
+    lengths: Ints = pc.list_value_length(column).to_numpy().astype(np.int64)
     return lengths
-
-
-def _refuse_column(name: str, seen: str) -> None:
-    raise ValueError(
-        f"column {name!r} is not a column of tokens: {seen}; each row must be a list of numbers. "
-        f"Remove the column, for example with remove_columns=[{name!r}] when tokenizing"
-    )
-
-
-def _common_lengths(lengths: dict[str, npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    names = list(lengths)
-    if not names:
-        return np.empty(0, np.int64)
-    first = lengths[names[0]]
-    for name in names[1:]:
-        if len(lengths[name]) != len(first):
-            raise ValueError(
-                f"column {name!r} has {len(lengths[name])} rows, {names[0]!r} has {len(first)}; "
-                "all columns must come from the same documents"
-            )
-        differ = np.flatnonzero(lengths[name] != first)
-        if differ.size:
-            row = int(differ[0])
-            raise ValueError(
-                f"row {row} has {first[row]} {names[0]!r} but {lengths[name][row]} {name!r}; "
-                "all columns must hold one value a token: tokenize them together"
-            )
-    return first
 
 
 def _account(documents: int, total: int, kept: int, chunk_size: int) -> None:

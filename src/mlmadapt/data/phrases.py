@@ -30,7 +30,7 @@ def phrases(units: Iterable[str], *, ignore_case: bool = True) -> "WordBoundarie
         can be pickled, for `map`'s processes and fingerprint.
 
     Raises:
-        TypeError: If the phrases are one string, or one of them is none.
+        TypeError: If `units` is a string, or holds something that is not a string.
         ValueError: If a phrase holds no word.
 
     Source:

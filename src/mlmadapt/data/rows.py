@@ -1,4 +1,4 @@
-"""Rows of any length, joined into one array a column, and laid out as a batch.
+"""Rows of any length, joined into one array per column, and laid out as a batch.
 
 ``tokenizer.pad`` knows the tokenizer's own columns only (``labels`` and ``word_ids`` crash it), and
 builds lists first. Here no token is looked at in Python.
@@ -8,7 +8,7 @@ import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import chain, pairwise
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +54,8 @@ def join_rows(columns: Mapping[str, Any]) -> tuple[dict[str, Ints], Ints]:
             or NaN, which become -1.
 
     Raises:
-        ValueError: If there are no ``input_ids``, or a column is not one whole number a token.
+        ValueError: If there are no ``input_ids``, or a column does not hold one whole number per
+            token.
 
     Examples:
         >>> join_rows({"input_ids": [[7, 8], [9]], "word_ids": [[None, 0], [0]]})
@@ -64,14 +65,62 @@ def join_rows(columns: Mapping[str, Any]) -> tuple[dict[str, Ints], Ints]:
         raise ValueError(
             f"the batch has no 'input_ids', only {list(columns)}; tokenize the documents first"
         )
-    lengths = _lengths(columns["input_ids"])
-    joined = {}
-    for name, rows in columns.items():
-        own = _lengths(rows)
-        if own != lengths or -1 in own:
-            _refuse_lengths(name, rows, own, lengths)
-        joined[name] = _join(name, rows)
-    return joined, np.array(lengths, np.int64)
+    lengths = common_lengths({name: row_lengths(name, rows) for name, rows in columns.items()})
+    return {name: _join(name, rows) for name, rows in columns.items()}, lengths
+
+
+def row_lengths(name: str, rows: Any) -> Ints:
+    """Return the number of values in each row of a column.
+
+    Raises:
+        ValueError: If a row is a string, a mapping, or one value.
+
+    Examples:
+        >>> row_lengths("input_ids", [[7, 8], [9]])
+        array([2, 1])
+    """
+    with suppress(TypeError):  # an array without dimensions claims to have a length
+        if all(map(_is_row, {type(row): row for row in rows}.values())):
+            return np.fromiter(map(len, rows), np.int64, len(rows))
+    row, value = next((row, value) for row, value in enumerate(rows) if not _is_row(value))
+    raise not_tokens(name, f"row {row} is {value!r:.40}, of type {type(value).__name__}")
+
+
+def not_tokens(name: str, seen: str) -> ValueError:
+    """Return the error about a column that does not hold one list of numbers per row."""
+    return ValueError(
+        f"column {name!r} is not a column of tokens: {seen}; each row must be a list of numbers. "
+        f"Remove the column, for example with remove_columns=[{name!r}] in map"
+    )
+
+
+def common_lengths(lengths: Mapping[str, Ints]) -> Ints:
+    """Return the lengths of rows, which must be the same in all columns.
+
+    Raises:
+        ValueError: If columns differ in their number of rows, or in the length of a row.
+
+    Examples:
+        >>> common_lengths({"input_ids": np.array([2, 1]), "word_ids": np.array([2, 1])})
+        array([2, 1])
+    """
+    if not lengths:
+        return np.empty(0, np.int64)
+    first = "input_ids" if "input_ids" in lengths else next(iter(lengths))
+    expected = lengths[first]
+    for name, own in lengths.items():
+        if len(own) != len(expected):
+            raise ValueError(
+                f"column {name!r} has {len(own)} rows, {first!r} has {len(expected)}; all columns "
+                "must come from the same documents"
+            )
+        if (own != expected).any():
+            row = int((own != expected).argmax())
+            raise ValueError(
+                f"row {row} has {expected[row]} {first!r} but {own[row]} {name!r}; all columns "
+                f"must hold one value per token: tokenize them together, or remove {name!r}"
+            )
+    return expected
 
 
 def split_rows(joined: npt.NDArray[Any], lengths: Ints) -> npt.NDArray[Any]:
@@ -150,34 +199,16 @@ def pad_rows(
     return batch
 
 
-def _lengths(rows: Any) -> list[int]:
-    """Return the number of values in each row, -1 for a row that has no length."""
-    try:
-        return list(map(len, rows))
-    except TypeError:
-        return [len(row) if np.ndim(row) else -1 for row in rows]
-
-
-def _refuse_lengths(name: str, rows: Any, own: list[int], lengths: list[int]) -> NoReturn:
-    if len(own) != len(lengths):
-        raise ValueError(
-            f"column {name!r} has {len(own)} rows, 'input_ids' has {len(lengths)}; all columns "
-            "must come from the same dataset"
-        )
-    row = next(i for i, n in enumerate(own) if n != lengths[i] or n < 0)
-    seen = f"{own[row]} values" if own[row] >= 0 else f"{rows[row]!r:.40}, not a list,"
-    raise ValueError(
-        f"column {name!r} of row {row} has {seen} for {max(lengths[row], 0)} input_ids; each "
-        f"column must hold one number a token. Remove {name!r} from the dataset if it is not an "
-        "input of the model"
-    )
+def _is_row(value: Any) -> bool:
+    is_sized = hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
+    return is_sized and not isinstance(value, (str, bytes, Mapping))
 
 
 def _join(name: str, rows: Any) -> Ints:
     try:
         values = _concatenate(name, rows)
         if name == "word_ids" and values.dtype.kind in "Of":
-            # None, as BatchEncoding.word_ids() says it; arrays and tensors can only say NaN.
+            # BatchEncoding.word_ids() says None; arrays and tensors can only say NaN.
             words = np.array(values, np.float64)
             words[np.isnan(words)] = -1
             values = words.astype(np.int64) if (words % 1 == 0).all() else words
@@ -187,7 +218,7 @@ def _join(name: str, rows: Any) -> Ints:
     except (RuntimeError, TypeError, ValueError) as error:  # a tensor may have no truth
         seen = f"something else ({error})"
     raise ValueError(
-        f"column {name!r} holds {seen}; it must hold one whole number a token. Remove {name!r} "
+        f"column {name!r} holds {seen}; it must hold one whole number per token. Remove {name!r} "
         "from the dataset if it is not an input of the model"
     )
 
@@ -199,8 +230,8 @@ def _concatenate(name: str, rows: Any) -> npt.NDArray[Any]:
     # An attention mask, which comes with every batch, is mostly nothing but ones.
     if name == "attention_mask" and all(row.count(1) == len(row) for row in rows):
         return np.ones(sum(map(len, rows)), np.int64)
-    # Faster than NumPy reads lists, flags three times; and nothing but whole numbers gets through,
-    # where NumPy would cut floats down to them.
+    # NumPy reads lists more slowly (flags three times), and would cut floats down to whole numbers;
+    # here nothing but whole numbers gets through.
     with suppress(TypeError, ValueError):
         return np.frombuffer(b"".join(map(bytes, rows)), np.uint8)
     with suppress(struct.error):

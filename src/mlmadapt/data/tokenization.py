@@ -47,10 +47,10 @@ def tokenize_with_word_ids(
     file has baked in: chunking comes next, and a cut document would lose its end without a word.
     The tokenizer is left as it was, so that a second run hits `map`'s cache.
 
-    Where a tokenizer does not split at white space (byte-level ones without a pattern and some
-    SentencePiece ones at none, BERT not at a form feed), words are what stands between it in the
-    text; each document would be one "word" else. A token that spans two words makes them one, since
-    it cannot be masked in part.
+    Words are the tokenizer's own. Where it ignores some white space (byte-level tokenizers without
+    a pattern ignore all of it, BERT's a form feed), words are split there all the same; otherwise
+    a whole document could be one "word". A token that spans two words makes them one, since it
+    cannot be masked in part.
 
     Args:
         examples: A batch with a column of documents: a dict of lists, or a ``pyarrow.Table``
@@ -64,10 +64,11 @@ def tokenize_with_word_ids(
 
     Returns:
         The model's inputs by the tokenizer's names (``input_ids``, ``attention_mask``, and
-        ``token_type_ids`` where the model has them), and ``word_ids``: an integer a token, rising
+        ``token_type_ids`` where the model has them), and ``word_ids``: an integer per token, rising
         within a document, -1 for a token of no word: special tokens, and tokens of nothing but
-        white space where words come from white space. A dict with an array of rows of shape
-        ``(sequence,)`` a column, or a table, as the batch was.
+        white space that the tokenizer ignores. A lone ``▁`` or ``Ġ`` belongs to the word that the
+        tokenizer begins with it. The columns come as the batch did: a table, or a dict with an
+        array of rows of shape ``(sequence,)`` for each.
 
     Raises:
         TypeError: If the tokenizer is not a fast one, the column is not a batch, a document is not
@@ -122,7 +123,7 @@ def tokenize_with_word_ids(
         theirs = np.repeat(np.isin(np.arange(len(texts)), rows), lengths)
         their_texts = [texts[row] for row in rows]
         word_ids[theirs] = _words_of_spans(
-            _place_words(their_texts),
+            _place_words(their_texts, unsplit),
             their_texts,
             [encodings[row] for row in rows],
             is_text[theirs],
@@ -229,10 +230,10 @@ def _text_starts(texts: list[str]) -> npt.NDArray[np.int64]:
     return np.cumsum([0, *(len(text) + 1 for text in texts)])[:-1]
 
 
-def _place_words(texts: list[str]) -> npt.NDArray[np.int64]:
-    """Return the spans between white space, of shape (words, 2), with the texts on one line."""
-    codes = np.frombuffer("\n".join(texts).encode("utf-32-le"), np.uint32)
-    is_space = np.isin(codes, [ord(space) for space in _WHITE_SPACE])
+def _place_words(texts: list[str], unsplit: list[str]) -> npt.NDArray[np.int64]:
+    """Return the spans between `unsplit` characters, of shape (spans, 2), the texts on one line."""
+    codes = np.frombuffer(unsplit[0].join(texts).encode("utf-32-le"), np.uint32)
+    is_space = np.isin(codes, [ord(space) for space in unsplit])
     edges = np.flatnonzero(np.diff(~is_space, prepend=False, append=False))
     return edges.reshape(-1, 2)
 

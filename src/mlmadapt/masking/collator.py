@@ -23,11 +23,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mlmadapt._types import Features, Floats, Hashes, Ints, Tokenizer
+from mlmadapt._types import Features, Ints, Tokenizer
 from mlmadapt.data.rows import join_rows, pad_rows, to_columns
 from mlmadapt.data.tokenization import special_token_ids
-from mlmadapt.masking.seeding import derive_key, hash_counters, hash_rows, spread_keys, to_unit
-from mlmadapt.masking.selection import WordWeights, spread_rate
+from mlmadapt.masking.seeding import derive_key, hash_counters, hash_rows
+from mlmadapt.masking.selection import WordWeights, choose_words, find_words
 
 
 @dataclass(eq=False)  # weights may be an array, which has no one truth
@@ -57,7 +57,7 @@ class WholeWordMaskingCollator:
             from a word's text to its weight. 0 or more; only ratios within a row matter. A word of
             weight 0 is never a target, unless all words of its row weigh 0.
         seed: A seed of its own, or None to follow ``torch.manual_seed`` and `set_seed`: one number
-            a batch is drawn from torch's global generator.
+            per batch is drawn from torch's global generator.
         pad_to_multiple_of: Pad rows to a multiple of this many tokens.
         return_tensors: ``"pt"`` or ``"np"``.
 
@@ -153,7 +153,7 @@ class WholeWordMaskingCollator:
         column ``labels`` of the rows is not used, and the rows are not changed.
 
         Args:
-            features: Rows of columns: lists, arrays or tensors of one whole number a token, and
+            features: Rows of columns: lists, arrays or tensors of one whole number per token, and
                 ``word_ids``, in which None and -1 both say "no word".
             return_tensors: In place of the collator's own, for this call.
 
@@ -162,9 +162,10 @@ class WholeWordMaskingCollator:
 
         Raises:
             ValueError: If there are no rows, they differ in columns, a row has no ``word_ids``, a
-                column is not one whole number a token, a token is none of the tokenizer's,
-                `word_weights` returns no weight, or padding needs a token that there is not.
-            TypeError: If a row is not a dict, or the seed is no whole number.
+                column does not hold one whole number per token, a token id is outside the
+                vocabulary, `word_weights` returns no weight, or padding is needed and the tokenizer
+                has no padding token.
+            TypeError: If a row is not a dict, or the seed is not a whole number.
 
         Warns:
             UserWarning: If the words of a row are 32 tokens long or more on average.
@@ -304,14 +305,16 @@ class WholeWordMaskingCollator:
         self, tokens: Ints, words: Ints, bounds: Ints, key: int
     ) -> tuple[Ints, Ints]:
         """Return which tokens of some rows are targets, and what stands there instead."""
-        first, size = _find_words(words, bounds)
+        first, size = find_words(words, bounds)
         words_before = np.searchsorted(first, bounds)
         self._warn_if_collapsed(size, words_before)
         weights = None
         if self._weights is not None:
             weights = self._weights.weigh(tokens[words >= 0], size, np.diff(words_before))
         row_keys = hash_rows(tokens, bounds, key)
-        chosen, fate = self._choose_words(words_before, row_keys, weights)
+        chosen, fate = choose_words(
+            words_before, row_keys, weights, rate=self.wwm_probability, budget=self.budget
+        )
 
         size = size[chosen]
         targets = np.arange(size.sum()) + np.repeat(first[chosen] - np.cumsum(size) + size, size)
@@ -326,39 +329,6 @@ class WholeWordMaskingCollator:
             draws = hash_counters(row_keys[row] ^ _REPLACEMENT, replaced - bounds[row])
             instead[is_random] = self._pool[draws % np.uint64(len(self._pool))]
         return targets, instead
-
-    def _choose_words(
-        self, words_before: Ints, row_keys: Hashes, weights: Floats | None
-    ) -> tuple[Ints, Floats]:
-        """Return the words that are targets, and the fate in [0, 1) of each.
-
-        `words_before` counts the words before each row, and at its end all words.
-        """
-        words_in_row = np.diff(words_before)
-        keys = spread_keys(row_keys, words_in_row, step=2)
-        urgency = draw = to_unit(hash_counters(keys, 0))
-        if weights is not None:
-            # An exponential race: who comes first is chosen in proportion to its weight.
-            with np.errstate(divide="ignore", invalid="ignore"):
-                urgency = -np.log1p(-draw) / weights
-
-        if self.budget == "exact":
-            share = self.wwm_probability * words_in_row
-            rounding = to_unit(hash_counters(row_keys, -1))
-            quota = np.maximum(np.floor(share) + (rounding < share % 1), 1)
-            # A word of weight 0 has an infinite urgency, and is not there to fill a quota.
-            is_chosen = _rank(urgency, words_in_row) < np.repeat(quota, words_in_row)
-            is_chosen &= np.isfinite(urgency)
-        elif weights is None:
-            is_chosen = draw < self.wwm_probability
-        else:
-            is_chosen = draw < spread_rate(self.wwm_probability, weights, words_in_row)
-        chosen = np.flatnonzero(is_chosen)
-        without = (np.diff(np.searchsorted(chosen, words_before)) == 0) & (words_in_row > 0)
-        if without.any():
-            is_chosen |= np.repeat(without, words_in_row) & (_rank(urgency, words_in_row) == 0)
-            chosen = np.flatnonzero(is_chosen)
-        return chosen, to_unit(hash_counters(keys[chosen], 1))
 
     def _check_ids(self, tokens: Ints, lengths: Ints) -> None:
         size = len(self._is_special)
@@ -422,29 +392,3 @@ def _blocks(bounds: Ints) -> list[Ints]:
     cuts = np.flatnonzero(np.diff(bounds[:-1] // _BLOCK)) + 1
     edges = [0, *cuts.tolist(), len(bounds) - 1]
     return [bounds[a : b + 1] for a, b in pairwise(edges)]
-
-
-def _find_words(words: Ints, bounds: Ints) -> tuple[Ints, Ints]:
-    """Return the first token and the size of each word: a run of one number, 0 or more."""
-    changes = np.ones(len(words) + 1, bool)
-    np.not_equal(words[1:], words[:-1], out=changes[1:-1])
-    changes[bounds] = True
-    edges = np.flatnonzero(changes)
-    runs = np.flatnonzero(words.take(edges[:-1]) >= 0)
-    first = edges.take(runs)
-    return first, edges.take(runs + 1) - first
-
-
-def _rank(urgency: Floats, words_in_row: Ints) -> Ints:
-    """Return the place of each word in its row when the row is sorted by urgency."""
-    rows = len(words_in_row)
-    row_of_word = np.repeat(np.arange(rows, dtype=np.min_scalar_type(rows)), words_in_row)
-    # As lexsort((urgency, row_of_word)) does in six times the time: NumPy has a radix sort, for
-    # small integers.
-    order = np.argsort(urgency)
-    order = order[np.argsort(row_of_word[order], kind="stable")]
-    rank = np.empty(len(urgency), np.int64)
-    rank[order] = np.arange(len(urgency)) - np.repeat(
-        np.cumsum(words_in_row) - words_in_row, words_in_row
-    )
-    return rank

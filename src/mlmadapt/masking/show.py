@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from html import escape
-from itertools import compress, pairwise
+from itertools import chain, compress, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,7 +75,7 @@ class MaskView:
     __repr__ = __str__
 
     def to_text(self, *, color: bool) -> str:
-        """Return a line a row, and one of counts.
+        """Return a line per row, and one of counts.
 
         Args:
             color: Paint targets, with the escape codes of terminals.
@@ -97,14 +97,11 @@ class MaskView:
             text = f"{{{piece.text} -> {piece.seen}}}" if piece.seen else piece.text
             return piece.space + paint(text, piece.fate)
 
-        lines = [
-            f"{number}: {''.join(show(piece) for word in row for piece in word).strip()}"
-            for number, row in enumerate(self.rows)
-        ]
+        lines = [f"{number}: {line.strip()}" for number, line in enumerate(self._lines(show))]
         return "\n".join([*lines, self._count(paint)])
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: a paragraph a row, in the page's own colors."""
+        """Return what a notebook shows: a paragraph per row, in the page's own colors."""
 
         def paint(text: str, fate: str, title: str = "") -> str:
             return f'<span style="{_CSS[fate]}"{title}>{text}</span>' if fate else text
@@ -116,12 +113,11 @@ class MaskView:
                 text = f"<s>{text}</s> {seen}"
             return piece.space + paint(text, piece.fate, title)
 
-        lines = [
-            f'<p dir="auto">{"".join(show(piece) for word in row for piece in word)}</p>'
-            for row in self.rows
-        ]
-        counts = self._count(paint)
-        return f'<div style="line-height:1.7">{"".join(lines)}<p>{counts}</p></div>'
+        lines = "".join(f'<p dir="auto">{line}</p>' for line in self._lines(show))
+        return f'<div style="line-height:1.7">{lines}<p>{self._count(paint)}</p></div>'
+
+    def _lines(self, show: "Callable[[Piece], str]") -> Iterator[str]:
+        return ("".join(map(show, chain.from_iterable(row))) for row in self.rows)
 
     def _count(self, paint: "Callable[[str, str], str]") -> str:
         words = [word for row in self.rows for word in row if word[0].fate != "special"]

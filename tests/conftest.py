@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +39,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "mlmadapt"))
 def pytest_unconfigure() -> None:
     """Leave nothing behind."""
     _DATASETS_CACHE.cleanup()
+
+
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs write no picture, as without matplotlib: it takes as long as the rest of a tiny run."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
 
 @pytest.fixture(params=TOKENIZER_KINDS)

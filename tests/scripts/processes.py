@@ -126,7 +126,8 @@ def _serve() -> None:
 
     # What is loaded or cached at first use is so before the first fork.
     short_run.freeze(short_run.make_rows(2))
-    short_run.warm_up()
+    with tempfile.TemporaryDirectory() as folder:
+        short_run.warm_up(folder)
     for line in sys.stdin:
         request = json.loads(line)
         with tempfile.TemporaryDirectory() as folder:

@@ -65,10 +65,12 @@ def freeze(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows_of(insert_random_mask(columns, WholeWordMaskingCollator(tiny_tokenizer())))
 
 
-def warm_up() -> None:
-    """Load what is loaded at first use."""
+def warm_up(folder: str) -> None:
+    """Load what is loaded at first use; what is saved for that goes to `folder`."""
     for architecture in ("bert", "deberta-v2"):
-        tiny_model(tiny_tokenizer(), architecture=architecture)
+        model = tiny_model(tiny_tokenizer(), architecture=architecture)
+        # Makes the table of renamed weights of every architecture, which takes a quarter of a run.
+        model.save_pretrained(folder)
     TrainingConfig()
     with suppress(ImportError):
         from matplotlib.figure import Figure
@@ -114,6 +116,7 @@ def train(
     at_event: list[Any] | None = None,
     while_saving: dict[str, list[Any]] | None = None,
     count_events: bool = False,
+    curves: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train for a few steps and return what must not depend on interruptions.
@@ -132,9 +135,12 @@ def train(
             `folder`.
         while_saving: By step, what to do when half of that checkpoint is written.
         count_events: Whether to return how many events there were.
+        curves: Whether the model card has a picture, which takes as long to draw as all the rest.
         **settings: Of `TrainingConfig`, over `SETTINGS`.
     """
     torch.set_num_threads(1)
+    if not curves:
+        sys.modules["matplotlib.figure"] = None  # as if it were not installed
     tokenizer = tiny_tokenizer()
     model = tiny_model(tokenizer, architecture=architecture)
     if not dropout:

@@ -279,6 +279,31 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert json.loads((path / "state.json").read_text()) == {"step": 3}
 
 
+def test_a_checkpoint_gets_its_name_when_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files and folder are flushed before the rename, the folder above after it.
+
+    A power cut in between would leave the name with empty files, which no kill of a process shows.
+    """
+    flushed: set[int] = set()
+    flush, rename = os.fsync, Path.rename
+
+    def note_flush(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+        flush(descriptor)
+
+    def check_rename(path: Path, target: Path) -> Path:
+        assert flushed >= {each.stat().st_ino for each in [path, *path.iterdir()]}
+        flushed.clear()
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_flush)
+    monkeypatch.setattr(Path, "rename", check_rename)
+    write(tmp_path, 3)
+    assert flushed == {tmp_path.stat().st_ino}
+
+
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     """Step 10 is newer than 9, and names that only look like it are left alone."""
     for step in (9, 10, 100):

@@ -29,6 +29,8 @@ from mlmadapt.training.signals import Signals
 from tests.scripts.processes import outcome, run_script, start, train
 from tests.scripts.short_run import rows_of
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 SCRIPT = str(Path(__file__).parents[1] / "scripts" / "short_run.py")
 
 

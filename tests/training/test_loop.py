@@ -35,6 +35,8 @@ from mlmadapt.testing import tiny_model, tiny_tokenizer
 from mlmadapt.training.prepare import make_optimizer, make_scheduler
 from tests.scripts.short_run import drop_nothing, freeze, global_states, make_rows
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 class Run:
     """A run of 3 steps an epoch, to be changed."""

@@ -17,6 +17,7 @@ from tests.scripts.processes import outcome, start, train
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 # Over two epochs; no number of processes divides the rows.
 UNEVEN = {"rows": 23, "per_device_train_batch_size": 3}
@@ -78,7 +79,7 @@ def test_a_kill_at_every_touch_of_a_file_costs_nothing(
 ) -> None:
     """The same at each single event, of several processes at every sixth of the first one's."""
     every = 1 if on_processes["world"] == 1 else 6
-    check_every_event(tmp_path, every, save_total_limit=1, **on_processes)
+    check_every_event(tmp_path, every, save_total_limit=1, curves=True, **on_processes)
 
 
 GRID = {

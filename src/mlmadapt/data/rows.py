@@ -84,7 +84,7 @@ def row_lengths(name: str, rows: Any) -> Ints:
             return np.fromiter(map(len, rows), np.int64, len(rows))
     row, value = next((row, value) for row, value in enumerate(rows) if not _is_row(value))
     seen = f"row {row} is {value!r:.40}, of type {type(value).__name__}"
-    refuse_column(name, seen)  # noqa: RET503  # it does not return
+    return refuse_column(name, seen)
 
 
 def refuse_column(name: str, seen: str) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,10 +27,11 @@ def reference_tokenize(
     ignored = [c.isspace() and not splits_at(tokenizer, c) for c in text]
     if any(ignored):
         # A word is the tokenizer's own, as far as the next white space that the tokenizer ignores.
+        before = [*accumulate(ignored, initial=0)]
         keys: list[tuple[set[int], int | None] | None] = []
         for (start, end), word in zip(offsets, words, strict=True):
             places = range(start, max(end, start + 1))
-            seen = {sum(ignored[:i]) for i in places if i < len(text) and not ignored[i]}
+            seen = {before[i] for i in places if i < len(text) and not ignored[i]}
             keys.append((seen, word) if seen and word is not None else None)
         words = _number(keys)
     if spans is not None:

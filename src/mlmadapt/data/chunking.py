@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlmadapt._types import Columns, Ints
-from mlmadapt.data.rows import common_lengths, not_tokens, row_lengths
+from mlmadapt.data.rows import common_lengths, refuse_column, row_lengths
 
 logger = logging.getLogger(__name__)
 _drop_was_said = False
@@ -188,10 +188,10 @@ def _number_words(
 def _list_lengths(name: str, column: pa.ChunkedArray) -> Ints:
     kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     if not any(is_kind(column.type) for is_kind in kinds):
-        raise not_tokens(name, f"its type is {column.type}")
+        refuse_column(name, f"its type is {column.type}")
     if column.null_count:
         row = pc.index(column.is_null(), value=True).as_py()
-        raise not_tokens(name, f"row {row} is None")
+        refuse_column(name, f"row {row} is None")
     lengths: Ints = pc.list_value_length(column).to_numpy().astype(np.int64)
     return lengths
 

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import chain, pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -83,12 +83,17 @@ def row_lengths(name: str, rows: Any) -> Ints:
         if all(map(_is_row, {type(row): row for row in rows}.values())):
             return np.fromiter(map(len, rows), np.int64, len(rows))
     row, value = next((row, value) for row, value in enumerate(rows) if not _is_row(value))
-    raise not_tokens(name, f"row {row} is {value!r:.40}, of type {type(value).__name__}")
+    seen = f"row {row} is {value!r:.40}, of type {type(value).__name__}"
+    return refuse_column(name, seen)
 
 
-def not_tokens(name: str, seen: str) -> ValueError:
-    """Return the error about a column that does not hold one list of numbers per row."""
-    return ValueError(
+def refuse_column(name: str, seen: str) -> NoReturn:
+    """Raise the error about a column that does not hold a list of numbers per row.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(
         f"column {name!r} is not a column of tokens: {seen}; each row must be a list of numbers. "
         f"Remove the column, for example with remove_columns=[{name!r}] in map"
     )

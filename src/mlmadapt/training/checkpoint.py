@@ -138,9 +138,10 @@ def _refusing(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
-            f"{checkpoint.name} does not fit this run ({type(error).__name__}: {error}); delete it "
-            "to resume from an earlier one"
+            f"{checkpoint.name} does not fit this run ({problem}); delete it to resume from an "
+            "earlier one"
         ) from error
 
 
@@ -242,7 +243,7 @@ def find_damage(checkpoint: Path) -> Iterator[str]:
     try:
         files = json.loads(manifest.read_text())["files"]
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         yield f"{_MANIFEST} cannot be read ({error or type(error).__name__})"
         return
     for name in sorted({path.name for path in checkpoint.iterdir()} - {_MANIFEST, *expected}):

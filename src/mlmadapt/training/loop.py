@@ -169,7 +169,7 @@ def resume(run: Run) -> bool:
         return False
     checkpoint.read_run(found, run)
     best = f"checkpoint-{run.saved_step}"
-    if run.saved_step != run.state.step and not (run.folder / best).exists():
+    if run.config.load_best_model_at_end and not (run.folder / best).exists():
         on_main_process(run.accelerator, lambda: checkpoint.bring(found.parent / best, run.folder))
     run.progress.update(run.state.step)
     return True

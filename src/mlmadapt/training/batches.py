@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, tee
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +25,7 @@ from mlmadapt._types import Batch, DataCollator, Row, Rows
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.freezing import collate_seeded, purify
 from mlmadapt.masking.seeding import derive_key
+from mlmadapt.training.signals import ignore_signals
 
 Dealt = TypeVar("Dealt")
 
@@ -132,17 +133,19 @@ def training_batches(
     if not plan.rows:
         yield from _stream_batches(dataset, plan, collate, epoch=epoch, start=start)
         return
+    # As they are asked for: a list of all rows to come is large.
+    own_steps, loader_steps = tee(plan.steps(epoch, start=start))
     loader = DataLoader(
         _IndexedRows(dataset),
-        # As it is asked for: a list of all rows to come is large.
-        batch_sampler=chain.from_iterable(plan.steps(epoch, start=start)),
+        batch_sampler=chain.from_iterable(loader_steps),
         collate_fn=collate,
         num_workers=num_workers,
+        worker_init_fn=ignore_signals,
         # Of its own, or each iterator would move torch's global one.
         generator=torch.Generator(),
     )
     batches = iter(loader)
-    for step, shares in enumerate(plan.steps(epoch, start=start), start + 1):
+    for step, shares in enumerate(own_steps, start + 1):
         yield [next(batches) for _ in shares], step == plan.steps_per_epoch
 
 

@@ -11,6 +11,7 @@ checkpoint from elsewhere can at worst be refused.
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -47,7 +48,15 @@ def write_run(run: Run, *, loss_sums: list[float]) -> None:
 
     Raises:
         OSError: As `whole_checkpoint`.
+        FloatingPointError: If a weight is not finite; older checkpoints are left alone.
     """
+    for name, values in run.model.named_parameters():
+        if not values.isfinite().all():
+            raise FloatingPointError(
+                f"after step {run.state.step}, {name} is not finite, though loss and gradient "
+                "were: the update was too large. Resume from an earlier checkpoint with a lower "
+                f"learning_rate than {run.config.learning_rate}"
+            )
     scaler = run.accelerator.scaler
     tensors, objects = split_state(
         {
@@ -74,38 +83,79 @@ def read_run(checkpoint: Path, run: Run) -> None:
     """Put a checkpoint's state into a run.
 
     Raises:
-        ValueError: If it is of another run.
+        ValueError: If it is of another run, or makes no sense.
     """
-    stored = json.loads((checkpoint / _STATE).read_text())
-    check_same_run(stored["fingerprint"], run.fingerprint, checkpoint=checkpoint.name)
+    with _refusing(checkpoint):
+        stored = json.loads((checkpoint / _STATE).read_text())
+        fingerprint = dict(stored["fingerprint"])
+    check_same_run(fingerprint, run.fingerprint, checkpoint=checkpoint.name)
     load_weights(checkpoint, run.model)
-    objects = join_state(load_file(checkpoint / _TENSORS), stored["objects"])
-    run.optimizer.load_state_dict(objects["optimizer"])
-    run.scheduler.load_state_dict(objects["scheduler"])
-    accelerator = run.accelerator
-    if accelerator.scaler is not None and objects["scaler"] is not None:
-        accelerator.scaler.load_state_dict(objects["scaler"])
-    run.state = RunState(**stored["counts"])
-    run.state.evaluations = [
-        (step, MaskedLMMetrics(**each))  # type: ignore[arg-type]  # a dict, in JSON
-        for step, each in run.state.evaluations
-    ]
-    # Each process goes on with its own sum; if their number differs, the first takes the whole.
-    sums = stored["loss_sums"]
-    rank, same = accelerator.process_index, len(sums) == accelerator.num_processes
-    run.state.loss_sum = sums[rank] if same else sum(sums) if rank == 0 else 0.0
+    with _refusing(checkpoint):
+        objects = join_state(load_file(checkpoint / _TENSORS), stored["objects"])
+        run.optimizer.load_state_dict(objects["optimizer"])
+        for parameter, moments in run.optimizer.state.items():
+            for name, values in moments.items():
+                if name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):  # others know their shape
+                    _require(values.shape == parameter.shape, f"{name} has another shape")
+        run.scheduler.load_state_dict(objects["scheduler"])
+        if run.accelerator.scaler is not None and objects["scaler"] is not None:
+            run.accelerator.scaler.load_state_dict(objects["scaler"])
+        counts = stored["counts"]
+        types = {name: type(value) for name, value in asdict(RunState()).items()}
+        _require({name: type(value) for name, value in counts.items()} == types, "other counts")
+        state = RunState(**counts)
+        state.evaluations = [
+            (int(step), MaskedLMMetrics(**each)) for step, each in counts["evaluations"]
+        ]
+        _require(min(state.step, state.epoch, state.epoch_step) >= 0, "a count is below 0")
+        end = run.plan.steps_per_epoch or math.inf  # that of a stream is not known
+        _require(state.epoch_step < end, f"step {state.epoch_step} of an epoch of {end}")
+        # Each process goes on with its own sum; if their number differs, the first takes the whole.
+        sums, rank = stored["loss_sums"], run.accelerator.process_index
+        same = len(sums) == run.accelerator.num_processes
+        state.loss_sum = float(sums[rank] if same else sum(sums) if rank == 0 else 0.0)
+    run.state = state
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
     """Load a checkpoint's weights into a model.
 
     Raises:
-        ValueError: If they are another model's.
+        ValueError: If they are damaged, another model's, or not finite.
     """
-    try:
+    with _refusing(checkpoint):
+        _require(not (damage := list(find_damage(checkpoint))), "; ".join(damage))
+        types = {name: values.dtype for name, values in model.state_dict().items()}
+        for name, values in load_file(checkpoint / _WEIGHTS).items():
+            _require(values.dtype == types.get(name), f"{name} is of type {values.dtype}")
+            _require(bool(values.isfinite().all()), f"{name} is not finite")
         load_model(model, checkpoint / _WEIGHTS)
-    except RuntimeError as error:
-        raise ValueError(f"{checkpoint.name} was made from another model: {error}") from error
+
+
+@contextmanager
+def _refusing(checkpoint: Path) -> Iterator[None]:
+    """Say of a checkpoint from elsewhere, whatever is wrong with it, which one it is."""
+    try:
+        yield
+    except Exception as error:
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{checkpoint.name} does not fit this run ({problem}); delete it to resume from an "
+            "earlier one"
+        ) from error
+
+
+def _require(holds: bool, problem: str) -> None:  # noqa: FBT001
+    if not holds:
+        raise ValueError(problem)
+
+
+def bring(checkpoint: Path, output_dir: Path) -> None:
+    """Copy a checkpoint into another output directory, where a resumed run will look for it."""
+    with whole_checkpoint(output_dir, _step_of(checkpoint)) as folder:
+        for path in checkpoint.iterdir():
+            if path.name != _MANIFEST:
+                shutil.copy(path, folder)
 
 
 @contextmanager
@@ -193,7 +243,7 @@ def find_damage(checkpoint: Path) -> Iterator[str]:
     try:
         files = json.loads(manifest.read_text())["files"]
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         yield f"{_MANIFEST} cannot be read ({error or type(error).__name__})"
         return
     for name in sorted({path.name for path in checkpoint.iterdir()} - {_MANIFEST, *expected}):

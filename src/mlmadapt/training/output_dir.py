@@ -8,10 +8,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from mlmadapt._types import Model, Tokenizer
-from mlmadapt.training.checkpoint import clear
+from mlmadapt.training.checkpoint import clear, find_checkpoints
 from mlmadapt.training.config import TrainingConfig
 from mlmadapt.training.distributed import is_sharded, on_main_process
 
@@ -64,14 +65,27 @@ def save_model(
     def write() -> list[str]:
         building = folder / ".model.tmp"
         shutil.rmtree(building, ignore_errors=True)
-        model.save_pretrained(building, state_dict=state)
-        tokenizer.save_pretrained(building)
-        if not any(building.glob("*.safetensors")):
-            raise OSError(f"{str(folder)!r} holds no weights after saving; the model was not saved")
-        names = [path.name for path in building.iterdir()]
-        for name in names:
-            (building / name).replace(folder / name)
-        building.rmdir()
+        try:
+            model.save_pretrained(building, state_dict=state)
+            tokenizer.save_pretrained(building)
+            if not any(building.rglob("*.safetensors")):
+                raise OSError("no weights were written")  # noqa: TRY301  # told below
+            names = [path.name for path in building.iterdir()]
+            for name in names:
+                shutil.rmtree(folder / name, ignore_errors=True)  # of an adapter that has a name
+                (building / name).replace(folder / name)
+            # from_pretrained would load the weights of an earlier model beside these.
+            for pattern in ("adapter_*", "model*.safetensors*", "pytorch_model*"):
+                for path in folder.glob(pattern):
+                    if path.name not in names:
+                        path.unlink()
+        except (OSError, SafetensorError) as error:
+            kept = [path.name for path in find_checkpoints(folder)] or ["no checkpoint"]
+            raise OSError(
+                f"the model could not be saved in {str(folder)!r} ({error}); {kept[0]} is intact"
+            ) from error
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
         return names
 
     return on_main_process(accelerator, write)

@@ -62,7 +62,7 @@ def take_step(run: Run, batches: list[Batch], *, stop_signal: int) -> int:
         logger.warning("step %d has no masked token on any process; nothing is updated", state.step)
     if not waits_for_metric(run.scheduler):
         run.scheduler.step()
-    run.optimizer.zero_grad()
+    run.model.zero_grad()  # not the optimizer's, which may hold a part of them
     state.loss_sum += loss_sum
     state.loss_tokens += masked
     state.tokens_seen += tokens

@@ -235,7 +235,7 @@ FROZEN = {"input_ids": [2, 4, 3], "labels": [-100, 9, -100]}
         ([{**FROZEN, "labels": [-100] * 3}], ValueError, "no masked token .*insert_random_mask"),
         ({"test": [FROZEN]}, TypeError, "is a dict; it must be one dataset"),
         (iter([FROZEN]), TypeError, "is a list_iterator; it must be one dataset"),
-        ([{**FROZEN, "text": "a film"}], ValueError, "'text' is not a column of tokens.*emove the column"),
+        ([{**FROZEN, "text": "a film"}], ValueError, "'text' is not a column of tokens"),
         ([{**FROZEN, "input_ids": [2, 4, 10**6]}], ValueError, "dataset has token id 1000000"),
         (
             [{"input_ids": [2] * 600, "labels": [-100] * 600}],

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +92,9 @@ def test_a_schedule_with_milestones_decays_after_a_resume_too(tmp_path: Path) ->
     assert run(tmp_path / "whole", resume_from_checkpoint=True) == whole
 
 
-@pytest.mark.parametrize("held", [{1, 2}, np.float32(0.1), object()], ids=repr)
+@pytest.mark.parametrize(
+    "held", [{1, 2}, np.float32(0.1), object()], ids=["set", "float32", "object"]
+)
 def test_what_no_checkpoint_can_hold_is_found_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: Any
 ) -> None:
@@ -357,24 +358,28 @@ def test_processes_with_other_rows_or_settings_are_told(tmp_path: Path, differ: 
 
 
 WORKERS = """
-import sys, time
+import sys
+from torch.utils.data import get_worker_info
 from mlmadapt import TrainingConfig, WholeWordMaskingCollator, accelerate_train
 from mlmadapt.testing import tiny_model, tiny_tokenizer
 from tests.scripts.short_run import make_rows
 
 class Rows(list):
+    is_held = True
+
     def __getitem__(self, index):
-        if index == 20:
-            print("begun", flush=True)
-        time.sleep(0.005)
+        if self.is_held and get_worker_info() is not None:
+            self.is_held = False
+            print("held", flush=True)
+            open(sys.argv[2], "rb", buffering=0).read(1)
         return super().__getitem__(index)
 
 tokenizer = tiny_tokenizer()
 accelerate_train(
     tiny_model(tokenizer), Rows(make_rows(64)), tokenizer=tokenizer,
     data_collator=WholeWordMaskingCollator(tokenizer),
-    config=TrainingConfig(output_dir=sys.argv[1], num_train_epochs=50, save_strategy="no",
-        per_device_train_batch_size=4, dataloader_num_workers=2, disable_tqdm=True),
+    config=TrainingConfig(output_dir=sys.argv[1], num_train_epochs=1, save_strategy="no",
+        per_device_train_batch_size=4, dataloader_num_workers=1, disable_tqdm=True),
 )
 """
 
@@ -383,25 +388,26 @@ accelerate_train(
 def test_a_signal_to_the_whole_process_group_leaves_a_checkpoint(
     tmp_path: Path, number: int, code: int
 ) -> None:
-    """As Ctrl-C, Slurm and Kubernetes send it: to the DataLoader's workers as well."""
-    root = Path(__file__).parents[2]
+    """As Ctrl-C, Slurm and Kubernetes send it: to a worker that is at work as well."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(root), *sys.path])
-    command = [sys.executable, "-c", WORKERS, str(tmp_path / "out")]
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDWR)
+    command = [sys.executable, "-c", WORKERS, str(tmp_path / "out"), str(tmp_path / "pipe")]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment
     ) as process:
         try:
-            while process.stdout.readline() != "begun\n":
-                assert process.poll() is None
-            time.sleep(0.2)
+            assert process.stdout.readline() == "held\n"
             os.killpg(process.pid, number)
+            os.write(pipe, b".")
             process.wait(SECONDS)
         finally:
+            os.close(pipe)
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == code
-    assert len(find_checkpoints(tmp_path / "out")) == 1
+    assert [path.name for path in find_checkpoints(tmp_path / "out")] == ["checkpoint-1"]
 
 
 def test_the_run_after_a_signal_ends_as_if_there_had_been_none(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ import json
 import math
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from os import PathLike
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     _Checkpoint: TypeAlias = str | Literal[True] | None
@@ -71,7 +73,8 @@ class TrainingConfig:
         hub_private_repo: Whether a new repository is private; None takes the hub's default.
 
     Raises:
-        ValueError: If a value is out of range, or `load_best_model_at_end` lacks its checkpoints.
+        ValueError: If a value is of another type or out of range, or `load_best_model_at_end` lacks
+            its checkpoints.
 
     Source:
         The names and defaults of transformers' documentation of `TrainingArguments`; the recipe's
@@ -117,6 +120,16 @@ class TrainingConfig:
     hub_private_repo: bool | None = None
 
     def __post_init__(self) -> None:
+        # Not those of `fields`, which HfArgumentParser changes.
+        for name, hint in get_type_hints(type(self)).items():
+            value, allowed = getattr(self, name), _allowed(hint)
+            if isinstance(value, PathLike):
+                object.__setattr__(self, name, str(value))
+            elif name not in ("resume_from_checkpoint", "lr_scheduler_kwargs"):
+                choices = " or ".join(getattr(each, "__name__", repr(each)) for each in allowed)
+                self._require(name, _is_one_of(value, allowed), choices)
+        known = isinstance(self.resume_from_checkpoint, str | bool | None)
+        self._require("resume_from_checkpoint", known, "True, a directory, or None")
         at_least_one = (
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
@@ -137,11 +150,6 @@ class TrainingConfig:
         self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
         is_count = self.max_steps == -1 or self.max_steps > 0
         self._require("max_steps", is_count, "above 0, or -1 for whole epochs")
-        for name in ("eval_strategy", "save_strategy"):
-            known = getattr(self, name) in ("no", "epoch", "steps")
-            self._require(name, known, "'no', 'epoch' or 'steps'")
-        known = self.mixed_precision in (None, "no", "bf16", "fp16")
-        self._require("mixed_precision", known, "None, 'no', 'bf16' or 'fp16'")
         if self.load_best_model_at_end:
             self._check_best()
         arguments = self.lr_scheduler_kwargs
@@ -169,3 +177,19 @@ class TrainingConfig:
     def _require(self, name: str, holds: bool, requirement: str) -> None:  # noqa: FBT001
         if not holds:
             raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {requirement}")
+
+
+def _allowed(hint: Any) -> list[Any]:
+    """List the classes and values that an annotation allows, without what a list holds."""
+    if hint is NoneType:
+        return [None]
+    if get_origin(hint) is Literal or NoneType in get_args(hint):
+        return [choice for each in get_args(hint) for choice in _allowed(each)]
+    return [int, float] if hint is float else [get_origin(hint) or hint]
+
+
+def _is_one_of(value: Any, allowed: list[Any]) -> bool:
+    if isinstance(value, bool):  # which Python takes for a whole number too
+        return bool in allowed
+    classes = tuple(each for each in allowed if isinstance(each, type))
+    return isinstance(value, classes) or (isinstance(value, str | None) and value in allowed)

@@ -306,6 +306,8 @@ def test_compile(model: PreTrainedModel, hooked_first: bool) -> None:  # noqa: F
     torch._dynamo.reset()
 
 
+# As above.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_what_was_compiled_before_gets_the_hooks(
     model: PreTrainedModel,

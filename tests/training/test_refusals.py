@@ -246,7 +246,7 @@ def test_a_precision_that_would_not_be_the_settings_is_refused(
     run.more = {}
     AcceleratorState._reset_state()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(ValueError, match=r"accelerator's 'fp16' on 'cpu'; .* 'bf16' or"):
+    with pytest.raises(ValueError, match=r"accelerator's 'fp16' on 'cpu'; .* 'bf16' or 'no'"):
         run.train()
     assert not run.folder.exists()
 

@@ -217,6 +217,9 @@ def try_sparse(model: Model, probe: Mapping[str, torch.Tensor]) -> SparsePredict
     """Return the model's sparse head if it gives what the full head gives on a few rows of a batch.
 
     Otherwise a warning says why, and the full head is used, which is slower and just as exact.
+
+    Raises:
+        ValueError: If the full head does not predict a token at each place, or predicts NaN.
     """
     inputs = {name: values[:4].to(model.device) for name, values in probe.items()}
     labels = inputs.pop("labels")
@@ -320,7 +323,7 @@ def _check_architecture(model: Model) -> None:
     check_model(model)
     bare = unwrap(model)
     reason = None
-    if bare.base_model is bare:
+    if getattr(bare, "base_model", bare) is bare:
         reason = "has no base_model below its head"
     elif bare.config.is_encoder_decoder:
         reason = "is an encoder-decoder, whose labels belong to the decoder"

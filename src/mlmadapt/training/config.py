@@ -124,8 +124,9 @@ class TrainingConfig:
         for name, hint in get_type_hints(type(self)).items():
             value, allowed = getattr(self, name), _allowed(hint)
             if isinstance(value, PathLike):
-                object.__setattr__(self, name, str(value))
-            elif name not in ("resume_from_checkpoint", "lr_scheduler_kwargs"):
+                value = str(value)
+                object.__setattr__(self, name, value)
+            if name not in ("resume_from_checkpoint", "lr_scheduler_kwargs"):
                 choices = " or ".join(getattr(each, "__name__", repr(each)) for each in allowed)
                 self._require(name, _is_one_of(value, allowed), choices)
         known = isinstance(self.resume_from_checkpoint, str | bool | None)

@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 Outcome = TypeVar("Outcome")
 
-_PRECISION = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
-
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """Make the accelerator that the settings ask for.

@@ -113,7 +113,8 @@ def _describe_config(config: Mapping[str, Any]) -> list[Any]:
 def _describe_collator(data_collator: Any) -> str:
     name = getattr(data_collator, "__qualname__", type(data_collator).__qualname__)
     if not is_dataclass(data_collator):
-        public = [each for each in vars(data_collator).items() if not each[0].startswith("_")]
+        own = getattr(data_collator, "__dict__", {}).items()
+        public = [each for each in own if not each[0].startswith("_")]  # the rest may change
         if isinstance(data_collator, partial):
             public = [data_collator.func, data_collator.args, *data_collator.keywords.items()]
         return f"{name} {json.dumps({'settings': _digest(public)})}" if public else str(name)

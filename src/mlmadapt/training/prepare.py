@@ -52,7 +52,7 @@ def check_run(
     if config.mixed_precision not in (None, precision) or (precision, device) == ("fp16", "cpu"):
         raise ValueError(
             f"mixed_precision is {config.mixed_precision!r} and the accelerator's {precision!r} on "
-            f"{device!r}; both must be the same, and on a CPU 'bf16' or 'no'"
+            f"{device!r}; leave it at None or make both equal, on a CPU to 'bf16' or 'no'"
         )
     check_model(model)
     sets = dict(eval_sets)

@@ -108,7 +108,7 @@ TINY_GPT2 = GPT2Config(vocab_size=9, n_embd=16, n_layer=1, n_head=1, bos_token_i
         (GPT2LMHeadModel(TINY_GPT2), "GPT2LMHeadModel is a causal language model, which shifts"),
         (HeadOverNothing(TINY_GPT2), "HeadOverNothing is a causal language model, which shifts"),
         (nn.DataParallel(GPT2LMHeadModel(TINY_GPT2)), r"DataParallel is not .* \.module\)"),
-        (nn.Linear(1, 1), "Linear is not a model of transformers"),
+        (nn.Linear(1, 1), "Linear is not one of transformers"),
     ],
 )
 def test_models_of_another_kind_are_named(model: Any, reason: str) -> None:

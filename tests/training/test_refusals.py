@@ -110,24 +110,25 @@ def _one_precision() -> Iterator[None]:
         ("max_steps", True, "int"),
         ("seed", None, "int"),
         ("per_device_train_batch_size", "8", "int"),
-        ("learning_rate", "5e-5", "int or float"),
-        ("learning_rate", False, "int or float"),
+        ("learning_rate", "5e-5", "float"),
+        ("learning_rate", False, "float"),
         ("overwrite", 1, "bool"),
         ("gradient_checkpointing", "false", "bool"),
-        ("eval_strategy", False, "'no' or 'epoch' or 'steps'"),
-        ("save_total_limit", 1.0, "int or None"),
+        ("eval_strategy", False, "Literal['no', 'epoch', 'steps']"),
+        ("save_total_limit", 1.0, "int | None"),
         ("output_dir", None, "str"),
-        ("dataset_name", 7, "str or None"),
-        ("fill_mask", "a [MASK]", "list"),
-        ("resume_from_checkpoint", 6, "True, a directory, or None"),
+        ("dataset_name", 7, "str | None"),
+        ("fill_mask", "a [MASK]", "list[str]"),
     ],
 )
 def test_a_setting_of_another_type_is_named(name: str, value: Any, requirement: str) -> None:
     """YAML reads 5e-5 as text and `no` as False; a step and a half would never be the last."""
     with pytest.raises(
-        ValueError, match=re.escape(f"{name} is {value!r}; it must be {requirement}")
+        ValueError, match=re.escape(f"{name} is {value!r}; it must be of type {requirement}")
     ):
         TrainingConfig(**{name: value})
+    with pytest.raises(ValueError, match="resume_from_checkpoint is 6; it must be True, a dir"):
+        TrainingConfig(resume_from_checkpoint=6)  # type: ignore[arg-type]
 
 
 def test_settings_of_the_right_type_come_from_anywhere(tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def headless(kind: Any) -> Any:
             "GPT2LMHeadModel is a causal language model, which shifts its labels",
         ),
         (lambda: nn.DataParallel(headless(BertModel)), r"DataParallel is not .* \.module\)"),
-        (lambda: nn.Linear(1, 1), "Linear is not a model of transformers"),
+        (lambda: nn.Linear(1, 1), "Linear is not one of transformers"),
     ],
 )
 def test_a_model_that_does_not_predict_masks_is_named(run: Run, make: Any, message: str) -> None:

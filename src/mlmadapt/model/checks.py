@@ -28,7 +28,7 @@ def check_model(model: Model) -> None:
     masked = names.intersection(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
     reason = None
     if not hasattr(bare, "get_input_embeddings"):
-        reason = "is not a model of transformers, bare or with adapters (of DataParallel: .module)"
+        reason = "is not one of transformers (of one that is wrapped, pass its .module)"
     elif causal and not masked:
         reason = "is a causal language model, which shifts its labels"
     if reason is not None:

@@ -122,13 +122,13 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         # Not those of `fields`, which HfArgumentParser changes.
         for name, hint in get_type_hints(type(self)).items():
-            value, allowed = getattr(self, name), _allowed(hint)
+            value = getattr(self, name)
             if isinstance(value, PathLike):
                 value = str(value)
                 object.__setattr__(self, name, value)
             if name not in ("resume_from_checkpoint", "lr_scheduler_kwargs"):
-                choices = " or ".join(getattr(each, "__name__", repr(each)) for each in allowed)
-                self._require(name, _is_one_of(value, allowed), choices)
+                text = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+                self._require(name, _fits(value, hint), f"of type {text}")
         known = isinstance(self.resume_from_checkpoint, str | bool | None)
         self._require("resume_from_checkpoint", known, "True, a directory, or None")
         at_least_one = (
@@ -180,17 +180,13 @@ class TrainingConfig:
             raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {requirement}")
 
 
-def _allowed(hint: Any) -> list[Any]:
-    """List the classes and values that an annotation allows, without what a list holds."""
-    if hint is NoneType:
-        return [None]
-    if get_origin(hint) is Literal or NoneType in get_args(hint):
-        return [choice for each in get_args(hint) for choice in _allowed(each)]
-    return [int, float] if hint is float else [get_origin(hint) or hint]
-
-
-def _is_one_of(value: Any, allowed: list[Any]) -> bool:
-    if isinstance(value, bool):  # which Python takes for a whole number too
-        return bool in allowed
-    classes = tuple(each for each in allowed if isinstance(each, type))
-    return isinstance(value, classes) or (isinstance(value, str | None) and value in allowed)
+def _fits(value: Any, hint: Any) -> bool:
+    """Tell whether a value is of an annotated type; what a list holds is not looked at."""
+    choices = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in choices
+    if NoneType in choices:
+        return any(_fits(value, each) for each in choices)
+    kinds = (int, float) if hint is float else get_origin(hint) or hint
+    # Python takes True for a whole number.
+    return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))

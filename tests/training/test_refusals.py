@@ -174,6 +174,14 @@ def test_adapters_over_a_base_in_sixteen_bits(
     assert "weights in" not in caplog.text
 
 
+def test_an_adapter_that_transformers_added_is_trained(run: Run) -> None:
+    """`add_adapter` puts it into the model itself, which has no `get_base_model` then."""
+    run.model.add_adapter(peft.LoraConfig(target_modules=["query"], r=2))
+    run.train()
+    assert (run.folder / "adapter_model.safetensors").exists()
+    assert "An adapter of `BertForMaskedLM`" in (run.folder / "README.md").read_text()
+
+
 def test_quantised_weights_need_an_adapter(run: Run) -> None:
     """As `BitsAndBytesConfig` and others leave them."""
     run.model.is_quantized = True

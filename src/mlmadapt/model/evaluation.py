@@ -112,8 +112,8 @@ def evaluate_mlm(
 
     Args:
         model: A masked language model; its mode and device are left as they are.
-        dataset: Rows from `insert_random_mask`, with its prefix or without, of any lengths; each
-            column has shape ``(sequence,)``.
+        dataset: Rows from `insert_random_mask`, with its prefix or without (which does where some
+            target is masked or replaced), of any lengths; each column has shape ``(sequence,)``.
         tokenizer: Pads the rows.
         batch_size: Rows per process and forward pass.
         accelerator: Shares the rows out among its processes and sums over them.

@@ -50,9 +50,9 @@ def sparse_prediction(model: Model) -> "SparsePrediction":
 
     Raises:
         ValueError: If the model is not an encoder with a prediction head: an encoder-decoder, a
-            causal model (whose labels are shifted), or a model whose encoder cannot be told from
-            its head. In a forward pass, if the encoder returns another number of positions than
-            there are labels.
+            causal model (whose labels are shifted), a model whose encoder cannot be told from its
+            head, or one that is wrapped for several devices. In a forward pass, if the encoder
+            returns another number of positions than there are labels.
 
     Source:
         Liu et al. 2019 (fairseq's masked_lm criterion); transformers#47688.

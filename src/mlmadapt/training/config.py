@@ -43,8 +43,8 @@ class TrainingConfig:
         lr_scheduler_kwargs: Further arguments of that schedule, as a dict or its JSON:
             ``{"min_lr": 1e-6}`` for ``"cosine_with_min_lr"``.
         warmup_steps: Optimizer steps of warm-up; a value below 1 is a share of all steps.
-        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; None leaves it to ``accelerate
-            launch``.
+        mixed_precision: ``"no"``, ``"bf16"`` or, on a GPU, ``"fp16"``; None leaves it to
+            ``accelerate launch``. All runs of a process have the same.
         seed: Decides order, masks (unless the collator has a seed of its own) and dropout.
         eval_strategy: Evaluate each ``"epoch"``, every `eval_steps` ``"steps"``, or only before the
             first step and after the last (``"no"``).

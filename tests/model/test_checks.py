@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import pytest
 import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from mlmadapt.model.checks import check_rows, position_capacity
+from mlmadapt import sparse_prediction
+from mlmadapt.model.checks import check_model, check_rows, position_capacity, unwrap
 from mlmadapt.testing import tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -90,6 +93,58 @@ def test_other_mistakes(bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFas
         check_rows("train", ROWS, model=bert, tokenizer=wordpiece)
     bert.resize_token_embeddings(476)
     check_rows("train", ROWS, model=bert, tokenizer=wordpiece)
+
+
+class HeadOverNothing(GPT2LMHeadModel):
+    """A user's own model, which no mapping of transformers lists."""
+
+
+TINY_GPT2 = GPT2Config(vocab_size=9, n_embd=16, n_layer=1, n_head=1, bos_token_id=1, eos_token_id=1)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (GPT2LMHeadModel(TINY_GPT2), "GPT2LMHeadModel is a causal language model, which shifts"),
+        (HeadOverNothing(TINY_GPT2), "HeadOverNothing is a causal language model, which shifts"),
+        (nn.DataParallel(GPT2LMHeadModel(TINY_GPT2)), r"DataParallel is not .* \.module\)"),
+        (nn.Linear(1, 1), "Linear is not one of transformers"),
+    ],
+)
+def test_models_of_another_kind_are_named(model: Any, reason: str) -> None:
+    """By their class, with the one that there should be; in `sparse_prediction` as well."""
+    for refuse in (check_model, sparse_prediction):
+        with pytest.raises(ValueError, match=f"model {reason}.*; load one by AutoModelForMaskedLM"):
+            refuse(model)
+
+
+def test_models_below_a_wrapper_of_their_own_are_seen(bert: PreTrainedModel) -> None:
+    """Compiled, or with adapters of transformers."""
+    compiled: Any = torch.compile(bert)
+    assert unwrap(compiled) is bert
+    check_model(compiled)
+
+
+def test_rows_are_read_by_their_number(
+    bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast
+) -> None:
+    """Iterating rows that never raise `IndexError` would never end."""
+
+    class MapStyle(list[Any]):
+        def __iter__(self) -> Any:
+            raise AssertionError("iterated")
+
+    check_rows("eval", MapStyle(ROWS), model=bert, tokenizer=wordpiece)
+
+
+def test_rows_that_a_transform_makes_are_measured(
+    bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast
+) -> None:
+    """As `with_transform` makes them when they are read."""
+    texts = datasets.Dataset.from_dict({"text": ["a film", "a " * 600]})
+    rows = texts.with_transform(lambda batch: wordpiece(batch["text"]))
+    with pytest.raises(ValueError, match="eval has a row of 602 tokens"):
+        check_rows("eval", rows, model=bert, tokenizer=wordpiece)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BartConfig, BartForConditionalGeneration
 
 from mlmadapt import (
     MaskedLMMetrics,
@@ -146,15 +146,15 @@ def test_padding_on_the_left(rows: Rows) -> None:
 def test_models_without_a_sparse_head(
     wordpiece: PreTrainedTokenizerFast, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A head that mixes positions, and a causal model, get the figures of their full head."""
+    """A head that mixes positions, and an encoder-decoder, get the figures of their full head."""
     bert = tiny_model(wordpiece)
     head = bert.cls.forward
     mixing = lambda hidden: head(hidden + hidden[:, :1])  # noqa: E731
     monkeypatch.setattr(bert.cls, "forward", mixing)
-    gpt2 = GPT2LMHeadModel(
-        GPT2Config(vocab_size=len(wordpiece), n_embd=16, n_layer=1, n_head=1)
+    bart = BartForConditionalGeneration(
+        BartConfig(vocab_size=len(wordpiece), d_model=16, encoder_layers=1, decoder_layers=1)
     ).eval()
-    for model in (bert, gpt2):
+    for model in (bert, bart):
         found = evaluate_mlm(model, rows[:20], tokenizer=wordpiece, batch_size=8)
         assert_same(found, slow_metrics(model, rows[:20]))
 
@@ -232,7 +232,17 @@ FROZEN = {"input_ids": [2, 4, 3], "labels": [-100, 9, -100]}
             "not frozen.*insert_random_mask",
         ),
         ([{"input_ids": [2, 9], "labels": 1}], ValueError, "dataset is not frozen"),
-        ([{**FROZEN, "labels": [-100] * 3}], ValueError, "no masked token .*insert_random_mask"),
+        # A copy of the tokens, with -100 at the padding as some collators leave it.
+        (
+            [{"input_ids": [2, 9, 0, 0], "labels": [2, 9, -100, -100]}] * 9,
+            ValueError,
+            "not frozen.*insert_random_mask",
+        ),
+        (
+            [{"masked_input_ids": [2, 4, 3], "masked_labels": [-100] * 3}],
+            ValueError,
+            "no masked token .*insert_random_mask",
+        ),
         ({"test": [FROZEN]}, TypeError, "is a dict; it must be one dataset"),
         (iter([FROZEN]), TypeError, "is a list_iterator; it must be one dataset"),
         ([{**FROZEN, "text": "a film"}], ValueError, "'text' is not a column of tokens"),
@@ -264,11 +274,17 @@ def test_wrong_batch_size_is_told(
         evaluate_mlm(bert, [FROZEN], tokenizer=wordpiece, batch_size=0)
 
 
-def test_a_row_with_every_token_masked_is_frozen() -> None:
-    """Short rows without special tokens have no -100; one that kept its token tells nothing."""
+def test_what_is_frozen() -> None:
+    """Short rows without special tokens have no -100; one that kept its token tells nothing.
+
+    Rows whose targets all kept their token are told by the prefix only.
+    """
     assert is_frozen([{"input_ids": [4], "labels": [9]}])
     assert is_frozen([{"input_ids": [9], "labels": [9]}, {"input_ids": [4], "labels": [9]}])
     assert is_frozen([{"masked_input_ids": [9], "masked_labels": [9]}])
+    kept = {"input_ids": [2, 9, 3], "labels": [-100, 9, -100]}
+    assert not is_frozen([kept])
+    assert is_frozen([{f"masked_{name}": values for name, values in kept.items()}])
 
 
 def test_rows_are_frozen_on_the_way(

@@ -171,18 +171,11 @@ def test_the_head_works_in_few_sizes(model: PreTrainedModel, return_dict: bool) 
     assert sizes[1:] == [0, 0, 32, 32, 32, 32, 64, 64, *[-(-total // 32) * 32] * 2]
 
 
-class HeadOverNothing(GPT2LMHeadModel):
-    """A user's own model, which no mapping of transformers lists."""
-
-
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
         (BartForConditionalGeneration(TINY_BART), "BartFor.* is an encoder-decoder, whose labels"),
-        (GPT2LMHeadModel(TINY_GPT2), "GPT2LMHeadModel is a causal language model, which shifts"),
-        (HeadOverNothing(TINY_GPT2), "HeadOverNothing is a causal language model, which shifts"),
         (GPT2LMHeadModel(TINY_GPT2).transformer, "GPT2Model has no base_model below its head"),
-        (nn.Linear(1, 1), "Linear has no base_model below its head"),
     ],
 )
 def test_models_that_cannot_are_refused(model: Any, reason: str) -> None:
@@ -310,6 +303,37 @@ def test_compile(model: PreTrainedModel, hooked_first: bool) -> None:  # noqa: F
         }
         torch.testing.assert_close(found_gradients, gradients, rtol=1e-4, atol=1e-6)
     assert compiled(**batches[0]).logits.shape[0] == 1
+    torch._dynamo.reset()
+
+
+# As above.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_what_was_compiled_before_gets_the_hooks(
+    model: PreTrainedModel,
+    wrapped: bool,  # noqa: FBT001
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By `torch.compile(model)` or `model.compile()`, and called, with code that has no hooks."""
+    torch._dynamo.reset()
+    batch = make_batch()
+    if wrapped:
+        compiled: Any = torch.compile(model, backend="eager")
+    else:
+        model.compile(backend="eager")
+        compiled = model
+    expected, gradients = loss_and_gradients(compiled, batch)
+    compiled.eval()
+    with torch.no_grad():
+        compiled(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    handle = try_sparse(compiled, batch)
+    assert handle is not None
+    assert "full head" not in caplog.text
+    found, sparse_gradients = loss_and_gradients(compiled, batch)
+    assert compiled(**batch).logits.shape[0] == 1
+    torch.testing.assert_close(
+        (found, sparse_gradients), (expected, gradients), rtol=1e-4, atol=1e-6
+    )
     torch._dynamo.reset()
 
 
@@ -557,6 +581,34 @@ def test_self_check_falls_back(
     assert not has_hooks(model)
     assert [module.training for module in model.modules()] == modes
 
+    # Whatever the head needs of the other positions, such as the attention mask.
     caplog.clear()
-    assert try_sparse(GPT2LMHeadModel(TINY_GPT2), make_batch()) is None
+    monkeypatch.setattr(model.cls, "forward", lambda hidden: head(hidden * torch.ones(3, 24, 1)))
+    assert try_sparse(model, make_batch()) is None
+    assert "by position (RuntimeError: The size of tensor a" in caplog.text
+    assert not has_hooks(model)
+
+    caplog.clear()
+    assert try_sparse(BartForConditionalGeneration(TINY_BART), make_batch()) is None
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_an_error_of_the_model_is_not_one_of_its_head(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that fails or gives NaN with all positions is told as it is, and left as it was."""
+
+    def fail(hidden: torch.Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.cls, "forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            try_sparse(model, make_batch())
+    for value in (torch.inf, torch.nan):
+        with torch.no_grad():
+            model.get_output_embeddings().weight[7, 0] = value
+        with pytest.raises(ValueError, match="BertForMaskedLM predicts NaN or infinity: its"):
+            try_sparse(model, make_batch())
+    assert not has_hooks(model)
+    assert model.training

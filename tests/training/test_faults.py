@@ -295,10 +295,12 @@ def test_a_tracker_that_is_not_installed_is_refused(setup: Setup) -> None:
     refuse(setup, ValueError, r"report_to is 'comet_ml', .* not installed", report_to="comet_ml")
 
 
-@pytest.mark.parametrize("setting", ["early_stopping_patience", "load_best_model_at_end"])
-def test_what_goes_by_an_evaluation_needs_one(setup: Setup, setting: str) -> None:
+@pytest.mark.parametrize(
+    "setting", [{"early_stopping_patience": 1}, {"load_best_model_at_end": True}]
+)
+def test_what_goes_by_an_evaluation_needs_one(setup: Setup, setting: dict[str, Any]) -> None:
     """There is no best model without an evaluation set."""
-    refuse(setup, ValueError, "go by an evaluation, but eval_dataset is None", **{setting: True})
+    refuse(setup, ValueError, "go by an evaluation, but eval_dataset is None", **setting)
 
 
 def test_a_launcher_that_starts_loners_is_noticed(

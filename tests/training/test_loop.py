@@ -8,6 +8,7 @@ import math
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import accelerate.tracking
 import peft
@@ -298,10 +299,11 @@ def test_the_callers_own_optimizer_schedule_and_accelerator_are_used(run: Run) -
     optimizer = torch.optim.SGD(run.model.parameters(), lr=0.5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     accelerator = Accelerator(gradient_accumulation_steps=4)  # not ours to use, and undone
-    result = run.train(optimizer=optimizer, lr_scheduler=schedule, accelerator=accelerator)
+    with patch.object(accelerator, "prepare", wraps=accelerator.prepare) as prepare:
+        result = run.train(optimizer=optimizer, lr_scheduler=schedule, accelerator=accelerator)
+    prepare.assert_called_once_with(run.model, optimizer)
     assert logged(result, "learning_rate") == [0.25, 0.125, 0.0625]
     assert schedule.last_epoch == 3
-    assert accelerator._models != []
 
 
 def test_accumulation_of_the_callers_accelerator_does_not_scale_the_gradient(

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from mlmadapt._types import Batch, DataCollator, Model, Row, Rows, Tokenizer
 from mlmadapt.data.rows import join_rows, pad_rows, to_columns
 from mlmadapt.masking.freezing import insert_random_mask
-from mlmadapt.model.checks import check_rows
+from mlmadapt.model.checks import check_model, check_rows
 from mlmadapt.model.sparse_head import (
     SparsePrediction,
     evaluation_mode,
@@ -112,8 +112,8 @@ def evaluate_mlm(
 
     Args:
         model: A masked language model; its mode and device are left as they are.
-        dataset: Rows from `insert_random_mask`, with its prefix or without, of any lengths; each
-            column has shape ``(sequence,)``.
+        dataset: Rows from `insert_random_mask`, with its prefix or without (which does where some
+            target is masked or replaced), of any lengths; each column has shape ``(sequence,)``.
         tokenizer: Pads the rows.
         batch_size: Rows per process and forward pass.
         accelerator: Shares the rows out among its processes and sums over them.
@@ -123,7 +123,8 @@ def evaluate_mlm(
 
     Raises:
         ValueError: If there are no rows, if they are not frozen, have no masked token or do not fit
-            the model, or if `batch_size` is below 1.
+            the model, if the model is causal, has no head over its vocabulary or predicts NaN, or
+            if `batch_size` is below 1.
         TypeError: If `dataset` is a dict of datasets, or has no length.
 
     Examples:
@@ -135,12 +136,13 @@ def evaluate_mlm(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+    check_model(model)
     check_rows("dataset", dataset, model=model, tokenizer=tokenizer)
     if not is_frozen(dataset):
         raise ValueError(
             f"dataset is not frozen: its rows have {list(dataset[0])}, without labels that differ "
-            "from the tokens; mask it with dataset.map(insert_random_mask, batched=True, "
-            "fn_kwargs={'data_collator': ...}, remove_columns=dataset.column_names)"
+            "from the tokens or the prefix 'masked_'; mask it with dataset.map(insert_random_mask, "
+            "batched=True, fn_kwargs={'data_collator': ...}, remove_columns=dataset.column_names)"
         )
     collate = FrozenCollator(tokenizer)
     sparse = try_sparse(model, collate([dataset[row] for row in range(min(4, len(dataset)))]))
@@ -158,7 +160,10 @@ def evaluate_mlm(
 def is_frozen(dataset: Rows) -> bool:
     """Tell whether rows have masks frozen into them.
 
-    Rows of `group_texts` have labels too, but these are a copy of their tokens.
+    Rows of `group_texts` have labels too, but these are a copy of their tokens, perhaps with -100
+    at the padding. So rows are frozen if a target differs from the token in its place, or if their
+    columns have the prefix ``masked_``. Targets that all kept their token (``mask_replace_prob=0``)
+    need that prefix.
 
     Examples:
         >>> is_frozen([{"input_ids": [4, 8], "labels": [7, -100]}])
@@ -166,14 +171,14 @@ def is_frozen(dataset: Rows) -> bool:
         >>> is_frozen([{"input_ids": [7, 8], "labels": [7, 8]}])
         False
     """
-    # Several rows, since a very short one may have all its tokens masked and left as they are.
+    # Several rows, since one may have all its targets left as they are.
     rows = (dataset[row] for row in range(min(8, len(dataset))))
     return any("masked_labels" in row or _is_masked(row) for row in rows)
 
 
 def _is_masked(row: Row) -> bool:
     labels, tokens = np.asarray(row.get("labels")), np.asarray(row.get("input_ids"))
-    return labels.shape == tokens.shape and bool((labels != tokens).any())
+    return labels.shape == tokens.shape and bool(((labels != -100) & (labels != tokens)).any())
 
 
 def name_sets(eval_dataset: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mlmadapt._types import Model
+from mlmadapt.model.checks import check_model, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +50,9 @@ def sparse_prediction(model: Model) -> "SparsePrediction":
 
     Raises:
         ValueError: If the model is not an encoder with a prediction head: an encoder-decoder, a
-            causal model (whose labels are shifted), or a model whose encoder cannot be told from
-            its head. In a forward pass, if the encoder returns another number of positions than
-            there are labels.
+            causal model (whose labels are shifted), a model whose encoder cannot be told from its
+            head, or one that is wrapped for several devices. In a forward pass, if the encoder
+            returns another number of positions than there are labels.
 
     Source:
         Liu et al. 2019 (fairseq's masked_lm criterion); transformers#47688.
@@ -108,8 +109,12 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
             model.register_forward_pre_hook(self._take_labels, with_kwargs=True),
             # Runs after a failed forward pass too, so that it leaves nothing behind.
             model.register_forward_hook(self._finish, always_call=True),
-            _unwrap(model).base_model.register_forward_hook(self._gather),
+            unwrap(model).base_model.register_forward_hook(self._gather),
         ]
+        modules = model.modules()
+        if any(hasattr(each, "_orig_mod") or each._compiled_call_impl for each in modules):  # noqa: SLF001
+            # What was compiled without hooks would go on without them.
+            torch.compiler.reset()
 
     def remove(self) -> None:
         """Give the model its full head back.
@@ -212,24 +217,52 @@ def try_sparse(model: Model, probe: Mapping[str, torch.Tensor]) -> SparsePredict
     """Return the model's sparse head if it gives what the full head gives on a few rows of a batch.
 
     Otherwise a warning says why, and the full head is used, which is slower and just as exact.
+
+    Raises:
+        ValueError: If the full head does not predict a token at each place, or predicts NaN.
     """
     inputs = {name: values[:4].to(model.device) for name, values in probe.items()}
-    positions = inputs.pop("labels") != -100
-    reason = "its head does not work position by position"
-    try:
-        with ExitStack() as undo, evaluation_mode(model):
+    labels = inputs.pop("labels")
+    positions = labels != -100
+    with ExitStack() as undo, evaluation_mode(model):
+        try:
             sparse = undo.enter_context(SparsePrediction(model))
-            full = masked_logits(model(**inputs), positions)
-            with sparse.at(positions):
-                gathered = masked_logits(model(**inputs), positions)
-            # Wide enough for 16 bits; a head that is not position-wise is off by far more.
-            if gathered.shape == full.shape and (gathered - full).norm() <= 0.05 * full.norm():
-                undo.pop_all()
-                return sparse
-    except ValueError as error:
-        reason = str(error)
+        except ValueError as error:
+            sparse, reason = None, str(error)
+        outputs = model(**inputs)
+        _check_outputs(model, outputs, labels)
+        full = masked_logits(outputs, positions)
+        if sparse is not None:
+            reason = "its head does not work position by position"
+            try:
+                with sparse.at(positions):
+                    gathered = masked_logits(model(**inputs), positions)
+                # Wide enough for 16 bits; a head that is not position-wise is off by far more.
+                if gathered.shape == full.shape and (gathered - full).norm() <= 0.05 * full.norm():
+                    undo.pop_all()
+                    return sparse
+            except Exception as error:  # noqa: BLE001  # of a head that needs all positions
+                reason += f" ({type(error).__name__}: {error})"
     logger.warning("%s runs with its full head, more slowly: %s", type(model).__name__, reason)
     return None
+
+
+def _check_outputs(model: Model, outputs: Any, labels: torch.Tensor) -> None:
+    """Check that a model predicts tokens, whatever its class is called."""
+    name = type(unwrap(model)).__name__
+    logits: Any = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[0]
+    shape = None if logits is None else tuple(logits.shape)
+    if shape is None or shape[:-1] != labels.shape or shape[-1] <= labels.max():
+        raise ValueError(
+            f"model {name} does not predict a token at each place: its logits have shape {shape}, "
+            f"the labels {tuple(labels.shape)} and ids up to {labels.max()}; load it by "
+            "AutoModelForMaskedLM"
+        )
+    if not (logits < torch.inf).all():  # or NaN; -inf takes a token out of the vocabulary
+        raise ValueError(
+            f"model {name} predicts NaN or infinity: its weights are not finite, or too large for "
+            "16 bits; load them anew, in 32 bits"
+        )
 
 
 @contextmanager
@@ -286,25 +319,14 @@ def count_items(num_items: torch.Tensor | int, device: torch.device) -> torch.Te
     return torch.as_tensor(num_items, device=device).sum().clamp(min=1)
 
 
-def _unwrap(model: Any) -> Any:
-    """Return the model below PEFT's adapters, which call its `forward` and so miss its hooks."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _check_architecture(model: Model) -> None:
-    from transformers.models.auto import modeling_auto  # noqa: PLC0415  # a second to load
-
-    bare = _unwrap(model)
-    names = {ancestor.__name__ for ancestor in type(bare).__mro__}
-    causal = names.intersection(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    masked = names.intersection(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+    check_model(model)
+    bare = unwrap(model)
     reason = None
     if getattr(bare, "base_model", bare) is bare:
         reason = "has no base_model below its head"
     elif bare.config.is_encoder_decoder:
         reason = "is an encoder-decoder, whose labels belong to the decoder"
-    elif causal and not masked:
-        reason = "is a causal language model, which shifts its labels"
     if reason is not None:
         raise ValueError(
             f"model {type(bare).__name__} {reason}; sparse_prediction needs an encoder with a "

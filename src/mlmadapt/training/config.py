@@ -4,7 +4,9 @@ import json
 import math
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from os import PathLike
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     _Checkpoint: TypeAlias = str | Literal[True] | None
@@ -41,8 +43,8 @@ class TrainingConfig:
         lr_scheduler_kwargs: Further arguments of that schedule, as a dict or its JSON:
             ``{"min_lr": 1e-6}`` for ``"cosine_with_min_lr"``.
         warmup_steps: Optimizer steps of warm-up; a value below 1 is a share of all steps.
-        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; None leaves it to ``accelerate
-            launch``.
+        mixed_precision: ``"no"``, ``"bf16"`` or, on a GPU, ``"fp16"``; None leaves it to
+            ``accelerate launch``. All runs of a process have the same.
         seed: Decides order, masks (unless the collator has a seed of its own) and dropout.
         eval_strategy: Evaluate each ``"epoch"``, every `eval_steps` ``"steps"``, or only before the
             first step and after the last (``"no"``).
@@ -71,7 +73,8 @@ class TrainingConfig:
         hub_private_repo: Whether a new repository is private; None takes the hub's default.
 
     Raises:
-        ValueError: If a value is out of range, or `load_best_model_at_end` lacks its checkpoints.
+        ValueError: If a value is of another type or out of range, or `load_best_model_at_end` lacks
+            its checkpoints.
 
     Source:
         The names and defaults of transformers' documentation of `TrainingArguments`; the recipe's
@@ -117,6 +120,17 @@ class TrainingConfig:
     hub_private_repo: bool | None = None
 
     def __post_init__(self) -> None:
+        # Not those of `fields`, which HfArgumentParser changes.
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if isinstance(value, PathLike):
+                value = str(value)
+                object.__setattr__(self, name, value)
+            if name not in ("resume_from_checkpoint", "lr_scheduler_kwargs"):
+                text = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+                self._require(name, _fits(value, hint), f"of type {text}")
+        known = isinstance(self.resume_from_checkpoint, str | bool | None)
+        self._require("resume_from_checkpoint", known, "True, a directory, or None")
         at_least_one = (
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
@@ -137,11 +151,6 @@ class TrainingConfig:
         self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
         is_count = self.max_steps == -1 or self.max_steps > 0
         self._require("max_steps", is_count, "above 0, or -1 for whole epochs")
-        for name in ("eval_strategy", "save_strategy"):
-            known = getattr(self, name) in ("no", "epoch", "steps")
-            self._require(name, known, "'no', 'epoch' or 'steps'")
-        known = self.mixed_precision in (None, "no", "bf16", "fp16")
-        self._require("mixed_precision", known, "None, 'no', 'bf16' or 'fp16'")
         if self.load_best_model_at_end:
             self._check_best()
         arguments = self.lr_scheduler_kwargs
@@ -169,3 +178,15 @@ class TrainingConfig:
     def _require(self, name: str, holds: bool, requirement: str) -> None:  # noqa: FBT001
         if not holds:
             raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {requirement}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Tell whether a value is of an annotated type; what a list holds is not looked at."""
+    choices = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in choices
+    if NoneType in choices:
+        return any(_fits(value, each) for each in choices)
+    kinds = (int, float) if hint is float else get_origin(hint) or hint
+    # Python takes True for a whole number.
+    return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))

@@ -31,11 +31,14 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """Make the accelerator that the settings ask for.
 
     Raises:
-        ValueError: If a tracker is not installed.
+        ValueError: If a tracker is not installed, or this process has an accelerator of another
+            precision.
     """
     trackers = [] if config.report_to == "none" else config.report_to.split(",")
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
+        # Told nothing, it takes the precision of an earlier one in this process.
+        mixed_precision=config.mixed_precision
+        or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         log_with=trackers or None,
         project_dir=config.output_dir,
     )

@@ -7,11 +7,14 @@ outcome, is stored beside the weights and compared field by field.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 from mlmadapt._types import Model, Tokenizer
+from mlmadapt.model.checks import unwrap
 from mlmadapt.training.config import TrainingConfig
 
 # Settings that may differ: where things are written, what is shown, and how rows are cut into
@@ -37,6 +40,8 @@ _FREE = {
     "hub_private_repo",
 }
 _ROWS_LOOKED_AT = 64
+# What the configuration of a model or an adapter says about where it came from and was saved.
+_ORIGINS = {"architectures", "dtype", "torch_dtype", "revision", "inference_mode"}
 
 
 def describe_run(
@@ -53,11 +58,18 @@ def describe_run(
 
     `own` names the classes of the caller's objects that take the place of settings.
     """
-    shapes = [(name, list(values.shape)) for name, values in model.state_dict().items()]
+    state = model.state_dict(keep_vars=True).items()
+    weights = [(name, list(x.shape), str(x.dtype), x.requires_grad) for name, x in state]
+    bare = unwrap(model)
+    configs = [bare.config, *getattr(model, "peft_config", {}).values()]
+    # Both, since dropout may have been set in the modules, whose text does not tell their heads.
+    modules = re.sub(" at 0x[0-9a-f]+", "", repr(bare))
+    settings = [modules, *(_describe_config(each.to_dict()) for each in configs)]
     return {
         **{name: value for name, value in asdict(config).items() if name not in _FREE},
         "rows per step (processes x batch x accumulation)": rows_per_step,
-        "model": f"{type(model).__name__} {_digest(shapes)}",
+        "model": f"{type(bare).__name__} {_digest(weights)}",
+        "model_settings": f"configuration and modules {_digest(settings)}",
         "tokenizer": f"{len(tokenizer)} tokens {_digest(sorted(tokenizer.get_vocab().items()))}",
         "data_collator": _describe_collator(data_collator),
         **own,
@@ -90,15 +102,27 @@ def check_same_run(stored: Mapping[str, Any], given: Mapping[str, Any], *, check
         )
 
 
+def _describe_config(config: Mapping[str, Any]) -> list[Any]:
+    return sorted(
+        (name, value)
+        for name, value in config.items()
+        if name not in _ORIGINS and not name.endswith(("name_or_path", "_version"))
+    )
+
+
 def _describe_collator(data_collator: Any) -> str:
     name = getattr(data_collator, "__qualname__", type(data_collator).__qualname__)
     if not is_dataclass(data_collator):
-        return str(name)
+        own = getattr(data_collator, "__dict__", {}).items()
+        public = [each for each in own if not each[0].startswith("_")]  # the rest may change
+        if isinstance(data_collator, partial):
+            public = [data_collator.func, data_collator.args, *data_collator.keywords.items()]
+        return f"{name} {json.dumps({'settings': _digest(public)})}" if public else str(name)
     settings = {each.name: getattr(data_collator, each.name) for each in fields(data_collator)}
     settings.pop("tokenizer", None)
     for field, value in settings.items():
         if not isinstance(value, int | float | str | None):
-            settings[field] = type(value).__name__
+            settings[field] = f"{type(value).__name__} {_digest(value)}"
     return f"{name} {json.dumps(settings, sort_keys=True)}"
 
 
@@ -107,10 +131,18 @@ def _describe_rows(dataset: Any) -> str:
         return f"a stream, {type(dataset).__name__}"
     # A sample spread over all rows: to read a whole large dataset would take longer than to resume.
     places = sorted({i * (len(dataset) - 1) // _ROWS_LOOKED_AT for i in range(_ROWS_LOOKED_AT + 1)})
-    column = "input_ids" if "input_ids" in dataset[0] else "masked_input_ids"
-    rows = [[int(token) for token in dataset[place][column]] for place in places]
-    return f"{len(dataset)} rows {_digest(rows)}"
+    return f"{len(dataset)} rows {_digest([sorted(dataset[place].items()) for place in places])}"
 
 
 def _digest(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
+    text = json.dumps(value, skipkeys=True, default=_in_json)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _in_json(value: Any) -> Any:
+    """Return what JSON can hold of a value, the same in every process."""
+    if hasattr(value, "tolist"):  # arrays and tensors
+        return value.tolist()
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    return getattr(value, "__qualname__", type(value).__qualname__)

@@ -110,7 +110,9 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
     accelerator = accelerator or make_accelerator(config)
     join_group(accelerator)
     eval_sets = name_sets(eval_dataset)
-    check_run(model, train_dataset, eval_sets, tokenizer=tokenizer, config=config)
+    check_run(
+        model, train_dataset, eval_sets, tokenizer=tokenizer, config=config, accelerator=accelerator
+    )
     if config.push_to_hub:
         on_main_process(accelerator, lambda: make_repository(config))
     with (

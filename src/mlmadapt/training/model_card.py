@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # no __all__
 
+from mlmadapt.model.checks import unwrap
 from mlmadapt.training.result import TrainingResult
 from mlmadapt.training.run import Run
 
@@ -44,8 +45,7 @@ def write_model_card(run: Run, *, filled: Mapping[str, str]) -> None:
         name = PurePath(name).name
     base, dataset = hub_name(model.name_or_path or ""), hub_name(name) if "/" in name else None
     is_peft = hasattr(model, "peft_config")
-    bare: Any = model.get_base_model() if is_peft else model  # type: ignore[operator]  # PEFT's
-    kind = type(bare).__name__.removeprefix("FSDP")
+    kind = type(unwrap(model)).__name__.removeprefix("FSDP")
     title = f"{base or kind}, adapted to {name or 'a domain'}"
     evaluations = []
     for each in run.eval_sets:
@@ -73,7 +73,7 @@ def write_model_card(run: Run, *, filled: Mapping[str, str]) -> None:
     )
     settings = {**run.fingerprint, "mixed_precision": run.accelerator.mixed_precision}
     collator, _, masking = settings["data_collator"].partition(" ")
-    unused = {"data_collator", "model", "tokenizer"}.union(
+    unused = {"data_collator", "model", "model_settings", "tokenizer"}.union(
         *(_REPLACED.get(each, ()) for each in settings),
         ["num_train_epochs" if run.config.max_steps > 0 else "max_steps"],
     )

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
-from mlmadapt.model.checks import check_rows
+from mlmadapt.model.checks import check_model, check_rows
 from mlmadapt.model.fill_mask import read_sentences
 from mlmadapt.model.sparse_head import SparsePrediction, masked_logits, predict_at, try_sparse
 from mlmadapt.training.batches import BatchPlan, training_batches
@@ -41,12 +41,20 @@ def check_run(
     *,
     tokenizer: Tokenizer,
     config: TrainingConfig,
+    accelerator: Accelerator,
 ) -> None:
     """Check that rows, model, tokenizer and settings fit together.
 
     Raises:
         ValueError: If they do not.
     """
+    precision, device = accelerator.mixed_precision, accelerator.device.type
+    if config.mixed_precision not in (None, precision) or (precision, device) == ("fp16", "cpu"):
+        raise ValueError(
+            f"mixed_precision is {config.mixed_precision!r} and the accelerator's {precision!r} on "
+            f"{device!r}; leave it at None or make both equal, on a CPU to 'bf16' or 'no'"
+        )
+    check_model(model)
     sets = dict(eval_sets)
     if hasattr(train_dataset, "__len__"):
         sets["train_dataset"] = train_dataset
@@ -81,8 +89,13 @@ def check_weights(model: nn.Module) -> None:
     239 to 170, weights in bfloat16 came to 217, and those in float16 to infinity.
 
     Raises:
-        ValueError: If some are in float16.
+        ValueError: If some are in float16, or all are quantised, without adapters.
     """
+    if getattr(model, "is_quantized", False) and not hasattr(model, "peft_config"):
+        raise ValueError(
+            f"model {type(model).__name__} is quantised, and such weights cannot be trained; add "
+            "an adapter by peft.get_peft_model, or load the model without quantization_config"
+        )
     types = {each.dtype for each in model.parameters() if each.requires_grad}
     cure = "call model.float() before training, and set mixed_precision for speed"
     if torch.float16 in types:
@@ -169,6 +182,9 @@ def prepare(
         optimizer = optimizer or make_optimizer(model, config)
         scheduler = lr_scheduler or make_scheduler(optimizer, config, total_steps)
         check_scheduler(scheduler, optimizer, config, evaluation_sets=len(eval_sets))
+        # Or the model would live as long as an accelerator of the caller's.
+        held = {name: list(getattr(accelerator, name)) for name in ("_models", "_optimizers")}
+        undo.callback(vars(accelerator).update, held)
         wrapped: nn.Module = model
         undo.callback(_unwrap, model, own_forward, accelerator)
         if not is_sharded(model):  # by the caller: wrapping it again would undo that

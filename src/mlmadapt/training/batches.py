@@ -12,6 +12,7 @@ resume, the rows of finished steps are read and passed over, which is exact for 
 """
 
 import math
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,6 @@ from mlmadapt._types import Batch, DataCollator, Row, Rows
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.freezing import collate_seeded, purify
 from mlmadapt.masking.seeding import derive_key
-from mlmadapt.training.signals import ignore_signals
 
 Dealt = TypeVar("Dealt")
 
@@ -140,7 +140,7 @@ def training_batches(
         batch_sampler=chain.from_iterable(loader_steps),
         collate_fn=collate,
         num_workers=num_workers,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=_ignore_signals,
         # Of its own, or each iterator would move torch's global one.
         generator=torch.Generator(),
     )
@@ -176,6 +176,16 @@ def _stream_batches(
             not following,
         )
         step = following
+
+
+def _ignore_signals(worker: int) -> None:  # noqa: ARG001  # as DataLoader calls it
+    """Leave signals to the main process.
+
+    Ctrl-C, Slurm and Kubernetes send them to the whole process group. Workers that obeyed would be
+    gone before the main process has finished its step and written a checkpoint.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def count_tokens(batch: Batch) -> int:

@@ -13,16 +13,6 @@ from typing import Self
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def ignore_signals(worker: int) -> None:  # noqa: ARG001  # as DataLoader calls it
-    """Leave signals to the main process, in a worker.
-
-    Ctrl-C, Slurm and Kubernetes send them to the whole process group. Workers that obeyed would be
-    gone before the main process has finished its step and written a checkpoint.
-    """
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 class Signals:
     """Notes SIGTERM and Ctrl-C inside a ``with`` block.
 

@@ -152,6 +152,8 @@ def _require(holds: bool, problem: str) -> None:  # noqa: FBT001
 
 def bring(checkpoint: Path, output_dir: Path) -> None:
     """Copy a checkpoint into another output directory, where a resumed run will look for it."""
+    if (output_dir / checkpoint.name).exists():
+        return
     with whole_checkpoint(output_dir, _step_of(checkpoint)) as folder:
         for path in checkpoint.iterdir():
             if path.name != _MANIFEST:

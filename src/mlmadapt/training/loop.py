@@ -170,9 +170,9 @@ def resume(run: Run) -> bool:
         logger.warning("%s holds no checkpoint; training starts from the beginning", run.folder)
         return False
     checkpoint.read_run(found, run)
-    best = f"checkpoint-{run.saved_step}"
-    if run.config.load_best_model_at_end and not (run.folder / best).exists():
-        on_main_process(run.accelerator, lambda: checkpoint.bring(found.parent / best, run.folder))
+    if run.config.load_best_model_at_end:
+        best = found.parent / f"checkpoint-{run.saved_step}"
+        on_main_process(run.accelerator, lambda: checkpoint.bring(best, run.folder))
     run.progress.update(run.state.step)
     return True
 

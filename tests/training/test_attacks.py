@@ -357,6 +357,17 @@ def test_processes_with_other_rows_or_settings_are_told(tmp_path: Path, differ: 
     assert not find_checkpoints(tmp_path)
 
 
+@pytest.mark.distributed
+def test_processes_bring_the_best_checkpoint_along_together(tmp_path: Path) -> None:
+    """One that found the copy of another would go on without it, and wait for ever."""
+    settings = {"load_best_model_at_end": True, "learning_rate": 0.5, "save_steps": 1}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1, "world": 2, "num_train_epochs": 1}
+    whole = outcome(tmp_path / "first", **settings)
+    start_from = str(tmp_path / "first" / "checkpoint-2")
+    found = outcome(tmp_path / "second", resume_from_checkpoint=start_from, **settings)
+    assert found["weights"] == whole["weights"]
+
+
 WORKERS = """
 import sys
 from torch.utils.data import get_worker_info

@@ -8,12 +8,40 @@ import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import chain, pairwise
+from operator import index
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from mlmadapt._types import Features, Ints, Tokenizer
+
+
+def read_batch(examples: Any) -> Any:
+    """Return a batch of `map` as a mapping or a table: frames and record batches become tables.
+
+    Examples:
+        >>> read_batch(pa.record_batch({"input_ids": [[7, 8]]})).column_names
+        ['input_ids']
+    """
+    return examples if isinstance(examples, (Mapping, pa.Table)) else pa.table(examples)
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return a number of tokens.
+
+    Raises:
+        ValueError: If it is not a whole number, or below 1.
+
+    Examples:
+        >>> check_count("chunk_size", np.int64(128))
+        128
+    """
+    with suppress(TypeError):
+        if not isinstance(value, bool) and index(value) >= 1:
+            return index(value)
+    raise ValueError(f"{name} is {value!r}; it must be a whole number of tokens, 1 or more")
 
 
 def to_columns(features: Features) -> dict[str, list[Any]]:
@@ -66,7 +94,7 @@ def join_rows(columns: Mapping[str, Any]) -> tuple[dict[str, Ints], Ints]:
             f"the batch has no 'input_ids', only {list(columns)}; tokenize the documents first"
         )
     lengths = common_lengths({name: row_lengths(name, rows) for name, rows in columns.items()})
-    return {name: _join(name, rows) for name, rows in columns.items()}, lengths
+    return {name: join_column(name, rows) for name, rows in columns.items()}, lengths
 
 
 def row_lengths(name: str, rows: Any) -> Ints:
@@ -209,7 +237,16 @@ def _is_row(value: Any) -> bool:
     return is_sized and not isinstance(value, (str, bytes, Mapping))
 
 
-def _join(name: str, rows: Any) -> Ints:
+def join_column(name: str, rows: Any) -> Ints:
+    """Lay the rows of one column one after the other.
+
+    Raises:
+        ValueError: If they do not hold one whole number per token.
+
+    Examples:
+        >>> join_column("word_ids", [[None, 0], [0]])
+        array([-1,  0,  0])
+    """
     try:
         values = _concatenate(name, rows)
         if name == "word_ids" and values.dtype.kind in "Of":

@@ -48,10 +48,10 @@ def phrases(units: Iterable[str], *, ignore_case: bool = True) -> "WordBoundarie
         )
     known = set()
     for unit in units:
-        words = _word().findall(unit)
+        _, words = _split(unit, ignore_case=ignore_case)
         if not words:
             raise ValueError(f"phrase {unit!r} holds no word; remove it from the list")
-        known.add(tuple(_fold(words, ignore_case=ignore_case)))
+        known.add(tuple(words))
     lengths: dict[str, list[int]] = {}
     for first, length in sorted({(phrase[0], len(phrase)) for phrase in known}, reverse=True):
         lengths.setdefault(first, []).append(length)
@@ -71,11 +71,13 @@ def _word() -> re.Pattern[str]:
     return re.compile(rf"(?:(?![{no_spaces}])[\w{joined}])+|(?:[{no_spaces}]|[^\w\s])[{joined}]*")
 
 
-def _fold(words: list[str], *, ignore_case: bool) -> list[str]:
-    """Write words the way in which they are compared."""
+def _split(text: str, *, ignore_case: bool) -> tuple[list[tuple[int, int]], list[str]]:
+    """Return where words are in a text, and the words as they are compared."""
+    places = [match.span() for match in _word().finditer(text)]
+    words = [text[start:end] for start, end in places]
     if ignore_case:
         words = [word.casefold() for word in words]
-    return [unicodedata.normalize("NFC", word) for word in words]
+    return places, [unicodedata.normalize("NFC", word) for word in words]
 
 
 def _find_phrases(
@@ -85,8 +87,7 @@ def _find_phrases(
     lengths: Mapping[str, list[int]],
     ignore_case: bool,
 ) -> list[tuple[int, int]]:
-    places = [match.span() for match in _word().finditer(text)]
-    words = _fold([text[start:end] for start, end in places], ignore_case=ignore_case)
+    places, words = _split(text, ignore_case=ignore_case)
     spans, position = [], 0
     while position < len(words):
         for length in lengths.get(words[position], ()):

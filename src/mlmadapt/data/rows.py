@@ -38,10 +38,9 @@ def check_count(name: str, value: Any) -> int:
         >>> check_count("chunk_size", np.int64(128))
         128
     """
-    with suppress(TypeError):
-        if not isinstance(value, bool) and index(value) >= 1:
-            return index(value)
-    raise ValueError(f"{name} is {value!r}; it must be a whole number of tokens, 1 or more")
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of tokens, 1 or more")
+    return index(value)
 
 
 def to_columns(features: Features) -> dict[str, list[Any]]:

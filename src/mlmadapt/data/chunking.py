@@ -50,7 +50,8 @@ def group_texts(
 
     Args:
         examples: A batch of token columns: a dict of lists, or a ``pyarrow.Table`` (datasets with
-            format "arrow"), of which no token is copied.
+            format "arrow"), of which no token is copied. Frames and record batches that Arrow can
+            read are taken as tables.
         chunk_size: Tokens per row.
         remainder: ``"drop"``, or ``"keep"`` for a last, shorter row.
         labels: Add a copy of ``input_ids`` as ``labels``, for collators of other libraries. Those

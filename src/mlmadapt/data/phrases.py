@@ -18,9 +18,8 @@ def phrases(units: Iterable[str], *, ignore_case: bool = True) -> "WordBoundarie
     """Make `word_boundaries` of a list of phrases, so that each is masked as one word.
 
     For gazetteers, code lists and PMI phrase lists. The longest phrase wins where several begin at
-    the same word; phrases match whole words only, across any white space, with composed
-    or decomposed accents. Looking up takes time by
-    the length of the text, not of the list.
+    the same word; phrases match whole words only, across any white space, and whether accents are
+    composed or not. Looking up takes time by the length of the text, not of the list.
 
     Args:
         units: The phrases, such as ``"New York"``.

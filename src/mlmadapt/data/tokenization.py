@@ -52,11 +52,15 @@ def tokenize_with_word_ids(
     Words are the tokenizer's own. Where it ignores some white space (byte-level tokenizers without
     a pattern ignore all of it, BERT's a form feed), words are split there all the same; otherwise
     a whole document could be one "word". A token that spans two words makes them one, since it
-    cannot be masked in part.
+    cannot be masked in part. White space that the tokenizer makes a word of its own stays one, and
+    can be a target: on RoBERTa 9 % of the words of Python code, and none of IMDb's.
+
+    Threads that share a tokenizer take turns.
 
     Args:
         examples: A batch with a column of documents: a dict of lists, or a ``pyarrow.Table``
-            (datasets with format "arrow"; about 5 % faster through `map`).
+            (datasets with format "arrow"; about 5 % faster through `map`). Frames and record
+            batches that Arrow can read are taken as tables.
         tokenizer: A fast tokenizer.
         text_column: The column with the documents.
         word_boundaries: Text to a list of ``(start, end)`` character spans, in order and not

@@ -84,13 +84,19 @@ def test_collators_that_hide_nothing_are_refused(collator: Any, padding: int) ->
         insert_random_mask(padded, collator)
 
 
+def label_the_mask(features: list[dict[str, Any]]) -> dict[str, Any]:
+    """Hide a token, and return what hides it as the label."""
+    ids = [int(token) for token in features[0]["input_ids"]]
+    ids[1] = tokenizer.mask_token_id
+    return {"input_ids": [ids], "labels": [[-100, ids[1], *[-100] * (len(ids) - 2)]]}
+
+
 def test_labels_that_are_not_tokens_are_refused() -> None:
-    """Those of token classification are classes."""
+    """Those of token classification are classes; others have a mistake in them."""
     classes = [[-100, *[1] * (len(row) - 2), -100] for row in labelled["input_ids"]]
-    with pytest.raises(ValueError, match=r"\d+ of them other than the row's own token"):
-        insert_random_mask(
-            {**labelled, "labels": classes}, DataCollatorForTokenClassification(tokenizer)
-        )
+    for collator in (DataCollatorForTokenClassification(tokenizer), label_the_mask):
+        with pytest.raises(ValueError, match=r"[1-9]\d* of them other than the row's own token"):
+            insert_random_mask({**labelled, "labels": classes}, collator)
 
 
 def test_a_token_that_is_kept_by_chance_is_no_reason() -> None:

@@ -16,17 +16,9 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mlmadapt._types import Columns, Ints
-from mlmadapt.data.rows import (
-    check_count,
-    common_lengths,
-    join_column,
-    read_batch,
-    refuse_column,
-    row_lengths,
-)
+from mlmadapt.data.rows import check_count, common_lengths, join_column, read_batch, row_lengths
 
 logger = logging.getLogger(__name__)
 _drop_was_said = False
@@ -89,8 +81,7 @@ def group_texts(
             f"labels=True copies 'input_ids', but the columns are {names}; tokenize first, or pass "
             "labels=False"
         )
-    measure = _list_lengths if is_table else row_lengths
-    lengths = common_lengths({name: measure(name, batch[name]) for name in names})
+    lengths = common_lengths({name: row_lengths(name, batch[name]) for name in names})
     total = int(lengths.sum())
     kept = total if remainder == "keep" else total - total % chunk_size
     _account(len(lengths), total, kept, chunk_size)
@@ -193,17 +184,6 @@ def _number_words(
     numbers = numbers.reshape(padded.shape)[:, :chunk_size].ravel()[:kept]
     numbers[~is_word] = -1
     return numbers
-
-
-def _list_lengths(name: str, column: pa.ChunkedArray) -> Ints:
-    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    if not any(is_kind(column.type) for is_kind in kinds):
-        refuse_column(name, f"its type is {column.type}")
-    if column.null_count:
-        row = pc.index(column.is_null(), value=True).as_py()
-        refuse_column(name, f"row {row} is None")
-    lengths: Ints = pc.list_value_length(column).to_numpy().astype(np.int64)
-    return lengths
 
 
 def _account(documents: int, total: int, kept: int, chunk_size: int) -> None:

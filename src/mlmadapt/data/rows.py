@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mlmadapt._types import Features, Ints, Tokenizer
 
@@ -100,12 +101,14 @@ def row_lengths(name: str, rows: Any) -> Ints:
     """Return the number of values in each row of a column.
 
     Raises:
-        ValueError: If a row is a string, a mapping, or one value.
+        ValueError: If a row is None, a string, a mapping, or one value.
 
     Examples:
         >>> row_lengths("input_ids", [[7, 8], [9]])
         array([2, 1])
     """
+    if isinstance(rows, pa.ChunkedArray):
+        return _list_lengths(name, rows)
     with suppress(TypeError):  # an array without dimensions claims to have a length
         if all(map(_is_row, {type(row): row for row in rows}.values())):
             return np.fromiter(map(len, rows), np.int64, len(rows))
@@ -229,6 +232,17 @@ def pad_rows(
         batch[name][is_filled] = values
     batch.setdefault("attention_mask", is_filled.astype(np.int64))
     return batch
+
+
+def _list_lengths(name: str, column: pa.ChunkedArray) -> Ints:
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(is_kind(column.type) for is_kind in kinds):
+        refuse_column(name, f"its type is {column.type}")
+    if column.null_count:
+        row = pc.index(column.is_null(), value=True).as_py()
+        refuse_column(name, f"row {row} is None")
+    lengths: Ints = pc.list_value_length(column).to_numpy().astype(np.int64)
+    return lengths
 
 
 def _is_row(value: Any) -> bool:

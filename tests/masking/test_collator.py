@@ -661,7 +661,10 @@ def test_words_that_all_weigh_nothing_are_masked_evenly() -> None:
         ),
         ({"budget": "even"}, r"budget is 'even'; it must be one of 'bernoulli', 'exact'"),
         ({"return_tensors": "tf"}, r"return_tensors is 'tf'; it must be one of 'pt', 'np'"),
-        ({"pad_to_multiple_of": 0}, r"pad_to_multiple_of is 0; it must be 1 token or more"),
+        (
+            {"pad_to_multiple_of": 0},
+            r"pad_to_multiple_of is 0; it must be a whole number",
+        ),
         ({"word_weights": [1.0, 2.0]}, r"word_weights has shape \(2,\); it must be \(\d+,\)"),
         ({"word_weights": "negative"}, r"word_weights is -1.0 for token 3; weights must be finite"),
         ({"word_weights": "nan"}, r"word_weights is nan for token 3; weights must be finite"),

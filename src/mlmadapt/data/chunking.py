@@ -16,13 +16,13 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mlmadapt._types import Columns, Ints
-from mlmadapt.data.rows import common_lengths, refuse_column, row_lengths
+from mlmadapt.data.rows import check_count, common_lengths, join_column, read_batch, row_lengths
 
 logger = logging.getLogger(__name__)
 _drop_was_said = False
+_MOST_OF_SMALL = 2**31 - 1  # tokens that the offsets of an ordinary list column can count
 
 
 def group_texts(
@@ -42,7 +42,8 @@ def group_texts(
 
     Args:
         examples: A batch of token columns: a dict of lists, or a ``pyarrow.Table`` (datasets with
-            format "arrow"), of which no token is copied.
+            format "arrow"), of which no token is copied. Frames and record batches that Arrow can
+            read are taken as tables.
         chunk_size: Tokens per row.
         remainder: ``"drop"``, or ``"keep"`` for a last, shorter row.
         labels: Add a copy of ``input_ids`` as ``labels``, for collators of other libraries. Those
@@ -69,13 +70,10 @@ def group_texts(
         >>> rows["input_ids"], rows["word_ids"]
         ([[5, 6, 7, 8], [9]], [[0, 0, 1, 2], [0]])
     """
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(
-            f"chunk_size is {chunk_size!r}; it must be a whole number of tokens, 1 or more"
-        )
+    chunk_size = check_count("chunk_size", chunk_size)
     if remainder not in ("drop", "keep"):
         raise ValueError(f"remainder is {remainder!r}; it must be 'drop' or 'keep'")
-    batch: Any = examples
+    batch = read_batch(examples)
     is_table = isinstance(batch, pa.Table)
     names = list(batch.column_names if is_table else batch)
     if labels and "input_ids" not in names:
@@ -83,11 +81,11 @@ def group_texts(
             f"labels=True copies 'input_ids', but the columns are {names}; tokenize first, or pass "
             "labels=False"
         )
-    measure = _list_lengths if is_table else row_lengths
-    lengths = common_lengths({name: measure(name, batch[name]) for name in names})
+    lengths = common_lengths({name: row_lengths(name, batch[name]) for name in names})
     total = int(lengths.sum())
     kept = total if remainder == "keep" else total - total % chunk_size
     _account(len(lengths), total, kept, chunk_size)
+    chunk_size = min(chunk_size, max(kept, 1))  # nothing is laid out that no token fills
 
     group = _group_column if is_table else _group_rows
     result = {
@@ -105,13 +103,13 @@ def group_texts(
 def _group_rows(
     rows: Sequence[Sequence[Any]], lengths: Ints, chunk_size: int, kept: int, *, words: bool
 ) -> list[list[Any]]:
-    # Arrays and tensors, by any library, to the numbers that lists hold.
-    as_lists = (row.tolist() if hasattr(row, "tolist") else row for row in rows)
-    flat = list(chain.from_iterable(as_lists))
     if words:
-        # Arrow takes None for null; Python would look at every token.
-        numbers = pa.array(flat, pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
+        numbers = join_column("word_ids", rows)
         flat = _number_words(numbers, lengths, chunk_size, kept).tolist()
+    else:
+        # Arrays and tensors, by any library, to the numbers that lists hold.
+        as_lists = (row.tolist() if hasattr(row, "tolist") else row for row in rows)
+        flat = list(chain.from_iterable(as_lists))
     return [flat[start : min(start + chunk_size, kept)] for start in range(0, kept, chunk_size)]
 
 
@@ -121,6 +119,8 @@ def _group_column(
     value_type = column.type.value_type
     line = pa.chunked_array([chunk.flatten() for chunk in column.chunks], value_type)
     if words:
+        if not pa.types.is_integer(value_type):
+            line = pa.chunked_array([join_column("word_ids", [line.to_numpy()])])
         if value_type != pa.int32():  # numbers up to `chunk_size` do not fit every type
             value_type = pa.int64()
         line = line.cast(value_type)
@@ -128,7 +128,8 @@ def _group_column(
             line = line.fill_null(-1)
         numbers = _number_words(line.to_numpy(), lengths, chunk_size, kept)
         line = pa.chunked_array([pa.array(numbers, value_type)])
-    list_type = pa.large_list if pa.types.is_large_list(column.type) else pa.list_
+    is_large = pa.types.is_large_list(column.type) or kept > _MOST_OF_SMALL
+    list_type = pa.large_list if is_large else pa.list_
     rows = list(_lay_rows(line.slice(0, kept), chunk_size, list_type(value_type)))
     return pa.chunked_array(rows, list_type(value_type))
 
@@ -183,17 +184,6 @@ def _number_words(
     numbers = numbers.reshape(padded.shape)[:, :chunk_size].ravel()[:kept]
     numbers[~is_word] = -1
     return numbers
-
-
-def _list_lengths(name: str, column: pa.ChunkedArray) -> Ints:
-    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    if not any(is_kind(column.type) for is_kind in kinds):
-        refuse_column(name, f"its type is {column.type}")
-    if column.null_count:
-        row = pc.index(column.is_null(), value=True).as_py()
-        refuse_column(name, f"row {row} is None")
-    lengths: Ints = pc.list_value_length(column).to_numpy().astype(np.int64)
-    return lengths
 
 
 def _account(documents: int, total: int, kept: int, chunk_size: int) -> None:

@@ -18,8 +18,8 @@ def phrases(units: Iterable[str], *, ignore_case: bool = True) -> "WordBoundarie
     """Make `word_boundaries` of a list of phrases, so that each is masked as one word.
 
     For gazetteers, code lists and PMI phrase lists. The longest phrase wins where several begin at
-    the same word; phrases match whole words only, across any white space. Looking up takes time by
-    the length of the text, not of the list.
+    the same word; phrases match whole words only, across any white space, and whether accents are
+    composed or not. Looking up takes time by the length of the text, not of the list.
 
     Args:
         units: The phrases, such as ``"New York"``.
@@ -30,7 +30,7 @@ def phrases(units: Iterable[str], *, ignore_case: bool = True) -> "WordBoundarie
         can be pickled, for `map`'s processes and fingerprint.
 
     Raises:
-        TypeError: If `units` is a string, or holds something that is not a string.
+        TypeError: If `units` is a string or not iterable, or holds something that is not a string.
         ValueError: If a phrase holds no word.
 
     Source:
@@ -41,20 +41,20 @@ def phrases(units: Iterable[str], *, ignore_case: bool = True) -> "WordBoundarie
         >>> boundaries("The New York Times is read in New  York.")
         [(4, 18), (30, 39)]
     """
-    if isinstance(units, str):
+    if isinstance(units, str) or not isinstance(units, Iterable):
         raise TypeError(
-            f"units is the string {units!r:.40}; it must be a list of phrases: [{units!r:.40}]"
+            f"units is {units!r:.40}; it must be a list of phrases, such as ['New York']"
         )
     known = set()
     for unit in units:
-        words = _word().findall(unit)
+        _, words = _split(unit, ignore_case=ignore_case)
         if not words:
             raise ValueError(f"phrase {unit!r} holds no word; remove it from the list")
-        known.add(tuple(word.casefold() if ignore_case else word for word in words))
-    longest: dict[str, int] = {}
-    for phrase in known:
-        longest[phrase[0]] = max(len(phrase), longest.get(phrase[0], 0))
-    return partial(_find_phrases, known=known, longest=longest, ignore_case=ignore_case)
+        known.add(tuple(words))
+    lengths: dict[str, list[int]] = {}
+    for first, length in sorted({(phrase[0], len(phrase)) for phrase in known}, reverse=True):
+        lengths.setdefault(first, []).append(length)
+    return partial(_find_phrases, known=known, lengths=lengths, ignore_case=ignore_case)
 
 
 @cache
@@ -70,24 +70,30 @@ def _word() -> re.Pattern[str]:
     return re.compile(rf"(?:(?![{no_spaces}])[\w{joined}])+|(?:[{no_spaces}]|[^\w\s])[{joined}]*")
 
 
-def _find_phrases(
-    text: str,
-    *,
-    known: set[tuple[str, ...]],
-    longest: Mapping[str, int],
-    ignore_case: bool,
-) -> list[tuple[int, int]]:
+def _split(text: str, *, ignore_case: bool) -> tuple[list[tuple[int, int]], list[str]]:
+    """Return where words are in a text, and the words as they are compared."""
     places = [match.span() for match in _word().finditer(text)]
     words = [text[start:end] for start, end in places]
     if ignore_case:
         words = [word.casefold() for word in words]
+    return places, [unicodedata.normalize("NFC", word) for word in words]
+
+
+def _find_phrases(
+    text: str,
+    *,
+    known: set[tuple[str, ...]],
+    lengths: Mapping[str, list[int]],
+    ignore_case: bool,
+) -> list[tuple[int, int]]:
+    places, words = _split(text, ignore_case=ignore_case)
     spans, position = [], 0
     while position < len(words):
-        most = min(longest.get(words[position], 0), len(words) - position)
-        for length in range(most, 0, -1):
-            if tuple(words[position : position + length]) in known:
-                spans.append((places[position][0], places[position + length - 1][1]))
-                position += length
+        for length in lengths.get(words[position], ()):
+            end = min(position + length, len(words))
+            if tuple(words[position:end]) in known:
+                spans.append((places[position][0], places[end - 1][1]))
+                position = end
                 break
         else:
             position += 1

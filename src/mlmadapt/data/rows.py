@@ -8,12 +8,40 @@ import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import chain, pairwise
+from operator import index
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from mlmadapt._types import Features, Ints, Tokenizer
+
+
+def read_batch(examples: Any) -> Any:
+    """Return a batch of `map` as a mapping or a table: frames and record batches become tables.
+
+    Examples:
+        >>> read_batch(pa.record_batch({"input_ids": [[7, 8]]})).column_names
+        ['input_ids']
+    """
+    return examples if isinstance(examples, (Mapping, pa.Table)) else pa.table(examples)
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return a number of tokens.
+
+    Raises:
+        ValueError: If it is not a whole number, or below 1.
+
+    Examples:
+        >>> check_count("chunk_size", np.int64(128))
+        128
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of tokens, 1 or more")
+    return index(value)
 
 
 def to_columns(features: Features) -> dict[str, list[Any]]:
@@ -66,19 +94,21 @@ def join_rows(columns: Mapping[str, Any]) -> tuple[dict[str, Ints], Ints]:
             f"the batch has no 'input_ids', only {list(columns)}; tokenize the documents first"
         )
     lengths = common_lengths({name: row_lengths(name, rows) for name, rows in columns.items()})
-    return {name: _join(name, rows) for name, rows in columns.items()}, lengths
+    return {name: join_column(name, rows) for name, rows in columns.items()}, lengths
 
 
 def row_lengths(name: str, rows: Any) -> Ints:
     """Return the number of values in each row of a column.
 
     Raises:
-        ValueError: If a row is a string, a mapping, or one value.
+        ValueError: If a row is None, a string, a mapping, or one value.
 
     Examples:
         >>> row_lengths("input_ids", [[7, 8], [9]])
         array([2, 1])
     """
+    if isinstance(rows, pa.ChunkedArray):
+        return _list_lengths(name, rows)
     with suppress(TypeError):  # an array without dimensions claims to have a length
         if all(map(_is_row, {type(row): row for row in rows}.values())):
             return np.fromiter(map(len, rows), np.int64, len(rows))
@@ -204,12 +234,32 @@ def pad_rows(
     return batch
 
 
+def _list_lengths(name: str, column: pa.ChunkedArray) -> Ints:
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(is_kind(column.type) for is_kind in kinds):
+        refuse_column(name, f"its type is {column.type}")
+    if column.null_count:
+        row = pc.index(column.is_null(), value=True).as_py()
+        refuse_column(name, f"row {row} is None")
+    lengths: Ints = pc.list_value_length(column).to_numpy().astype(np.int64)
+    return lengths
+
+
 def _is_row(value: Any) -> bool:
     is_sized = hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
     return is_sized and not isinstance(value, (str, bytes, Mapping))
 
 
-def _join(name: str, rows: Any) -> Ints:
+def join_column(name: str, rows: Any) -> Ints:
+    """Lay the rows of one column one after the other.
+
+    Raises:
+        ValueError: If they do not hold one whole number per token.
+
+    Examples:
+        >>> join_column("word_ids", [[None, 0], [0]])
+        array([-1,  0,  0])
+    """
     try:
         values = _concatenate(name, rows)
         if name == "word_ids" and values.dtype.kind in "Of":

@@ -9,6 +9,7 @@ The hash is splitmix64's finaliser over a counter (Steele, Lea and Flood, OOPSLA
 of counter-based generators (Salmon et al., SC 2011).
 """
 
+import multiprocessing
 import os
 import re
 import warnings
@@ -24,9 +25,9 @@ import numpy.typing as npt
 import torch
 
 from mlmadapt._types import Features, Ints, Tokenizer
-from mlmadapt.data.rows import join_rows, pad_rows, to_columns
+from mlmadapt.data.rows import check_count, join_rows, pad_rows, to_columns
 from mlmadapt.data.tokenization import special_token_ids
-from mlmadapt.masking.seeding import derive_key, hash_counters, hash_rows
+from mlmadapt.masking.seeding import check_whole, derive_key, hash_counters, hash_rows
 from mlmadapt.masking.selection import WordWeights, choose_words, find_words
 
 
@@ -45,11 +46,12 @@ class WholeWordMaskingCollator:
 
     Args:
         tokenizer: The tokenizer that made the rows; it needs a mask token.
-        wwm_probability: Share of words to predict, in [0, 1].
+        wwm_probability: Share of words to predict, in [0, 1]; at 0, still one word per row.
         mask_replace_prob: Share of these words that become the mask token, in [0, 1].
         random_replace_prob: Share of these words that become random tokens, in [0, 1]; never
             special, added or unused tokens. The rest is kept: 0.8 and 0.1 are BERT's 80/10/10, by
-            word.
+            word. A few published vocabularies hold tokens without a meaning that nothing marks
+            (``madeupword0000`` of roberta-base), one draw in ten thousand.
         budget: ``"bernoulli"`` decides each word by itself; ``"exact"`` gives each row its share of
             words, rounded up or down at random without bias, and never to 0.
         word_weights: Makes some words likelier targets at the same overall rate: a weight for each
@@ -63,6 +65,7 @@ class WholeWordMaskingCollator:
 
     Raises:
         ValueError: If the tokenizer has no mask token or an argument is out of range.
+        TypeError: If the seed is not a whole number.
 
     Source:
         Devlin et al. 2019 (80/10/10); Cui et al. 2019, arXiv:1906.08101 (whole words).
@@ -92,10 +95,9 @@ class WholeWordMaskingCollator:
 
     def __post_init__(self) -> None:
         for name in ("wwm_probability", "mask_replace_prob", "random_replace_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; it must be a probability in [0, 1]"
-                )
+            share = getattr(self, name)
+            if not (isinstance(share, (int, float, np.floating)) and 0 <= share <= 1):
+                raise ValueError(f"{name} is {share!r}; it must be a probability in [0, 1]")
         # A hair of tolerance, since 0.9 + 0.1 need not be 1 in binary.
         if self.mask_replace_prob + self.random_replace_prob > 1 + 1e-9:
             raise ValueError(
@@ -104,15 +106,18 @@ class WholeWordMaskingCollator:
             )
         _check_choice("budget", self.budget, ("bernoulli", "exact"))
         _check_choice("return_tensors", self.return_tensors, ("pt", "np"))
-        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+        if self.pad_to_multiple_of is not None:
+            check_count("pad_to_multiple_of", self.pad_to_multiple_of)
+        if self.seed is not None:
+            check_whole("seed", self.seed)
+        mask_id = getattr(self.tokenizer, "mask_token_id", None)
+        mask = None if mask_id is None else self.tokenizer.convert_ids_to_tokens(mask_id)
+        # A token that the vocabulary lacks has the id of the unknown token.
+        if mask is None or mask != self.tokenizer.mask_token:
             raise ValueError(
-                f"pad_to_multiple_of is {self.pad_to_multiple_of}; it must be 1 token or more"
-            )
-        if self.tokenizer.mask_token_id is None:
-            raise ValueError(
-                f"tokenizer {type(self.tokenizer).__name__} ({self.tokenizer.name_or_path!r}) has "
-                "no mask token; use the tokenizer of a masked language model, or set "
-                "tokenizer.mask_token"
+                f"tokenizer {self.tokenizer!r:.60} has no mask token; use the tokenizer of a "
+                "masked language model, or add one with tokenizer.add_special_tokens("
+                "{'mask_token': '[MASK]'}) and model.resize_token_embeddings(len(tokenizer))"
             )
         self.__setstate__({"_epoch": 0})
 
@@ -121,13 +126,14 @@ class WholeWordMaskingCollator:
         state = {each.name: getattr(self, each.name) for each in fields(self)}
         if get_spawning_popen() is None:
             return {**state, "_epoch": self._epoch.value}  # a copy has its own epoch
-        return {**state, "_epoch": self._epoch, "_owner": self._owner}
+        return {**state, "_epoch": self._epoch, "_owner": self._owner, "_unseen": self._unseen}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make the look-up tables, and the epoch in memory that persistent workers share."""
         self.__dict__.update(state)
         if isinstance(state["_epoch"], int):
             self._epoch = RawValue("q", state["_epoch"])
+            self._unseen = RawValue("q")  # a process whose workers do not see its epoch
             self._owner: int = os.getpid()
         size = max(self.tokenizer.get_vocab().values()) + 1
         self._is_special = np.zeros(size, bool)
@@ -165,7 +171,7 @@ class WholeWordMaskingCollator:
                 column does not hold one whole number per token, a token id is outside the
                 vocabulary, `word_weights` returns no weight, or padding is needed and the tokenizer
                 has no padding token.
-            TypeError: If a row is not a dict, or the seed is not a whole number.
+            TypeError: If a row is not a dict.
 
         Warns:
             UserWarning: If the words of a row are 32 tokens long or more on average.
@@ -183,6 +189,9 @@ class WholeWordMaskingCollator:
             key = int(torch.randint(2**63 - 1, ()))
         else:
             key = derive_key(self.seed, "mask", self._epoch.value)
+            parent = multiprocessing.parent_process()
+            if parent is not None and self._owner not in (os.getpid(), parent.pid):
+                self._unseen.value = parent.pid
         batch = self.collate(features, key=key)
         if return_tensors == "np":
             return dict(batch)
@@ -192,10 +201,13 @@ class WholeWordMaskingCollator:
         """Choose the masks of an epoch, as samplers choose their order.
 
         Args:
-            epoch: Any whole number; equal ones give equal masks.
+            epoch: A whole number in 64 bits; equal ones give equal masks.
 
         Raises:
-            TypeError: If it is not one.
+            TypeError: If it is not a whole number.
+            ValueError: If it needs more than 64 bits.
+            RuntimeError: If this process was handed the collator by another, and has DataLoader
+                workers from before its first call.
 
         Examples:
             >>> from mlmadapt.testing import tiny_tokenizer
@@ -208,10 +220,16 @@ class WholeWordMaskingCollator:
             [2, 7, 8, 4, 3]
             [2, 4, 8, 9, 3]
         """
+        number = check_whole("epoch", epoch, range(-(2**63), 2**63))
         if self._owner != os.getpid():
+            if self._unseen.value == os.getpid():
+                raise RuntimeError(
+                    f"epoch {number} would not reach the DataLoader workers of this process, which "
+                    "started before its first set_epoch; call set_epoch(0) before they start"
+                )
             # A training process of several that were handed one collator: each counts for itself.
             self._epoch, self._owner = RawValue("q"), os.getpid()
-        self._epoch.value = epoch
+        self._epoch.value = number
 
     def collate(self, features: Features, *, key: int) -> dict[str, Ints]:
         """Collate rows into arrays whose masks depend on (`key`, tokens of the row) alone.
@@ -224,8 +242,8 @@ class WholeWordMaskingCollator:
             Arrays of shape ``(batch, sequence)``, as the call.
 
         Raises:
-            ValueError: As the call.
-            TypeError: As the call.
+            ValueError: As the call, and if `key` is out of range.
+            TypeError: As the call, and if `key` is not a whole number.
 
         Examples:
             >>> from mlmadapt.testing import tiny_tokenizer
@@ -247,7 +265,8 @@ class WholeWordMaskingCollator:
             Arrays of shape ``(tokens,)``, the rows end to end, and the rows' lengths in tokens.
 
         Raises:
-            ValueError: As the call.
+            ValueError: As the call, and if `key` is out of range.
+            TypeError: If `key` is not a whole number.
 
         Examples:
             >>> from mlmadapt.testing import tiny_tokenizer
@@ -256,6 +275,7 @@ class WholeWordMaskingCollator:
             >>> masked["input_ids"], lengths
             (array([2, 4, 3]), array([3]))
         """
+        key = check_whole("key", key, range(2**64))
         for row, words in enumerate(columns.get("word_ids", [None])):
             if words is None:
                 raise ValueError(

@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from mlmadapt._types import DataCollator
-from mlmadapt.data.rows import split_rows
+from mlmadapt.data.rows import read_batch, split_rows
 from mlmadapt.masking.collator import WholeWordMaskingCollator
-from mlmadapt.masking.seeding import derive_key, seeded
+from mlmadapt.masking.seeding import check_whole, derive_key, seeded
 
 
 def insert_random_mask(
@@ -39,7 +39,7 @@ def insert_random_mask(
             "arrow", which `map` reads and masks twice as fast).
         data_collator: `WholeWordMaskingCollator`, or another library's. That one is called row by
             row (about 0.4 ms each) with the global generators seeded from (seed, row), and they are
-            restored.
+            restored; threads that do so take turns.
         seed: Seed of the masks, a whole number.
         prefix: Put before the names of the new columns; ``""`` keeps the names.
 
@@ -50,7 +50,8 @@ def insert_random_mask(
 
     Raises:
         ValueError: If there are no ``input_ids``, the collator returns no ``labels`` or rows of
-            another length, and as the collator does.
+            another length, labels are not the row's tokens, or nothing is hidden; and as the
+            collator does.
         TypeError: If `seed` is not a whole number, and as the collator does.
 
     Source:
@@ -65,6 +66,8 @@ def insert_random_mask(
         >>> tokenizer.decode(frozen["input_ids"][0]), frozen["labels"].shape
         ('[CLS] a [MASK] [SEP]', (1, 4))
     """
+    check_whole("seed", seed)
+    examples = read_batch(examples)
     if isinstance(examples, pa.Table):
         examples = {name: examples[name].to_numpy() for name in examples.column_names}
     if isinstance(data_collator, WholeWordMaskingCollator):
@@ -110,6 +113,11 @@ def purify(data_collator: DataCollator) -> DataCollator:
 
 
 def _call_without_extras(rows: list[dict[str, Any]], *, data_collator: DataCollator) -> Any:
+    if getattr(data_collator, "whole_word_mask", False) and "offset_mapping" not in rows[0]:
+        raise ValueError(
+            "data_collator has whole_word_mask=True and needs the column 'offset_mapping'; use "
+            "WholeWordMaskingCollator, which needs 'word_ids'"
+        )
     return data_collator(
         [{name: row[name] for name in row if name not in ("labels", "word_ids")} for row in rows]
     )
@@ -124,6 +132,7 @@ def _freeze_row_by_row(
         raise ValueError(
             f"the batch has no 'input_ids', only {list(examples)}; tokenize the documents first"
         )
+    targets = hidden = wrong = 0
     for index, values in enumerate(zip(*(examples[name] for name in examples), strict=True)):
         row = dict(zip(examples, values, strict=True))
         tokens = [int(token) for token in row["input_ids"]]
@@ -136,4 +145,18 @@ def _freeze_row_by_row(
                     f"{len(tokens)} tokens; switch off its padding to a fixed length"
                 )
             frozen.setdefault(name, []).append(masked)
+        is_target = frozen["labels"][-1] != -100
+        targets += int(is_target.sum())
+        wrong += int((frozen["labels"][-1] != tokens)[is_target].sum())
+        hidden += int((np.asarray(batch["input_ids"])[0] != tokens).sum())
+    # One that masks may by chance keep a few targets as they are, but not many and no other.
+    if wrong or (targets > _FEW and not hidden):
+        raise ValueError(
+            f"data_collator {type(data_collator).__name__} returned {targets} labels in a batch, "
+            f"{wrong} of them other than the row's own token, and hid {hidden} tokens; use a "
+            "collator that masks, such as WholeWordMaskingCollator"
+        )
     return frozen
+
+
+_FEW = 16

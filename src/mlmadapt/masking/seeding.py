@@ -12,6 +12,8 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from threading import RLock
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,12 +40,35 @@ def derive_key(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def check_whole(name: str, value: Any, within: range | None = None) -> int:
+    """Return a whole number, of Python or NumPy, as Python's.
+
+    Raises:
+        TypeError: If it is not one; a string would be another seed than the number in it.
+        ValueError: If it is not in the range.
+
+    Examples:
+        >>> check_whole("seed", np.int64(42))
+        42
+    """
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {value!r}; it must be a whole number")
+    number = operator.index(value)
+    if within is not None and number not in within:
+        raise ValueError(f"{name} is {number}; it must be {within[0]} to {within[-1]}")
+    return number
+
+
+_turn = RLock()
+
+
 @contextmanager
 def seeded(key: int) -> Iterator[None]:
     """Seed Python's, NumPy's and torch's global generators inside the block; restore them after it.
 
     For code that draws from global state and cannot be handed a key: other libraries' collators,
-    and dropout.
+    and dropout. Threads take turns, but one that draws outside such a block moves what is drawn
+    in it.
 
     Examples:
         >>> with seeded(7):
@@ -52,10 +77,11 @@ def seeded(key: int) -> Iterator[None]:
         ...     first == random.random()
         True
     """
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()  # noqa: NPY002  # the global one is what such code draws from
     # Other devices are left alone: collators draw on the CPU.
-    with torch.random.fork_rng(devices=[]):
+    with _turn, torch.random.fork_rng(devices=[]):
+        python_state = random.getstate()
+        # The global generator is what such code draws from.
+        numpy_state = np.random.get_state()  # noqa: NPY002
         random.seed(key)
         np.random.seed(key % 2**32)  # noqa: NPY002
         torch.default_generator.manual_seed(key)

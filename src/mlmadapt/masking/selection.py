@@ -74,7 +74,8 @@ class WordWeights:
         size: How many token ids there are.
 
     Raises:
-        ValueError: If an array is of another shape, or a weight is negative or not finite.
+        ValueError: If there is no array of numbers, it is of another shape, or a weight is negative
+            or not finite.
     """
 
     def __init__(
@@ -167,7 +168,11 @@ def _rank(urgency: Floats, words_in_row: Ints) -> Ints:
 
 
 def _read(given: npt.ArrayLike, size: int) -> Floats:
-    weights = np.asarray(given, np.float64)
+    try:
+        weights = np.asarray(given, np.float64)
+    except (TypeError, ValueError):  # NumPy has no bfloat16
+        reason = "it must be a callable, or an array that NumPy can read"
+        raise ValueError(f"word_weights is {given!r:.40}; {reason}") from None
     if weights.shape != (size,):
         raise ValueError(
             f"word_weights has shape {weights.shape}; it must be ({size},), a weight for each "
@@ -179,4 +184,5 @@ def _read(given: npt.ArrayLike, size: int) -> Floats:
         raise ValueError(
             f"word_weights is {seen}; weights must be finite, 0 or more, and not all 0"
         )
-    return weights
+    # The sum over a word's tokens must be finite too.
+    return weights * 2.0**-64 if weights.max() > 2.0**900 else weights

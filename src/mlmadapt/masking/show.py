@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from html import escape
-from itertools import chain, compress, pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mlmadapt._types import Features, Tokenizer
-from mlmadapt.data.rows import to_columns
+from mlmadapt.data.rows import join_rows, split_rows, to_columns
 from mlmadapt.data.tokenization import special_token_ids
 
 if TYPE_CHECKING:
@@ -148,8 +148,9 @@ def show_masks(
         Each target is ``{true -> seen}``, seen being what the model sees. Nothing is printed.
 
     Raises:
-        ValueError: If the batch has no rows, or no ``input_ids`` and ``labels``; if `features` are
-            not its rows, or have no ``word_ids``.
+        ValueError: If the batch has no rows, no ``input_ids`` and ``labels`` of one length, or a
+            token id outside the vocabulary; if `features` are not its rows, or have no
+            ``word_ids``.
         TypeError: If one of several rows is not a dict.
 
     Examples:
@@ -171,9 +172,16 @@ def show_masks(
             "masking collator or insert_random_mask returned"
         )
     rows = _read_rows(columns, prefix)
-    for row in rows:
+    size = max(tokenizer.get_vocab().values()) + 1
+    for number, row in enumerate(rows):
         pairs = zip(row["input_ids"], row["labels"], strict=True)
         row["true"] = [token if label == -100 else label for token, label in pairs]
+        for token in (*row["input_ids"], *row["true"]):
+            if not 0 <= token < size:
+                raise ValueError(
+                    f"row {number} of the batch has token id {token}, but the tokenizer has ids 0 "
+                    f"to {size - 1}; pass the tokenizer that made the rows"
+                )
     if features is not None:
         given = _read_rows(to_columns(features))
         if [row["true"] for row in rows] != [row["input_ids"] for row in given]:
@@ -195,18 +203,19 @@ def show_masks(
 def _read_rows(columns: Mapping[str, Any], prefix: str = "") -> list[dict[str, list[int]]]:
     """Return rows as plain numbers, without their padding."""
     names = [f"{prefix}{name}" for name in ("input_ids", "labels", "attention_mask")]
-    given = {name: columns[name] for name in (*names, "word_ids") if name in columns}
-    if len(given[names[0]]) and not np.ndim(given[names[0]][0]):  # one row
+    given = {
+        name.removeprefix(prefix): columns[name] for name in (*names, "word_ids") if name in columns
+    }
+    if not len(given["input_ids"]):
+        raise ValueError("batch has no rows; pass at least one")
+    if not np.ndim(given["input_ids"][0]):  # one row
         given = {name: [values] for name, values in given.items()}
-    rows = []
-    for values in zip(*given.values(), strict=True):
-        row = {
-            name.removeprefix(prefix): [-1 if each is None else int(each) for each in column]
-            for name, column in zip(given, values, strict=True)
-        }
-        real = row.pop("attention_mask", [1] * len(row["input_ids"]))
-        rows.append({name: list(compress(column, real)) for name, column in row.items()})
-    return rows
+    joined, lengths = join_rows(given)
+    real = joined.pop("attention_mask", np.ones_like(joined["input_ids"])) != 0
+    lengths = np.diff(np.cumsum(np.append(0, real))[np.append(0, np.cumsum(lengths))])
+    parts = [split_rows(values[real], lengths) for values in joined.values()]
+    rows = zip(*parts, strict=True)
+    return [dict(zip(joined, (part.tolist() for part in row), strict=True)) for row in rows]
 
 
 def _read_words(
@@ -268,4 +277,5 @@ def _spell(before: list[int], tokens: list[int], tokenizer: Tokenizer) -> tuple[
     if not text.strip() or "\ufffd" in text:  # white space, or some bytes of a character
         text = "".join(tokenizer.convert_ids_to_tokens(tokens))
     # A terminal would obey what stands in a text by chance.
-    return space, re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text.strip())
+    unsafe = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
+    return space, re.sub(unsafe, lambda found: repr(found[0])[1:-1], text.strip())

@@ -98,9 +98,9 @@ def tokenize_with_word_ids(
     is_table = isinstance(batch, pa.Table)
     texts = _read_texts(batch, text_column)
     backend: Backend = tokenizer.backend_tokenizer
-    # The tokenizer does so in each call of its own; a copy that was pickled has lost it.
-    backend.encode_special_tokens = tokenizer.split_special_tokens
     with _unlimited(backend):
+        # The tokenizer does so in each call of its own; a copy that was pickled has lost it.
+        backend.encode_special_tokens = tokenizer.split_special_tokens
         encodings = backend.encode_batch(texts)
 
     lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))

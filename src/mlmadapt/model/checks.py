@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlmadapt._types import Model, Rows, Tokenizer
@@ -125,7 +126,7 @@ def _measure(name: str, dataset: Rows) -> tuple[int, int]:
     longest = highest = start = 0
     for chunk in dataset.data.column(column).chunks:
         here = is_used[start : start + len(chunk)]
-        used = chunk if here.all() else chunk.filter(here)
+        used = chunk if here.all() else chunk.filter(pa.array(here))
         longest = max(longest, pc.max(pc.list_value_length(used)).as_py() or 0)
         highest = max(highest, pc.max(pc.list_flatten(used)).as_py() or 0)
         start += len(chunk)

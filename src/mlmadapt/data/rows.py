@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mlmadapt._types import Features, Ints, Tokenizer
 
@@ -235,6 +234,8 @@ def pad_rows(
 
 
 def _list_lengths(name: str, column: pa.ChunkedArray) -> Ints:
+    import pyarrow.compute as pc  # noqa: PLC0415  # a fifth of what importing this file costs
+
     kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     if not any(is_kind(column.type) for is_kind in kinds):
         refuse_column(name, f"its type is {column.type}")

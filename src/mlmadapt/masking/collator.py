@@ -380,7 +380,7 @@ class WholeWordMaskingCollator:
             )
 
 
-# So many tokens a word, over a whole row, come from a tokenizer that does not split words.
+# This many tokens per word, over a whole row, come from a tokenizer that does not split words.
 _TOO_LONG = 32
 _BLOCK = 8192  # tokens
 # Keeps the draws of replacements apart from those of words.

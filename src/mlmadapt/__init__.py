@@ -3,8 +3,8 @@ r"""Adapt masked language models to a domain.
 The blocks, in the order data flows through them::
 
     documents -> tokenize_with_word_ids -> group_texts -> WholeWordMaskingCollator
-                                                   \             -> accelerate_train
-                                                    \-> insert_random_mask -> evaluate_mlm
+                                        or pack_texts \          -> accelerate_train
+                                                       \-> insert_random_mask -> evaluate_mlm
 
 Everything public is importable from here and loaded on first use: ``import mlmadapt`` loads neither
 torch nor transformers, which take seconds.
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlmadapt.data.chunking import group_texts
+    from mlmadapt.data.packing import pack_texts
     from mlmadapt.data.phrases import phrases
     from mlmadapt.data.tokenization import tokenize_with_word_ids
     from mlmadapt.masking.collator import WholeWordMaskingCollator
@@ -39,6 +40,7 @@ __all__ = [
     "insert_random_mask",
     "isolate_documents",
     "masked_lm_loss",
+    "pack_texts",
     "phrases",
     "show_masks",
     "sparse_prediction",
@@ -56,6 +58,7 @@ _HOME = {
     "insert_random_mask": "masking.freezing",
     "isolate_documents": "model.isolation",
     "masked_lm_loss": "model.loss",
+    "pack_texts": "data.packing",
     "phrases": "data.phrases",
     "show_masks": "masking.show",
     "sparse_prediction": "model.sparse_head",

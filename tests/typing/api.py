@@ -22,6 +22,7 @@ from mlmadapt import (
     evaluate_mlm,
     group_texts,
     insert_random_mask,
+    isolate_documents,
     masked_lm_loss,
     pack_texts,
     phrases,
@@ -144,6 +145,8 @@ def own_loop(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Trainer:
         handle.remove()
     kept = sparse_prediction(model)
     kept.remove()
+    with isolate_documents(model) as isolated:
+        isolated.remove()
     return Trainer(model=model, compute_loss_func=masked_lm_loss)
 
 

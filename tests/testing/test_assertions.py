@@ -693,7 +693,7 @@ def test_mistakes_of_packers_are_named() -> None:
     types = [[0] * 7, [0, 1]]
     found("are a document in no row", right | {"token_type_ids": types})
     with pytest.raises(ValueError, match="rows have no 'document_ids', which tell the documents"):
-        assert_documents_kept(examples, group_texts(examples))
+        assert_documents_kept(examples, examples)
 
 
 # Losses

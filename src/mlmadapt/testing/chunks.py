@@ -167,8 +167,8 @@ no row
     for place, part in parts:
         if left[part]:
             raise AssertionError(
-                f"{_name('row', after, place, tokenizer)} on: a document that is in rows more often "
-                "than in examples"
+                f"{_name('row', after, place, tokenizer)} on: a document that is in "
+                "rows more often than in examples"
             )
 
 

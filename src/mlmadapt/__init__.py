@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlmadapt.masking.freezing import insert_random_mask
     from mlmadapt.masking.show import show_masks
     from mlmadapt.model.evaluation import MaskedLMMetrics, evaluate_mlm
+    from mlmadapt.model.isolation import isolate_documents
     from mlmadapt.model.loss import masked_lm_loss
     from mlmadapt.model.sparse_head import sparse_prediction
     from mlmadapt.training.config import TrainingConfig
@@ -37,6 +38,7 @@ __all__ = [
     "evaluate_mlm",
     "group_texts",
     "insert_random_mask",
+    "isolate_documents",
     "masked_lm_loss",
     "pack_texts",
     "phrases",
@@ -54,6 +56,7 @@ _HOME = {
     "evaluate_mlm": "model.evaluation",
     "group_texts": "data.chunking",
     "insert_random_mask": "masking.freezing",
+    "isolate_documents": "model.isolation",
     "masked_lm_loss": "model.loss",
     "pack_texts": "data.packing",
     "phrases": "data.phrases",

@@ -505,6 +505,39 @@ def test_a_stream_is_trained(run: Run) -> None:
     assert logged(result, "epoch")[-1] >= 2
 
 
+def test_grouped_rows_are_trained(tmp_path: Path) -> None:
+    """As lists and as a dataset, in the same batches; rows of one length are not grouped."""
+
+    def losses(rows: Any, strategy: str) -> list[float]:
+        again = Run(tmp_path / "run")
+        again.rows = rows
+        result = again.train(train_sampling_strategy=strategy, overwrite=True)
+        return logged(result, "loss")
+
+    grouped = losses(make_rows(12), "group_by_length")
+    assert losses(Dataset.from_list(make_rows(12)), "group_by_length") == grouped
+    assert losses(make_rows(12), "random") != grouped
+    short = [{name: row[name][:4] for name in row} for row in make_rows(30)]
+    short = [row for row in short if len(row["input_ids"]) == 4]
+    assert len(short) > 20
+    assert losses(short, "group_by_length") == losses(short, "random")
+
+
+def test_rows_of_unknown_lengths_cannot_be_grouped(run: Run) -> None:
+    """Of a stream, and of a dataset whose rows are made when they are read."""
+    settings = {"max_steps": 3, "train_sampling_strategy": "group_by_length"}
+    rows, message = run.rows, "'group_by_length', but the lengths of a {} are not known before its"
+    run.rows = Dataset.from_list(rows).to_iterable_dataset()
+    with pytest.raises(ValueError, match=message.format("IterableDataset")):
+        run.train(**settings)
+    places = Dataset.from_dict({"place": [*range(len(rows))]})
+    run.rows = places.with_transform(
+        lambda columns: {name: [rows[at][name] for at in columns["place"]] for name in rows[0]}
+    )
+    with pytest.raises(ValueError, match=message.format("Dataset") + ".* or leave it at 'random'"):
+        run.train(**settings)
+
+
 def test_a_stream_that_can_be_read_once_is_an_error(run: Run) -> None:
     """It would be waited on for ever at the second epoch."""
     run.rows = iter(run.rows)

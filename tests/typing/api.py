@@ -32,6 +32,7 @@ from mlmadapt import (
 )
 from mlmadapt.testing import (
     TOKENIZER_KINDS,
+    assert_documents_kept,
     assert_masks_reproducible,
     assert_resumes_exactly,
     assert_same_loss,
@@ -173,6 +174,7 @@ def own_tests(rows: Dataset) -> None:
         columns, group_texts(columns, chunk_size=2), max_dropped=1, tokenizer=tokenizer
     )
     assert_tokens_kept(rows, features)
+    assert_documents_kept(rows, pack_texts(columns), tokenizer=tokenizer)
 
     def compute_loss(
         model: PreTrainedModel, batch: dict[str, torch.Tensor], num_items_in_batch: int

@@ -45,6 +45,9 @@ class TrainingConfig:
         warmup_steps: Optimizer steps of warm-up; a value below 1 is a share of all steps.
         mixed_precision: ``"no"``, ``"bf16"`` or, on a GPU, ``"fp16"``; None leaves it to
             ``accelerate launch``. All runs of a process have the same.
+        train_sampling_strategy: ``"random"``, or ``"group_by_length"`` for rows of mixed lengths,
+            padded: those of a step are then alike in length, and steps come in random order. Single
+            sentences train 1.5 times as fast. It needs a `Dataset` or a list.
         seed: Decides order, masks (unless the collator has a seed of its own) and dropout.
         eval_strategy: Evaluate each ``"epoch"``, every `eval_steps` ``"steps"``, or only before the
             first step and after the last (``"no"``).
@@ -100,6 +103,7 @@ class TrainingConfig:
     lr_scheduler_kwargs: _Arguments = None
     warmup_steps: float = 0
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
     seed: int = 42
     eval_strategy: Literal["no", "epoch", "steps"] = "epoch"
     eval_steps: int = 500

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
+from mlmadapt.data.rows import dataset_lengths
 from mlmadapt.model.checks import check_model, check_rows
 from mlmadapt.model.fill_mask import read_sentences
 from mlmadapt.model.isolation import set_hooks
@@ -123,7 +124,8 @@ def prepare(
     Arguments are those of `accelerate_train`, checked.
 
     Raises:
-        ValueError: If there are no rows, or the schedule would have no effect.
+        ValueError: If there are no rows, their lengths are not known though they are to be grouped,
+            or the schedule would have no effect.
     """
     started = time.perf_counter()
     plan = BatchPlan(
@@ -133,6 +135,7 @@ def prepare(
         seed=config.seed,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
+        lengths=lengths_to_group_by(train_dataset, config),
     )
     total_steps = config.max_steps
     if config.max_steps < 1:
@@ -218,6 +221,29 @@ def prepare(
             progress=progress,
             started=started,
         )
+
+
+def lengths_to_group_by(train_dataset: Any, config: TrainingConfig) -> torch.Tensor | None:
+    """Return the rows' lengths if they are to be grouped and differ.
+
+    Raises:
+        ValueError: If they are to be grouped and their lengths are not known.
+
+    Examples:
+        >>> config = TrainingConfig(train_sampling_strategy="group_by_length")
+        >>> lengths_to_group_by([{"input_ids": [7, 8]}, {"input_ids": [9]}], config)
+        tensor([2, 1])
+    """
+    if config.train_sampling_strategy == "random":
+        return None
+    lengths = dataset_lengths(train_dataset)
+    if lengths is None:
+        raise ValueError(
+            f"train_sampling_strategy is {config.train_sampling_strategy!r}, but the lengths of a "
+            f"{type(train_dataset).__name__} are not known before its rows are read; pass "
+            "train_dataset as a Dataset with input_ids or a list of rows, or leave it at 'random'"
+        )
+    return torch.from_numpy(lengths) if (lengths != lengths[0]).any() else None
 
 
 def check_same_everywhere(given: Mapping[str, Any]) -> None:

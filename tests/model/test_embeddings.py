@@ -169,7 +169,7 @@ def rows_of(tokenizer: Any, documents: int) -> list[dict[str, Any]]:
 @pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("architecture", ["bert", "roberta"])
 def test_a_run_with_new_words(architecture: str, tmp_path: Path) -> None:
-    """Trained, saved, resumed and evaluated as any other; new words are masked as any other."""
+    """Trained, saved and evaluated as any other; new words are masked as any other."""
     tokenizer, model = extend_vocabulary(*make(architecture), NEW)
     rows = rows_of(tokenizer, 60)
     collator = WholeWordMaskingCollator(tokenizer, seed=0)
@@ -256,6 +256,7 @@ def test_models_that_are_not_the_tokenizers() -> None:
         extend_vocabulary(tokenizer, model, NEW)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_models_that_cannot_be_extended() -> None:
     """Adapters, compiled and causal models, shards, several devices, rows in a buffer."""
     tokenizer, model = make("bert")

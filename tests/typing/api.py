@@ -79,7 +79,9 @@ def extend(
     assert_type(found.words, list[str])
     assert_type(found.share, float)
     assert_type([(each.word, each.count) for each in found.found], list[tuple[str, int]])
-    assert_type([(each.pieces, each.tokens_saved) for each in found.found][0][0], list[str])
+    assert_type(
+        [(each.pieces, each.tokens_saved) for each in found.found], list[tuple[list[str], int]]
+    )
     return extend_vocabulary(tokenizer, model, found.words, reuse_unused=True, pad_to_multiple_of=8)
 
 

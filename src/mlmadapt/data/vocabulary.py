@@ -11,8 +11,8 @@ abstracts, on the 525,948 distinct strings between spaces of 70,000 texts withou
 - BPE takes them into its vocabulary, and looks up whole words before it merges (``ignore_merges``).
   No other string changed. As added tokens, they would lose the space before them.
 - Unigram takes them with the scores of their pieces, which is the least that is chosen. Words that
-  begin with a new one and had its pieces are joined up to there (``placebo|pre`` of ``PlaceboPre``):
-  461 strings. None got longer.
+  begin with a new one and had its pieces are joined up to there, such as ``placebo`` and ``pre`` of
+  ``PlaceboPre``: 461 strings. None got longer.
 """
 
 import copy

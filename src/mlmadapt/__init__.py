@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from mlmadapt.data.packing import pack_texts
     from mlmadapt.data.phrases import phrases
     from mlmadapt.data.tokenization import tokenize_with_word_ids
+    from mlmadapt.data.vocabulary import find_domain_words
     from mlmadapt.masking.collator import WholeWordMaskingCollator
     from mlmadapt.masking.freezing import insert_random_mask
     from mlmadapt.masking.show import show_masks
+    from mlmadapt.model.embeddings import extend_vocabulary
     from mlmadapt.model.evaluation import MaskedLMMetrics, evaluate_mlm
     from mlmadapt.model.isolation import isolate_documents
     from mlmadapt.model.loss import masked_lm_loss
@@ -36,6 +38,8 @@ __all__ = [
     "WholeWordMaskingCollator",
     "accelerate_train",
     "evaluate_mlm",
+    "extend_vocabulary",
+    "find_domain_words",
     "group_texts",
     "insert_random_mask",
     "isolate_documents",
@@ -54,6 +58,8 @@ _HOME = {
     "WholeWordMaskingCollator": "masking.collator",
     "accelerate_train": "training.loop",
     "evaluate_mlm": "model.evaluation",
+    "extend_vocabulary": "model.embeddings",
+    "find_domain_words": "data.vocabulary",
     "group_texts": "data.chunking",
     "insert_random_mask": "masking.freezing",
     "isolate_documents": "model.isolation",

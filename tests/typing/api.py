@@ -20,6 +20,8 @@ from mlmadapt import (
     WholeWordMaskingCollator,
     accelerate_train,
     evaluate_mlm,
+    extend_vocabulary,
+    find_domain_words,
     group_texts,
     insert_random_mask,
     isolate_documents,
@@ -61,6 +63,28 @@ def prepare(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     )
     grouped: Dataset = tokenized.map(group_texts, batched=True, fn_kwargs={"chunk_size": 64})
     return grouped
+
+
+def extend(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Find words, and add them."""
+    found = find_domain_words(
+        (text for text in texts),
+        tokenizer,
+        size=100,
+        min_count=5,
+        min_length=3,
+        letters_only=False,
+        general_texts=texts,
+    )
+    assert_type(found.words, list[str])
+    assert_type(found.share, float)
+    assert_type([(each.word, each.count) for each in found.found], list[tuple[str, int]])
+    assert_type(
+        [(each.pieces, each.tokens_saved) for each in found.found], list[tuple[list[str], int]]
+    )
+    return extend_vocabulary(tokenizer, model, found.words, reuse_unused=True, pad_to_multiple_of=8)
 
 
 def mask(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:

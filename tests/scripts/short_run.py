@@ -127,7 +127,7 @@ def train(
         rows_seed: Another seed gives another dataset.
         architecture: Of the model.
         dropout: Whether the model has any.
-        collator: ``"ours"`` or ``"transformers"``.
+        collator: ``"ours"``, ``"ours, by schedule"`` or ``"transformers"``.
         stream: ``"plain"`` or ``"shuffled"`` for an `IterableDataset`.
         sharded: Whether `fully_shard` is applied first.
         at_step: By step (as text), what to do before it: see `_act`.
@@ -150,6 +150,9 @@ def train(
         fully_shard(model)
     if collator == "ours":
         data_collator: Any = WholeWordMaskingCollator(tokenizer)
+    elif collator == "ours, by schedule":
+        rates = {0.0: 0.5, 0.5: 0.3, 0.8: 0.1}
+        data_collator = WholeWordMaskingCollator(tokenizer, wwm_probability=rates)
     else:
         data_collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3)
     train_rows: Any = make_rows(rows, seed=rows_seed)

@@ -76,12 +76,16 @@ class MaskingCallback(TrainerCallback):
                 f"of train_dataset, {type(outer.dataset).__name__}, cannot be counted (a stream, "
                 "or dispatch_batches=True); use a number, or accelerate_train"
             )
-        # Accelerate's loader has another inside, which makes the batches. If one is made in its
-        # place to resume, it takes over what is set on the outer one.
-        for loader in (outer, getattr(outer, "base_dataloader", outer)):
-            if not isinstance(made := loader.collate_fn, _CountedBatches):
-                clock, per_step = collator._clock, args.gradient_accumulation_steps  # noqa: SLF001  # of this room
-                loader.collate_fn = _CountedBatches(made, clock, per_step, state.max_steps)
+        # Accelerate's loader has another inside, which makes the batches, and which is also where
+        # the one that skips batches of a resumed epoch takes its `collate_fn` from.
+        loader = getattr(outer, "base_dataloader", outer)
+        if not isinstance(loader.collate_fn, _CountedBatches):
+            loader.collate_fn = _CountedBatches(
+                loader.collate_fn,
+                collator._clock,  # noqa: SLF001  # of this room
+                args.gradient_accumulation_steps,
+                state.max_steps,
+            )
 
 
 @dataclass

@@ -32,9 +32,10 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, load_dataset
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, pipeline
+from transformers import HfArgumentParser, Trainer, TrainingArguments, pipeline
 
 from mlmadapt import (
+    MaskingCallback,
     TrainingConfig,
     WholeWordMaskingCollator,
     accelerate_train,
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
         FillMaskPipeline,
         PreTrainedModel,
         PreTrainedTokenizerBase,
-        TrainerState,
     )
 
 
@@ -301,6 +301,9 @@ def train_with_trainer(
     # Trainer gives the labels either to the model, for sparse_prediction, or to a loss function.
     # Without the latter it weighs batches, not tokens, as soon as several make a step.
     several = arguments.gradient_accumulation_steps * max(arguments.world_size, arguments.n_gpu) > 1
+    # A collator with a seed has to be told the epoch.
+    is_ours = isinstance(collator, WholeWordMaskingCollator)
+    callbacks = [MaskingCallback(collator)] if is_ours else []
     trainer = ExactTrainer(
         model,
         arguments,
@@ -309,23 +312,12 @@ def train_with_trainer(
         eval_dataset=frozen,
         processing_class=tokenizer,
         compute_loss_func=masked_lm_loss if several else None,
-        callbacks=[NewMasks(collator)] if isinstance(collator, WholeWordMaskingCollator) else [],
+        callbacks=callbacks,
     )
     with nullcontext() if several else sparse_prediction(model):
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
     return trainer.state.log_history
-
-
-@dataclass
-class NewMasks(TrainerCallback):
-    """Gives each epoch its own masks: a collator with a seed has to be told."""
-
-    collator: WholeWordMaskingCollator
-
-    def on_epoch_begin(self, _args: Any, state: TrainerState, _control: Any, **_: Any) -> None:
-        """Tell it."""
-        self.collator.set_epoch(round(state.epoch))
 
 
 class ExactTrainer(Trainer):

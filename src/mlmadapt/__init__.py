@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlmadapt.data.phrases import phrases
     from mlmadapt.data.tokenization import tokenize_with_word_ids
     from mlmadapt.data.vocabulary import find_domain_words
+    from mlmadapt.masking.callback import MaskingCallback
     from mlmadapt.masking.collator import WholeWordMaskingCollator
     from mlmadapt.masking.freezing import insert_random_mask
     from mlmadapt.masking.show import show_masks
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MaskedLMMetrics",
+    "MaskingCallback",
     "TrainingConfig",
     "TrainingResult",
     "WholeWordMaskingCollator",
@@ -53,6 +55,7 @@ __all__ = [
 
 _HOME = {
     "MaskedLMMetrics": "model.evaluation",
+    "MaskingCallback": "masking.callback",
     "TrainingConfig": "training.config",
     "TrainingResult": "training.result",
     "WholeWordMaskingCollator": "masking.collator",

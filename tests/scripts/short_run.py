@@ -130,7 +130,7 @@ def train(
         architecture: Of the model.
         dropout: Whether the model has any.
         packed: Whether rows hold several documents.
-        collator: ``"ours"`` or ``"transformers"``.
+        collator: ``"ours"``, ``"ours, by schedule"`` or ``"transformers"``.
         stream: ``"plain"`` or ``"shuffled"`` for an `IterableDataset`.
         sharded: Whether `fully_shard` is applied first.
         at_step: By step (as text), what to do before it: see `_act`.
@@ -153,6 +153,9 @@ def train(
         fully_shard(model)
     if collator == "ours":
         data_collator: Any = WholeWordMaskingCollator(tokenizer)
+    elif collator == "ours, by schedule":
+        rates = {0.0: 0.5, 0.5: 0.3, 0.8: 0.1}
+        data_collator = WholeWordMaskingCollator(tokenizer, wwm_probability=rates)
     else:
         data_collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3)
     train_rows: Any = make_rows(rows, seed=rows_seed)

@@ -15,6 +15,7 @@ from transformers import (
 
 from mlmadapt import (
     MaskedLMMetrics,
+    MaskingCallback,
     TrainingConfig,
     TrainingResult,
     WholeWordMaskingCollator,
@@ -99,6 +100,10 @@ def mask(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         return_tensors="pt",
     )
     collator.set_epoch(1)
+    collator.set_progress(0.5)
+    assert_type(MaskingCallback(collator).data_collator, WholeWordMaskingCollator)
+    WholeWordMaskingCollator(tokenizer, wwm_probability={0.0: 0.3, 0.8: 0.15})
+    WholeWordMaskingCollator(tokenizer, wwm_probability=lambda done: 0.3 - 0.15 * done)
     batch = collator([{"input_ids": [2, 7, 3], "word_ids": [-1, 0, -1]}])
     assert_type(batch, dict[str, Any])
     assert_type(str(show_masks(batch, tokenizer, features=None)), str)

@@ -167,6 +167,23 @@ def special_token_ids(tokenizer: Tokenizer) -> set[int]:
     return (flagged - {tokenizer.unk_token_id}) | roles
 
 
+def ordinary_token_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of ordinary tokens, in order: not special, not added, not reserved as unused.
+
+    Examples:
+        >>> from mlmadapt.testing import tiny_tokenizer
+        >>> ordinary_token_ids(tiny_tokenizer("wordpiece"))[:3]
+        [5, 6, 7]
+    """
+    left_out = special_token_ids(tokenizer) | set(tokenizer.added_tokens_decoder)
+    is_unused = re.compile(r"[\[<]unused_?\d+[\]>]").fullmatch
+    return sorted(
+        token_id
+        for token, token_id in tokenizer.get_vocab().items()
+        if token_id not in left_out and not is_unused(token)
+    )
+
+
 def _read_texts(batch: Any, text_column: str) -> list[str]:
     is_table = isinstance(batch, pa.Table)
     names = batch.column_names if is_table else list(batch)

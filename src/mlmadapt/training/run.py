@@ -140,6 +140,8 @@ class Run:
             self.data_collator,
             epoch=self.state.epoch,
             start=self.state.epoch_step,
+            done=self.state.step,
+            total_steps=self.total_steps,
             num_workers=self.config.dataloader_num_workers,
         )
 

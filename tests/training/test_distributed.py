@@ -93,6 +93,21 @@ def test_processes_do_not_share_dropout(tmp_path: Path) -> None:
     assert all(mine != others for mine, others in zip(first, second, strict=True))
 
 
+def test_only_dropout_depends_on_the_processes(tmp_path: Path) -> None:
+    """2 processes of 4 take the steps of 1 of 8; they learn the same without dropout, not with."""
+    gaps = {}
+    for dropout in (False, True):
+        settings = {"dropout": dropout, "save_strategy": "no", "num_train_epochs": 1}
+        one = outcome(tmp_path / f"1 {dropout}", **settings)
+        two = outcome(tmp_path / f"2 {dropout}", **settings, world=2, per_device_train_batch_size=4)
+        assert two["steps"] == one["steps"] == 3
+        assert two["tokens"] == one["tokens"]  # the same rows, with the same masks
+        pairs = zip(logged(one, "loss"), logged(two, "loss"), strict=True)
+        gaps[dropout] = max(abs(first - second) for first, second in pairs)
+    assert gaps[False] < 1e-5
+    assert 1e-3 < gaps[True] < 0.5
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_fewer_rows_than_processes_train_as_on_one(tmp_path: Path, world: int) -> None:
     """A process without a row keeps in step with a filler that weighs nothing."""

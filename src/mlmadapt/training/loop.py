@@ -47,7 +47,7 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
 
     The same call runs under ``python``, ``torchrun`` and ``accelerate launch``. The masks of an
     epoch are a function of the seed, the epoch and the row, so batch size, workers and processes
-    change the speed and never what is learned from. (With our collator; those of transformers draw
+    change the speed and never what is learned from; only dropout depends on them. (With our collator; those of transformers draw
     per batch, so that their masks depend on which rows share a batch.)
 
     SIGTERM and Ctrl-C finish the step, write a checkpoint and leave; with

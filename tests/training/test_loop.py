@@ -370,6 +370,8 @@ def test_the_best_model_is_kept_and_saved(run: Run) -> None:
     losses = logged(result, "eval_loss")
     best = min(losses[1:])
     assert losses[-1] > best
+    assert result.final is not None
+    assert result.final.loss == best
     saved = AutoModelForMaskedLM.from_pretrained(run.folder)
     for model in (saved, run.model):
         metrics = evaluate_mlm(model, evaluated, tokenizer=run.tokenizer)

@@ -160,11 +160,10 @@ class Run:
 
     def result(self) -> TrainingResult:
         """Sum up."""
-        metrics = [metrics for _, metrics in self.state.evaluations]
-        best = self.state.best()
+        evaluations, best = self.state.evaluations, self.state.best()
         return TrainingResult(
-            initial=metrics[0] if metrics else None,
-            final=metrics[-1] if metrics else None,
+            initial=evaluations[0][1] if evaluations else None,
+            final=dict(evaluations).get(self.saved_step),
             best=None if best is None else best[1],
             history=self.state.history,
             global_step=self.state.step,

@@ -200,7 +200,7 @@ def headless(kind: Any) -> Any:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (partial(headless, BertModel), "BertModel does not predict a token .* shape None"),
+        (partial(headless, BertModel), "BertModel has no prediction head, as AutoModel loads it"),
         (partial(headless, BertForPreTraining), "BertForPreTraining does not predict a token"),
         (
             partial(headless, BertForTokenClassification),
@@ -223,6 +223,25 @@ def test_a_model_that_does_not_predict_masks_is_named(run: Run, make: Any, messa
     assert not list(run.folder.glob("[!.]*"))
     with pytest.raises(ValueError, match=message):
         evaluate_mlm(run.model, run.eval_rows, tokenizer=run.tokenizer)
+
+
+def test_parts_of_two_models_are_named_before_a_folder_is_made(run: Run) -> None:
+    """A tokenizer of another model is not answered with a resizing alone, nor a collator of it."""
+    own, other = run.tokenizer, tiny_tokenizer("byte_bpe")
+    run.collator = WholeWordMaskingCollator(other)
+    with pytest.raises(ValueError, match=r"data_collator was made with another tokenizer: .* 512"):
+        run.train()
+    run.tokenizer = other
+    message = (
+        r"tokenizer \(\w+\) has 512 tokens, the model \(BertForMaskedLM\) .* 475; load the mod"
+    )
+    with pytest.raises(ValueError, match=message):
+        run.train()
+    run.tokenizer = run.collator.tokenizer = own
+    run.model = headless(BertModel)
+    with pytest.raises(ValueError, match="BertModel has no prediction head"):
+        run.train()
+    assert not run.folder.exists()
 
 
 def test_weights_that_are_not_finite_are_named(run: Run) -> None:

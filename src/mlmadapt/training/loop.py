@@ -47,8 +47,9 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
 
     The same call runs under ``python``, ``torchrun`` and ``accelerate launch``. The masks of an
     epoch are a function of the seed, the epoch and the row, so batch size, workers and processes
-    change the speed and never what is learned from; only dropout depends on them. (With our collator; those of transformers draw
-    per batch, so that their masks depend on which rows share a batch.)
+    change the speed and never what is learned from; only dropout depends on them. (With our
+    collator; those of transformers draw per batch, so that their masks depend on which rows share a
+    batch.)
 
     SIGTERM and Ctrl-C finish the step, write a checkpoint and leave; with
     ``resume_from_checkpoint=True`` the same call goes on and ends, bit for bit on one machine,
@@ -111,7 +112,13 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
     join_group(accelerator)
     eval_sets = name_sets(eval_dataset)
     check_run(
-        model, train_dataset, eval_sets, tokenizer=tokenizer, config=config, accelerator=accelerator
+        model,
+        train_dataset,
+        eval_sets,
+        tokenizer=tokenizer,
+        data_collator=data_collator,
+        config=config,
+        accelerator=accelerator,
     )
     if config.push_to_hub:
         on_main_process(accelerator, lambda: make_repository(config))

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
-from mlmadapt.model.checks import check_model, check_rows
+from mlmadapt.model.checks import check_collator, check_model, check_rows
 from mlmadapt.model.fill_mask import read_sentences
 from mlmadapt.model.sparse_head import SparsePrediction, masked_logits, predict_at, try_sparse
 from mlmadapt.training.batches import BatchPlan, training_batches
@@ -40,6 +40,7 @@ def check_run(
     eval_sets: Mapping[str, Any],
     *,
     tokenizer: Tokenizer,
+    data_collator: DataCollator,
     config: TrainingConfig,
     accelerator: Accelerator,
 ) -> None:
@@ -55,6 +56,7 @@ def check_run(
             f"{device!r}; leave it at None or make both equal, on a CPU to 'bf16' or 'no'"
         )
     check_model(model)
+    check_collator(data_collator, tokenizer)
     sets = dict(eval_sets)
     if hasattr(train_dataset, "__len__"):
         sets["train_dataset"] = train_dataset

@@ -1,9 +1,13 @@
 """The settings of a training run, checked once, where they are made."""
 
+import inspect
 import json
 import math
+import re
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from functools import wraps
 from os import PathLike
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
@@ -11,9 +15,20 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin,
 if TYPE_CHECKING:
     _Checkpoint: TypeAlias = str | Literal[True] | None
     _Arguments: TypeAlias = dict[str, Any] | str | None
+    _Names: TypeAlias = str | list[str]
 else:
     # HfArgumentParser can read nothing else; it gives "true" for True, and JSON for arguments.
     _Checkpoint = _Arguments = str | None
+    _Names = str
+
+# What else than a setting does here what a setting of `TrainingArguments` does there.
+_OTHERWISE_HERE = {
+    "bf16": "mixed_precision='bf16'",
+    "fp16": "mixed_precision='fp16'",
+    "warmup_ratio": "warmup_steps, of which a value below 1 is a share of all steps",
+    "optim": "an optimizer to accelerate_train",
+    "remove_unused_columns": "nothing, since the collator gets all columns",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +75,7 @@ class TrainingConfig:
             memory and about a third more time.
         logging_steps: Optimizer steps between entries of the history and the trackers.
         report_to: Trackers by their names in Accelerate: ``"tensorboard"``, ``"trackio"``,
-            ``"wandb"``, several with commas, or ``"none"``.
+            ``"wandb"``, several in a list or with commas, or ``"none"``.
         dataloader_num_workers: Processes that collate ahead; 0 collates in the training process.
         disable_tqdm: Show no progress bar.
         dataset_name: What the model card calls the training data: its name on the hub, or any
@@ -73,6 +88,7 @@ class TrainingConfig:
         hub_private_repo: Whether a new repository is private; None takes the hub's default.
 
     Raises:
+        TypeError: If a setting is not one of these; ours is named where it has another name.
         ValueError: If a value is of another type or out of range, or `load_best_model_at_end` lacks
             its checkpoints.
 
@@ -110,7 +126,7 @@ class TrainingConfig:
     early_stopping_patience: int | None = None
     gradient_checkpointing: bool = False
     logging_steps: int = 500
-    report_to: str = "none"
+    report_to: _Names = "none"
     dataloader_num_workers: int = 0
     disable_tqdm: bool = False
     dataset_name: str | None = None
@@ -120,6 +136,8 @@ class TrainingConfig:
     hub_private_repo: bool | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.report_to, list | tuple):
+            object.__setattr__(self, "report_to", ",".join(self.report_to) or "none")
         # Not those of `fields`, which HfArgumentParser changes.
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
@@ -178,6 +196,36 @@ class TrainingConfig:
     def _require(self, name: str, holds: bool, requirement: str) -> None:  # noqa: FBT001
         if not holds:
             raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {requirement}")
+
+
+def _describe(settings: Any) -> None:
+    """Have `HfArgumentParser` say of each option what the docstring says."""
+    text = inspect.getdoc(settings) or ""
+    told = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", text, re.MULTILINE))
+    for each in fields(settings):
+        plain = " ".join(told.get(each.name, "").replace("`", "").replace("%", "%%").split())
+        each.metadata = {"help": plain}  # type: ignore[assignment]
+
+
+def _name_ours(settings: Any) -> None:
+    """Have a class of settings name its own where it is given another one."""
+    make, names = settings.__init__, [each.name for each in fields(settings)]
+
+    @wraps(make)
+    def init(self: Any, **given: Any) -> None:
+        for name in [each for each in given if each not in names]:
+            ours = _OTHERWISE_HERE.get(name) or " or ".join(get_close_matches(name, names))
+            raise TypeError(
+                f"{name} is {given[name]!r}, but {settings.__name__} has no {name}; "
+                f"pass {ours or 'one of ' + ', '.join(names)}"
+            )
+        make(self, **given)
+
+    settings.__init__ = init
+
+
+_describe(TrainingConfig)
+_name_ours(TrainingConfig)
 
 
 def _fits(value: Any, hint: Any) -> bool:

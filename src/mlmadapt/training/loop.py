@@ -80,8 +80,8 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
         ValueError: If rows, tokenizer and model do not fit together, a checkpoint is of another
             run, or `push_to_hub` lacks a token.
         TypeError: If a dataset is a dict of splits, or an evaluation set has no length.
-        OSError: If `output_dir` cannot be used, is in use, or a checkpoint cannot be written; if
-            the hub refuses, before the first step or when all is saved.
+        OSError: If `output_dir` cannot be used, is in use, or a checkpoint cannot be written or is
+            not there; if the hub refuses, before the first step or when all is saved.
         RuntimeError: If a launcher started several processes and each trains alone.
         FloatingPointError: If the loss or the gradient is not finite; raised before the update that
             it would spoil.

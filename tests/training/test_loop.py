@@ -452,6 +452,19 @@ def test_a_tracker_is_told_what_the_history_says(run: Run, monkeypatch: pytest.M
     assert tracker.folder == run.folder / "mlmadapt"
 
 
+def test_tensorboard_has_the_curves_of_every_set(run: Run) -> None:
+    """Read as its own page reads them, from files in the output folder."""
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard"
+    )
+    sets = {"domain": freeze(make_rows(3, seed=1)), "general": freeze(make_rows(3, seed=2))}
+    result = run.train(sets, report_to=["tensorboard"])
+    events = accumulator.EventAccumulator(str(run.folder / "mlmadapt")).Reload()
+    for name in ("loss", "learning_rate", "eval_domain_perplexity", "eval_general_perplexity"):
+        told = [each.value for each in events.Scalars(name)]
+        assert told == pytest.approx(logged(result, name), rel=1e-6)
+
+
 def test_a_tracker_of_the_callers_accelerator_is_used(run: Run) -> None:
     """And is left to its owner."""
     tracker = Notes("mine")

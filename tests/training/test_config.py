@@ -24,7 +24,6 @@ from mlmadapt import TrainingConfig
                 "gradient_accumulation_steps",
                 "eval_steps",
                 "save_steps",
-                "logging_steps",
                 "save_total_limit",
                 "early_stopping_patience",
             )
@@ -36,6 +35,8 @@ from mlmadapt import TrainingConfig
         ("warmup_steps", -1, "a finite number, 0 or more"),
         ("dataloader_num_workers", -1, "0 or more"),
         ("num_train_epochs", 0, "above 0"),
+        ("logging_steps", 0, "a finite number above 0"),
+        ("logging_steps", float("inf"), "a finite number above 0"),
         ("max_steps", 0, "above 0, or -1"),
         ("max_steps", -2, "above 0, or -1"),
         ("eval_strategy", "never", "'no', 'epoch', 'steps'"),

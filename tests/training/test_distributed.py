@@ -85,6 +85,13 @@ def test_fully_shard_trains_what_one_process_does(tmp_path: Path) -> None:
         assert (values - expected).abs().max() < 1e-3  # Adam turns 1e-8 of a gradient into a sign
 
 
+def test_the_first_process_tells_of_evaluations(tmp_path: Path) -> None:
+    """Once, for all."""
+    ended = start("train", folder=str(tmp_path), world=2, disable_tqdm=False, save_strategy="no")
+    first, second = (each.log.count("eval: perplexity ") for each in ended)
+    assert (first, second) == (3, 0)
+
+
 def test_processes_do_not_share_dropout(tmp_path: Path) -> None:
     """Each draws its own, or half of the randomness would be lost."""
     ended = start("dropout_of_rank", world=2, folder=str(tmp_path))

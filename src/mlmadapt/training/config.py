@@ -37,7 +37,8 @@ class TrainingConfig:
 
     Names are those of transformers' `TrainingArguments`. The defaults are the recipe's (batch 64
     per process, lr 5e-5, linear schedule, 3 epochs, evaluation and saving once per epoch), and
-    those of `TrainingArguments` where the recipe sets none. `HfArgumentParser` can read it.
+    those of `TrainingArguments` where the recipe sets none, but for `logging_steps`.
+    `HfArgumentParser` can read it.
 
     Args:
         output_dir: Directory of the final model.
@@ -73,11 +74,13 @@ class TrainingConfig:
         early_stopping_patience: Stop after this many evaluations without a better one.
         gradient_checkpointing: Compute activations again in the backward pass, which takes less
             memory and about a third more time.
-        logging_steps: Optimizer steps between entries of the history and the trackers.
+        logging_steps: Optimizer steps between entries of the history and the trackers, beside those
+            at each evaluation; a value below 1 is a share of all steps. The default makes 50
+            entries, of a short run as of a long one, where a fixed 500 steps may make none.
         report_to: Trackers by their names in Accelerate: ``"tensorboard"``, ``"trackio"``,
             ``"wandb"``, several in a list or with commas, or ``"none"``.
         dataloader_num_workers: Processes that collate ahead; 0 collates in the training process.
-        disable_tqdm: Show no progress bar.
+        disable_tqdm: Show no progress bar, and no line per evaluation.
         dataset_name: What the model card calls the training data: its name on the hub, or any
             words. The card shows only the last part of a path.
         fill_mask: Sentences with one ``[MASK]`` each; the model card shows how the model fills them
@@ -125,7 +128,7 @@ class TrainingConfig:
     load_best_model_at_end: bool = False
     early_stopping_patience: int | None = None
     gradient_checkpointing: bool = False
-    logging_steps: int = 500
+    logging_steps: float = 0.02
     report_to: _Names = "none"
     dataloader_num_workers: int = 0
     disable_tqdm: bool = False
@@ -155,7 +158,6 @@ class TrainingConfig:
             "gradient_accumulation_steps",
             "eval_steps",
             "save_steps",
-            "logging_steps",
         )
         for name in at_least_one:
             self._require(name, getattr(self, name) >= 1, "1 or more")
@@ -165,6 +167,7 @@ class TrainingConfig:
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
             value = getattr(self, name)
             self._require(name, 0 <= value < math.inf, "a finite number, 0 or more")
+        self._require("logging_steps", 0 < self.logging_steps < math.inf, "a finite number above 0")
         self._require("dataloader_num_workers", self.dataloader_num_workers >= 0, "0 or more")
         self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
         is_count = self.max_steps == -1 or self.max_steps > 0

@@ -26,7 +26,7 @@ from mlmadapt.training.result import TrainingResult
 from mlmadapt.training.run import Run, waits_for_metric
 from mlmadapt.training.signals import Signals
 from mlmadapt.training.step import take_step
-from mlmadapt.training.tracking import log, log_loss
+from mlmadapt.training.tracking import log, log_loss, show_metrics, show_step
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
                 stop_signal = take_step(run, batches, stop_signal=signals.noted)
                 if accelerator.num_processes == 1:  # several agree within the next step
                     stop_signal = signals.noted
-                run.progress.update()
+                show_step(run)
                 logs, evaluates, saves = run.due(ends_epoch=ends_epoch)
                 if logs:
                     log_loss(run)
@@ -186,9 +186,10 @@ def resume(run: Run) -> bool:
 
 def evaluate(run: Run) -> None:
     """Evaluate every set; the first is the one that the result reports."""
+    found = {}
     for place, (name, rows) in enumerate(run.eval_sets.items()):
         collator = None if is_frozen(rows) else run.data_collator
-        metrics = evaluate_rows(
+        metrics = found[name] = evaluate_rows(
             run.model,
             rows,
             collate=FrozenCollator(run.tokenizer, collator, run.config.seed),
@@ -201,6 +202,7 @@ def evaluate(run: Run) -> None:
             run.state.evaluations.append((run.state.step, metrics))
             if run.state.step and waits_for_metric(run.scheduler):
                 run.scheduler.step(metrics.loss)  # type: ignore[arg-type]
+    show_metrics(run, found)
     if not run.state.step:
         run.state.filled = fill_in(run)
 

@@ -150,13 +150,16 @@ class Run:
         def is_due(strategy: str, every: int) -> bool:
             return ends_epoch if strategy == "epoch" else not self.state.step % every
 
+        every = config.logging_steps
+        every = max(int(every if every >= 1 else every * self.total_steps), 1)
+
         evaluates = is_last or (
             config.eval_strategy != "no" and is_due(config.eval_strategy, config.eval_steps)
         )
         saves = config.save_strategy != "no" and (
             is_last or is_due(config.save_strategy, config.save_steps)
         )
-        return evaluates or is_due("steps", config.logging_steps), evaluates, saves
+        return evaluates or is_due("steps", every), evaluates, saves
 
     def result(self) -> TrainingResult:
         """Sum up."""

@@ -3,8 +3,8 @@ r"""Adapt masked language models to a domain.
 The blocks, in the order data flows through them::
 
     documents -> tokenize_with_word_ids -> group_texts -> WholeWordMaskingCollator
-                                                   \             -> accelerate_train
-                                                    \-> insert_random_mask -> evaluate_mlm
+                                        or pack_texts \          -> accelerate_train
+                                                       \-> insert_random_mask -> evaluate_mlm
 
 Everything public is importable from here and loaded on first use: ``import mlmadapt`` loads neither
 torch nor transformers, which take seconds.
@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlmadapt.data.chunking import group_texts
+    from mlmadapt.data.packing import pack_texts
     from mlmadapt.data.phrases import phrases
     from mlmadapt.data.tokenization import tokenize_with_word_ids
     from mlmadapt.masking.collator import WholeWordMaskingCollator
     from mlmadapt.masking.freezing import insert_random_mask
     from mlmadapt.masking.show import show_masks
     from mlmadapt.model.evaluation import MaskedLMMetrics, evaluate_mlm
+    from mlmadapt.model.isolation import isolate_documents
     from mlmadapt.model.loss import masked_lm_loss
     from mlmadapt.model.sparse_head import sparse_prediction
     from mlmadapt.training.config import TrainingConfig
@@ -38,7 +40,9 @@ __all__ = [
     "evaluate_mlm",
     "group_texts",
     "insert_random_mask",
+    "isolate_documents",
     "masked_lm_loss",
+    "pack_texts",
     "phrases",
     "show_masks",
     "sparse_prediction",
@@ -54,7 +58,9 @@ _HOME = {
     "evaluate_mlm": "model.evaluation",
     "group_texts": "data.chunking",
     "insert_random_mask": "masking.freezing",
+    "isolate_documents": "model.isolation",
     "masked_lm_loss": "model.loss",
+    "pack_texts": "data.packing",
     "phrases": "data.phrases",
     "show_masks": "masking.show",
     "sparse_prediction": "model.sparse_head",

@@ -24,6 +24,7 @@ from mlmadapt import (
     group_texts,
     insert_random_mask,
     masked_lm_loss,
+    pack_texts,
     phrases,
     show_masks,
     sparse_prediction,
@@ -55,8 +56,9 @@ def prepare(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     columns = tokenize_with_word_ids(
         {"text": ["a film"]}, tokenizer, text_column="text", word_boundaries=units
     )
-    chunks = group_texts(columns, chunk_size=64, remainder="keep", labels=False)
+    chunks = group_texts(columns, chunk_size=64, remainder="keep", labels=False, documents=True)
     assert_type(chunks["input_ids"][0], Any)
+    assert_type(pack_texts(columns, chunk_size=64)["document_ids"][0], Any)
     tokenized = documents.map(
         tokenize_with_word_ids,
         batched=True,

@@ -157,6 +157,36 @@ def common_lengths(lengths: Mapping[str, Ints]) -> Ints:
     return expected
 
 
+def document_bounds(document_ids: Ints, bounds: Ints) -> Ints:
+    """Return where each document of each row begins, and where the last one ends.
+
+    Args:
+        document_ids: The rows end to end; -1 is padding.
+        bounds: Where each row begins, and where the last one ends.
+
+    Raises:
+        ValueError: If they fall within a row.
+
+    Examples:
+        >>> document_bounds(np.array([0, 0, 1, 0, 1]), np.array([0, 3, 5]))
+        array([0, 2, 3, 4, 5])
+    """
+    begins = np.ones(len(document_ids) + 1, bool)
+    np.not_equal(document_ids[1:], document_ids[:-1], out=begins[1:-1])
+    falls = (document_ids[1:] < document_ids[:-1]) & (document_ids[1:] >= 0)
+    falls[bounds[1:-1] - 1] = False
+    if falls.any():
+        place = int(falls.argmax())
+        row = int(np.searchsorted(bounds, place, side="right")) - 1
+        raise ValueError(
+            f"document_ids of row {row} of the batch fall from {document_ids[place]} to "
+            f"{document_ids[place + 1]}; a document is one run of tokens, and each has a higher "
+            "number than the one before, as pack_texts numbers them"
+        )
+    begins[bounds] = True
+    return np.flatnonzero(begins)
+
+
 def split_rows(joined: npt.NDArray[Any], lengths: Ints) -> npt.NDArray[Any]:
     """Cut a joined column into its rows.
 
@@ -185,8 +215,8 @@ def pad_rows(
     """Lay joined rows out as arrays of shape ``(batch, sequence)``.
 
     Padding goes to the tokenizer's side: its padding token into ``input_ids``, its padding type
-    into ``token_type_ids``, -100 into ``labels``, 0 into all else. An ``attention_mask`` is made
-    where there is none.
+    into ``token_type_ids``, -100 into ``labels``, -1 into ``document_ids``, 0 into all else. An
+    ``attention_mask`` is made where there is none.
 
     Args:
         joined: Columns as `join_rows` returns them.
@@ -220,6 +250,7 @@ def pad_rows(
     fills = {
         "input_ids": tokenizer.pad_token_id,
         "labels": -100,
+        "document_ids": -1,
         "token_type_ids": tokenizer.pad_token_type_id,
     }
     is_filled = np.arange(width) < lengths[:, None]

@@ -25,8 +25,9 @@ import numpy.typing as npt
 import torch
 
 from mlmadapt._types import Features, Ints, Tokenizer
-from mlmadapt.data.rows import check_count, join_rows, pad_rows, to_columns
+from mlmadapt.data.rows import check_count, document_bounds, join_rows, pad_rows, to_columns
 from mlmadapt.data.tokenization import special_token_ids
+from mlmadapt.masking.packed import PackedAttentionMask
 from mlmadapt.masking.seeding import check_whole, derive_key, hash_counters, hash_rows
 from mlmadapt.masking.selection import WordWeights, choose_words, find_words
 
@@ -195,7 +196,10 @@ class WholeWordMaskingCollator:
         batch = self.collate(features, key=key)
         if return_tensors == "np":
             return dict(batch)
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        if "document_ids" in tensors:
+            tensors["attention_mask"] = tensors["attention_mask"].as_subclass(PackedAttentionMask)
+        return tensors
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the masks of an epoch, as samplers choose their order.
@@ -297,6 +301,8 @@ class WholeWordMaskingCollator:
         words = np.where(is_special, -1, word_ids)
         bounds = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=bounds[1:])
+        if "document_ids" in masked:  # each is masked as if it had a row of its own
+            bounds = document_bounds(masked["document_ids"], bounds)
         labels = np.full_like(tokens, -100)
         if is_real.all():
             inputs = self._mask_blocks(tokens, words, bounds, key, labels)

@@ -118,14 +118,22 @@ def position_capacity(model: Model) -> int | None:
         >>> position_capacity(tiny_model(tiny_tokenizer("byte_bpe"), architecture="roberta"))
         512
     """
-    module: Any
+    found = position_table(model)
+    if found is None:
+        return None
+    parent, table = found
+    padding_idx = getattr(table, "padding_idx", None)
+    capacity = len(table.weight) - (0 if padding_idx is None else padding_idx + 1)
+    listed = getattr(parent, "position_ids", None)
+    return capacity if listed is None else min(capacity, listed.shape[-1])
+
+
+def position_table(model: Model) -> tuple[Any, Any] | None:
+    """Return the table of positions and the module that holds it, or None if there is none."""
     for path, module in model.named_modules():
         parent, _, name = path.rpartition(".")
         if name in ("position_embeddings", "embed_positions") and hasattr(module, "weight"):
-            padding_idx = getattr(module, "padding_idx", None)
-            capacity = len(module.weight) - (0 if padding_idx is None else padding_idx + 1)
-            listed = getattr(model.get_submodule(parent), "position_ids", None)
-            return capacity if listed is None else min(capacity, listed.shape[-1])
+            return model.get_submodule(parent), module
     return None
 
 

@@ -8,7 +8,6 @@ where 251.7 is exact. Here sums are carried over all batches and processes and d
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +16,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from mlmadapt._types import Batch, DataCollator, Model, Row, Rows, Tokenizer
-from mlmadapt.data.rows import join_rows, pad_rows, to_columns
+from mlmadapt.data.rows import document_bounds, join_rows, pad_rows, to_columns
 from mlmadapt.masking.freezing import insert_random_mask
 from mlmadapt.model.checks import check_model, check_rows
+from mlmadapt.model.isolation import set_hooks
 from mlmadapt.model.sparse_head import (
     SparsePrediction,
     evaluation_mode,
     masked_logits,
     predict_at,
-    try_sparse,
 )
 
 if TYPE_CHECKING:
@@ -145,8 +144,8 @@ def evaluate_mlm(
             "batched=True, fn_kwargs={'data_collator': ...}, remove_columns=dataset.column_names)"
         )
     collate = FrozenCollator(tokenizer)
-    sparse = try_sparse(model, collate([dataset[row] for row in range(min(4, len(dataset)))]))
-    with sparse or nullcontext():
+    probe = collate([dataset[row] for row in range(min(4, len(dataset)))])
+    with set_hooks(model, probe, is_packed="document_ids" in probe) as sparse:
         return evaluate_rows(
             model,
             dataset,
@@ -215,7 +214,10 @@ class FrozenCollator:
             for name, values in columns.items()
             if name.startswith(prefix) and name != "word_ids"
         }
-        batch = pad_rows(*join_rows(frozen), self.tokenizer)
+        joined, lengths = join_rows(frozen)
+        if "document_ids" in joined:
+            document_bounds(joined["document_ids"], np.append(0, np.cumsum(lengths)))
+        batch = pad_rows(joined, lengths, self.tokenizer)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 

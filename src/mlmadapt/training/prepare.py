@@ -24,7 +24,8 @@ from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.model.checks import check_collator, check_model, check_rows
 from mlmadapt.model.evaluation import is_frozen
 from mlmadapt.model.fill_mask import read_sentences
-from mlmadapt.model.sparse_head import SparsePrediction, masked_logits, predict_at, try_sparse
+from mlmadapt.model.isolation import set_hooks
+from mlmadapt.model.sparse_head import SparsePrediction, masked_logits, predict_at
 from mlmadapt.training.batches import BatchPlan, training_batches
 from mlmadapt.training.checkpoint import split_state
 from mlmadapt.training.config import TrainingConfig
@@ -175,9 +176,9 @@ def prepare(
             name = "activation_checkpointing" if new else "gradient_checkpointing"
             getattr(model, f"{name}_enable")({"use_reentrant": False})
             undo.callback(getattr(model, f"{name}_disable"))
-        sparse = try_sparse(model, probe)
-        if sparse is not None:
-            undo.callback(sparse.remove)
+        columns = set(probe).union(*(rows[0] for rows in eval_sets.values()))
+        is_packed = not columns.isdisjoint({"document_ids", "masked_document_ids"})
+        sparse = undo.enter_context(set_hooks(model, probe, is_packed=is_packed))
         averages = accelerator.num_processes > 1 and not is_sharded(model)
         if averages:
             # DDP would wait for the gradient of a parameter that gets none (poolers, mostly). Its

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from mlmadapt.training.loop import accelerate_train
     from mlmadapt.training.result import TrainingResult
 
+    __version__: str
+
 __all__ = [
     "MaskedLMMetrics",
     "MaskingCallback",
@@ -75,14 +77,16 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return import_module("importlib.metadata").version("mlmadapt")
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Kept in the module, so that the second look-up is an ordinary one.
-    globals()[name] = value = getattr(import_module(f"mlmadapt.{_HOME[name]}"), name)
-    return value
+if not TYPE_CHECKING:  # to a type checker, a name that is not imported above is misspelt
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return import_module("importlib.metadata").version("mlmadapt")
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # Kept in the module, so that the second look-up is an ordinary one.
+        globals()[name] = value = getattr(import_module(f"mlmadapt.{_HOME[name]}"), name)
+        return value
 
 
 def __dir__() -> list[str]:

@@ -13,6 +13,7 @@ from transformers import (
     Trainer,
 )
 
+import mlmadapt
 from mlmadapt import (
     MaskedLMMetrics,
     MaskingCallback,
@@ -45,6 +46,13 @@ from mlmadapt.testing import (
     tiny_model,
     tiny_tokenizer,
 )
+
+
+def misspell() -> None:
+    """A name that is none is an error here; an ignore that nobody needs is one, too."""
+    mlmadapt.group_text  # type: ignore[attr-defined]  # noqa: B018
+    TrainingConfig(bf16=True)  # type: ignore[call-arg]
+    assert_type(mlmadapt.__version__, str)
 
 
 def prepare(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -121,6 +129,7 @@ def train(model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerB
         output_dir="adapted",
         learning_rate=2e-5,
         eval_strategy="epoch",
+        report_to=["tensorboard"],
         dataset_name="stanfordnlp/imdb",
         fill_mask=["This is a great [MASK]."],
         push_to_hub=True,

@@ -9,17 +9,18 @@ if TYPE_CHECKING:
 
 
 def reference_group_texts(
-    documents: Mapping[str, Sequence[Sequence[Any]]],
+    columns: Mapping[str, Sequence[Sequence[Any]]],
     *,
     chunk_size: int = 128,
     remainder: str = "drop",
     labels: bool = True,
+    documents: bool = False,
 ) -> dict[str, list[list[Any]]]:
     """Take one token at a time, and begin a row whenever the last one is full."""
     tokens = []
-    count = len(next(iter(documents.values())))
+    count = len(next(iter(columns.values())))
     for document in range(count):
-        rows = {name: column[document] for name, column in documents.items()}
+        rows = {name: column[document] for name, column in columns.items()}
         tokens += [
             {**dict(zip(rows, values, strict=True)), "document": document}
             for values in zip(*rows.values(), strict=True)
@@ -33,12 +34,18 @@ def reference_group_texts(
     if remainder == "drop" and chunks and len(chunks[-1]) < chunk_size:
         chunks.pop()
 
-    result = {name: [[token[name] for token in chunk] for chunk in chunks] for name in documents}
-    if "word_ids" in documents:
+    result = {name: [[token[name] for token in chunk] for chunk in chunks] for name in columns}
+    if "word_ids" in columns:
         result["word_ids"] = [_number_words(chunk) for chunk in chunks]
+    if documents:
+        result["document_ids"] = [[_rank(token, chunk) for token in chunk] for chunk in chunks]
     if labels and "labels" not in result:
         result["labels"] = [list(row) for row in result["input_ids"]]
     return result
+
+
+def _rank(token: Mapping[str, Any], chunk: Sequence[Mapping[str, Any]]) -> int:
+    return sorted({each["document"] for each in chunk}).index(token["document"])
 
 
 def _number_words(chunk: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import warnings
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from mlmadapt import group_texts
 from mlmadapt.data import chunking
 from tests.data.reference_chunking import reference_group_texts
+from tests.data.strategies import Columns, documents, tables
 
-Columns = dict[str, list[list[Any]]]
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("rows.json").read_text("utf-8"))
 DOCUMENTS = {"input_ids": [[5, 6, 7], [], [8, 9]], "word_ids": [[0, 0, 1], [], [0, 1]]}
 options = st.fixed_dictionaries(
@@ -29,41 +29,9 @@ options = st.fixed_dictionaries(
         "chunk_size": st.integers(1, 9),
         "remainder": st.sampled_from(["drop", "keep"]),
         "labels": st.booleans(),
+        "documents": st.booleans(),
     }
 )
-
-
-@st.composite
-def documents(draw: st.DrawFn, *, multiple_of: int = 1, count: int | None = None) -> Columns:
-    """Draw documents, some empty, whose ids tell tokens apart, and words with and without None."""
-    sizes = st.integers(0, 12 // multiple_of) if count is None else st.just(count)
-    lengths = [size * multiple_of for size in draw(st.lists(sizes, max_size=7))]
-    ends = np.cumsum([0, *lengths]).tolist()
-    word = st.sampled_from([0, 0, 1, 1, -1, None])
-    return {
-        "input_ids": [[*range(start, end)] for start, end in pairwise(ends)],
-        "word_ids": [draw(st.lists(word, min_size=n, max_size=n)) for n in lengths],
-        "special_tokens_mask": [[0] * n for n in lengths],
-    }
-
-
-@st.composite
-def tables(draw: st.DrawFn) -> tuple[Columns, pa.Table]:
-    """Draw documents and a table of them: slices of longer columns, each in chunks of its own."""
-    count = draw(st.sampled_from([None, 3]))
-    columns = draw(documents(count=count))
-    arrays = {}
-    for name, rows in columns.items():
-        types = [pa.list_, pa.large_list]
-        types += [lambda value: pa.list_(value, 3)] if count else []
-        value = draw(st.sampled_from([pa.int8(), pa.int32(), pa.int64()]))
-        row = [7] * (count or 2)
-        padded = pa.array([row, *rows, row, row], draw(st.sampled_from(types))(value))
-        array = padded[1 : 1 + len(rows)]
-        cuts = draw(st.sets(st.integers(0, len(rows)), max_size=4)) | {0, len(rows)}
-        chunks = [array[start:end] for start, end in pairwise(sorted(cuts))]
-        arrays[name] = pa.chunked_array(chunks, array.type)
-    return columns, pa.table(arrays)
 
 
 def group(batch: Any, **options: Any) -> Any:
@@ -88,7 +56,9 @@ def test_rows_are_what_a_slow_reference_makes(
     assert type(grouped) is pa.Table
     grouped.validate(full=True)
     assert grouped.to_pydict() == expected
-    assert [*rows] == grouped.column_names == [*columns, *["labels"] * options["labels"]]
+    added = [name for name in ("documents", "labels") if options[name]]
+    names = [*columns, *({"documents": "document_ids"}.get(name, name) for name in added)]
+    assert [*rows] == grouped.column_names == names
     columns["word_ids"] = [[-1 if w is None else w for w in row] for row in columns["word_ids"]]
     arrays = {name: [np.array(row, int) for row in rows] for name, rows in columns.items()}
     assert json.dumps(group(arrays, **options)) == json.dumps(expected)  # numbers of Python
@@ -174,6 +144,17 @@ def test_words_of_a_row_may_outgrow_their_type(value_type: pa.DataType) -> None:
     assert rows["word_ids"].to_pylist() == [[-1] * 300 if word is None else [*range(300)]]
 
 
+def test_documents_of_a_row_count_from_0() -> None:
+    """One that the end of a row cuts is a document in both, and an empty one has no number."""
+    lengths = [3, 0, 2, 6]
+    columns = {"input_ids": [[*range(n)] for n in lengths]}
+    for batch in (columns, pa.table(columns)):
+        rows = group_texts(batch, chunk_size=4, remainder="keep", documents=True)["document_ids"]
+        rows = rows.to_pylist() if isinstance(rows, pa.ChunkedArray) else rows
+        assert rows == [[0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 0]]
+    assert group_texts({}, labels=False, documents=True) == {}
+
+
 def test_labels_are_a_copy() -> None:
     """Changing the inputs of a row, as a collator may, leaves its labels; given labels stay."""
     rows = group_texts(DOCUMENTS, chunk_size=2)
@@ -204,17 +185,23 @@ def test_a_batch_that_yields_nothing_warns() -> None:
 def test_what_is_dropped_is_logged(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first time of a process as a warning, then as information, and only where it is so."""
-    monkeypatch.setattr(chunking, "_drop_was_said", False)
+    """As a warning where it is a share that counts and more than was told before, each time."""
+    monkeypatch.setattr(chunking, "_worth_warning", 0.01)
+    levels = []
     with caplog.at_level(logging.INFO, logger="mlmadapt"):
-        for chunk_size in (5, 3, 4):
-            group_texts(DOCUMENTS, chunk_size=chunk_size)
+        for tokens, chunk_size in ((5000, 4999), (5, 4), (5, 4), (100, 64), (5000, 4999), (5, 5)):
+            caplog.clear()
+            group_texts({"input_ids": [[7] * tokens]}, chunk_size=chunk_size)
+            levels.append([each.levelname for each in caplog.records])
+        # One pass over a large dataset leaves nothing to be done; 36 % of a small one does, also
+        # after a smaller loss was told of; and what is said once per batch would be noise.
+        assert levels == [["INFO"], ["WARNING"], ["INFO"], ["WARNING"], ["INFO"], []]
         group_texts(DOCUMENTS, chunk_size=3, remainder="keep")
-    first, second = caplog.records
-    assert (first.levelname, second.levelname) == ("WARNING", "INFO")
-    assert first.getMessage().startswith("group_texts dropped 2 of 5 tokens after the last whole")
-    assert second.getMessage().startswith("group_texts dropped 1 of 5 tokens")
-    assert "batch_size=None in map" in first.getMessage()
+        assert not caplog.records
+        group_texts(DOCUMENTS, chunk_size=3)
+    (message,) = caplog.messages
+    assert message.startswith("group_texts dropped 2 of 5 tokens (40.0 %) after the last whole")
+    assert "batch_size=None in map" in message
 
 
 @pytest.mark.parametrize("layout", [None, "arrow", "numpy", "torch", "pandas"])
@@ -290,6 +277,11 @@ def test_map_takes_every_format(layout: str | None, lengths: list[int]) -> None:
             {"input_ids": [[1], [2]], "a": [[1]]},
             {},
             "column 'a' has 1 rows, 'input_ids' has 2; all",
+        ),
+        (
+            {**DOCUMENTS, "document_ids": [[0, 0, 1], [], [0, 0]]},
+            {"documents": True},
+            "column 'document_ids' is there already; the batch must be documents, not rows of",
         ),
     ],
 )

@@ -13,16 +13,22 @@ from transformers import (
     Trainer,
 )
 
+import mlmadapt
 from mlmadapt import (
     MaskedLMMetrics,
+    MaskingCallback,
     TrainingConfig,
     TrainingResult,
     WholeWordMaskingCollator,
     accelerate_train,
     evaluate_mlm,
+    extend_vocabulary,
+    find_domain_words,
     group_texts,
     insert_random_mask,
+    isolate_documents,
     masked_lm_loss,
+    pack_texts,
     phrases,
     show_masks,
     sparse_prediction,
@@ -30,6 +36,7 @@ from mlmadapt import (
 )
 from mlmadapt.testing import (
     TOKENIZER_KINDS,
+    assert_documents_kept,
     assert_masks_reproducible,
     assert_resumes_exactly,
     assert_same_loss,
@@ -41,14 +48,22 @@ from mlmadapt.testing import (
 )
 
 
+def misspell() -> None:
+    """A name that is none is an error here; an ignore that nobody needs is one, too."""
+    mlmadapt.group_text  # type: ignore[attr-defined]  # noqa: B018
+    TrainingConfig(bf16=True)  # type: ignore[call-arg]
+    assert_type(mlmadapt.__version__, str)
+
+
 def prepare(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Tokenize and chunk, by `map` and by hand."""
     units = phrases(["pulp fiction", "film noir"])
     columns = tokenize_with_word_ids(
         {"text": ["a film"]}, tokenizer, text_column="text", word_boundaries=units
     )
-    chunks = group_texts(columns, chunk_size=64, remainder="keep", labels=False)
+    chunks = group_texts(columns, chunk_size=64, remainder="keep", labels=False, documents=True)
     assert_type(chunks["input_ids"][0], Any)
+    assert_type(pack_texts(columns, chunk_size=64)["document_ids"][0], Any)
     tokenized = documents.map(
         tokenize_with_word_ids,
         batched=True,
@@ -57,6 +72,28 @@ def prepare(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     )
     grouped: Dataset = tokenized.map(group_texts, batched=True, fn_kwargs={"chunk_size": 64})
     return grouped
+
+
+def extend(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Find words, and add them."""
+    found = find_domain_words(
+        (text for text in texts),
+        tokenizer,
+        size=100,
+        min_count=5,
+        min_length=3,
+        letters_only=False,
+        general_texts=texts,
+    )
+    assert_type(found.words, list[str])
+    assert_type(found.share, float)
+    assert_type([(each.word, each.count) for each in found.found], list[tuple[str, int]])
+    assert_type(
+        [(each.pieces, each.tokens_saved) for each in found.found], list[tuple[list[str], int]]
+    )
+    return extend_vocabulary(tokenizer, model, found.words, reuse_unused=True, pad_to_multiple_of=8)
 
 
 def mask(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -71,6 +108,10 @@ def mask(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         return_tensors="pt",
     )
     collator.set_epoch(1)
+    collator.set_progress(0.5)
+    assert_type(MaskingCallback(collator).data_collator, WholeWordMaskingCollator)
+    WholeWordMaskingCollator(tokenizer, wwm_probability={0.0: 0.3, 0.8: 0.15})
+    WholeWordMaskingCollator(tokenizer, wwm_probability=lambda done: 0.3 - 0.15 * done)
     batch = collator([{"input_ids": [2, 7, 3], "word_ids": [-1, 0, -1]}])
     assert_type(batch, dict[str, Any])
     assert_type(str(show_masks(batch, tokenizer, features=None)), str)
@@ -88,6 +129,7 @@ def train(model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerB
         output_dir="adapted",
         learning_rate=2e-5,
         eval_strategy="epoch",
+        report_to=["tensorboard"],
         dataset_name="stanfordnlp/imdb",
         fill_mask=["This is a great [MASK]."],
         push_to_hub=True,
@@ -142,6 +184,8 @@ def own_loop(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Trainer:
         handle.remove()
     kept = sparse_prediction(model)
     kept.remove()
+    with isolate_documents(model) as isolated:
+        isolated.remove()
     return Trainer(model=model, compute_loss_func=masked_lm_loss)
 
 
@@ -168,6 +212,7 @@ def own_tests(rows: Dataset) -> None:
         columns, group_texts(columns, chunk_size=2), max_dropped=1, tokenizer=tokenizer
     )
     assert_tokens_kept(rows, features)
+    assert_documents_kept(rows, pack_texts(columns), tokenizer=tokenizer)
 
     def compute_loss(
         model: PreTrainedModel, batch: dict[str, torch.Tensor], num_items_in_batch: int

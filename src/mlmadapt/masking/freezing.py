@@ -14,8 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mlmadapt._types import DataCollator
-from mlmadapt.data.rows import read_batch, split_rows
+from mlmadapt._types import DataCollator, Ints
+from mlmadapt.data.rows import (
+    document_bounds,
+    join_column,
+    read_batch,
+    row_lengths,
+    split_rows,
+)
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.seeding import check_whole, derive_key, seeded
 
@@ -83,17 +89,40 @@ def collate_seeded(
 ) -> dict[str, Any]:
     """Call another library's collator, which draws by `key`, on copies: some change their rows.
 
+    It does not see ``document_ids``, and gets them back padded.
+
     Raises:
-        ValueError: If it returns no ``labels``.
+        ValueError: If it returns no ``labels``, or other numbers of tokens than ``document_ids``.
     """
+    copies = deepcopy([dict(row) for row in rows])
+    documents = [row.pop("document_ids") for row in copies if "document_ids" in row]
     with seeded(key):
-        batch = data_collator(deepcopy([dict(row) for row in rows]))
+        batch = data_collator(copies)
     if "labels" not in batch:
         raise ValueError(
             f"data_collator {type(data_collator).__name__} returned {list(batch)}; it must return "
             "'labels' with -100 where nothing is to be predicted"
         )
-    return {name: batch[name] for name in batch if name != "word_ids"}
+    inputs = {name: batch[name] for name in batch if name != "word_ids"}
+    if documents:
+        inputs["document_ids"] = _pad_documents(documents, inputs)
+    return inputs
+
+
+def _pad_documents(rows: list[Any], inputs: Mapping[str, Any]) -> Ints:
+    """Lay the documents of each row out as a collator has laid out its tokens."""
+    is_real = np.asarray(inputs.get("attention_mask", np.ones_like(inputs["labels"]))) != 0
+    lengths = row_lengths("document_ids", rows)
+    if (is_real.sum(1) != lengths).any():
+        raise ValueError(
+            f"data_collator returned rows of {is_real.sum(1).tolist()} tokens for 'document_ids' "
+            f"of {lengths.tolist()}; it must keep each token, or the rows must have no padding"
+        )
+    documents = join_column("document_ids", rows)
+    document_bounds(documents, np.append(0, np.cumsum(lengths)))
+    padded = np.full(is_real.shape, -1)
+    padded[is_real] = documents
+    return padded
 
 
 def purify(data_collator: DataCollator) -> DataCollator:

@@ -8,7 +8,6 @@ where 251.7 is exact. Here sums are carried over all batches and processes and d
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +16,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from mlmadapt._types import Batch, DataCollator, Model, Row, Rows, Tokenizer
-from mlmadapt.data.rows import join_rows, pad_rows, to_columns
+from mlmadapt.data.rows import dataset_lengths, document_bounds, join_rows, pad_rows, to_columns
 from mlmadapt.masking.freezing import insert_random_mask
 from mlmadapt.model.checks import check_model, check_rows
+from mlmadapt.model.isolation import set_hooks
 from mlmadapt.model.sparse_head import (
     SparsePrediction,
     evaluation_mode,
     masked_logits,
     predict_at,
-    try_sparse,
 )
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ def evaluate_mlm(
     The batch size changes the speed and never the figures (beyond the last bits of 32-bit logits:
     1e-6 of the loss). Among equal logits, the lower token id counts as the earlier guess. Logits
     are computed for masked positions only, and a large batch is split so that they take about half
-    a gigabyte at a time.
+    a gigabyte at a time. Rows of a `Dataset` or a list are sorted by length, to pad few of them.
 
     Args:
         model: A masked language model; its mode and device are left as they are.
@@ -145,8 +144,8 @@ def evaluate_mlm(
             "batched=True, fn_kwargs={'data_collator': ...}, remove_columns=dataset.column_names)"
         )
     collate = FrozenCollator(tokenizer)
-    sparse = try_sparse(model, collate([dataset[row] for row in range(min(4, len(dataset)))]))
-    with sparse or nullcontext():
+    probe = collate([dataset[row] for row in range(min(4, len(dataset)))])
+    with set_hooks(model, probe, is_packed="document_ids" in probe) as sparse:
         return evaluate_rows(
             model,
             dataset,
@@ -215,7 +214,10 @@ class FrozenCollator:
             for name, values in columns.items()
             if name.startswith(prefix) and name != "word_ids"
         }
-        batch = pad_rows(*join_rows(frozen), self.tokenizer)
+        joined, lengths = join_rows(frozen)
+        if "document_ids" in joined:
+            document_bounds(joined["document_ids"], np.append(0, np.cumsum(lengths)))
+        batch = pad_rows(joined, lengths, self.tokenizer)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
@@ -231,7 +233,10 @@ def evaluate_rows(
     """Sum over the batches that `collate` makes of a dataset, and over the processes."""
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = model.device
-    batches = torch.split(torch.arange(len(dataset)), batch_size)[rank::world]
+    # The longest first: little is padded, and what memory does not hold shows at once.
+    lengths = dataset_lengths(dataset)
+    order = np.arange(len(dataset)) if lengths is None else np.argsort(-lengths, kind="stable")
+    batches = torch.split(torch.from_numpy(order), batch_size)[rank::world]
     loader = DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=[rows.tolist() for rows in batches],

@@ -111,10 +111,7 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
             model.register_forward_hook(self._finish, always_call=True),
             unwrap(model).base_model.register_forward_hook(self._gather),
         ]
-        modules = model.modules()
-        if any(hasattr(each, "_orig_mod") or each._compiled_call_impl for each in modules):  # noqa: SLF001
-            # What was compiled without hooks would go on without them.
-            torch.compiler.reset()
+        reset_compiled(model)
 
     def remove(self) -> None:
         """Give the model its full head back.
@@ -211,6 +208,12 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
             mean = values[loss] if labeled.number else values[loss].nan_to_num(nan=0.0)
             values[loss] = mean * labeled.number / count_items(labeled.num_items, mean.device)
         return tuple(values) if is_tuple else output
+
+
+def reset_compiled(model: nn.Module) -> None:
+    """Forget what was compiled without a model's new hooks, and would go on without them."""
+    if any(hasattr(each, "_orig_mod") or each._compiled_call_impl for each in model.modules()):  # noqa: SLF001
+        torch.compiler.reset()
 
 
 def try_sparse(model: Model, probe: Mapping[str, torch.Tensor]) -> SparsePrediction | None:

@@ -1,0 +1,168 @@
+"""Documents of any length to rows that several of them fill, each whole.
+
+Best-fit decreasing: the longest document first, each into the fullest row that has room for it. It
+is at most 11/9 of the fewest rows possible (plus a row), and with real text nearly none too many.
+Rows of the same room are interchangeable, so they are kept by room, and a document costs a
+microsecond however many there are. All tokens are then moved at once.
+"""
+
+import logging
+from collections import defaultdict
+from itertools import chain
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import pyarrow as pa
+
+from mlmadapt._types import Columns, Ints
+from mlmadapt.data.chunking import (
+    cut_rows,
+    flatten_column,
+    number_words,
+    refuse_document_ids,
+)
+from mlmadapt.data.rows import check_count, common_lengths, read_batch, row_lengths
+
+logger = logging.getLogger(__name__)
+
+
+def pack_texts(examples: Columns, *, chunk_size: int = 128) -> Columns:
+    """Lay whole tokenized documents side by side in rows of at most `chunk_size` tokens.
+
+    For ``dataset.map(pack_texts, batched=True, batch_size=None)``, which packs over everything: of
+    single sentences (33 tokens), rows of 128 are 97 % full, and rows of 512 99.5 %. `map`'s 1,000
+    documents a batch cost 1 % of that at 128, and 2 % at 512. No token is lost. Documents longer
+    than a row are cut into whole rows, and what is left of them is packed like a document. How full
+    the rows are is logged, and how many documents are empty, which have no place in a row.
+
+    Rows are not all of one length: a collator must pad them, as those here do.
+
+    Args:
+        examples: A batch of token columns, of any kind that `group_texts` takes.
+        chunk_size: Most tokens per row, 2 or more.
+
+    Returns:
+        The same columns as a batch of the same kind, and ``document_ids``, which count the
+        documents of each row from 0, one number per token, for `isolate_documents`. ``word_ids``
+        count from 0 in each row, and no two words of a row share a number. Rows, and the documents
+        in each, are in the order of the first document and of the documents in `examples`.
+
+    Raises:
+        ValueError: If `chunk_size` is below 2 or not a whole number, there are no ``input_ids`` or
+            already ``document_ids``, a column is not a column of tokens, or columns differ in
+            length.
+
+    Source:
+        Best-fit decreasing for the rows of language models: Ding et al. 2024, "Fewer Truncations
+        Improve Language Modeling", arXiv:2404.10830.
+
+    Examples:
+        >>> documents = {"input_ids": [[5, 6, 7], [8, 9], [4]]}
+        >>> pack_texts(documents, chunk_size=4)
+        {'input_ids': [[5, 6, 7, 4], [8, 9]], 'document_ids': [[0, 0, 0, 1], [0, 0]]}
+    """
+    chunk_size = check_count("chunk_size", chunk_size)
+    if chunk_size == 1:
+        raise ValueError(
+            "chunk_size is 1; a row must have 2 tokens or more, or nothing can stand beside another"
+        )
+    batch = read_batch(examples)
+    is_table = isinstance(batch, pa.Table)
+    names = list(batch.column_names if is_table else batch)
+    if "input_ids" not in names:
+        raise ValueError(f"there are no 'input_ids', the columns are {names}; tokenize first")
+    refuse_document_ids(names)
+    lengths = common_lengths({name: row_lengths(name, batch[name]) for name in names})
+    layout = _lay_out(lengths, chunk_size)
+    _account(lengths, chunk_size, rows=len(layout.row_starts))
+
+    result: dict[str, Any] = {}
+    for name in names:
+        line = _move(flatten_column(name, batch[name]), layout)
+        if name == "word_ids":
+            line = number_words(line, layout.document_starts, layout.row_starts)
+        result[name] = cut_rows(line, layout.row_starts, like=batch[name])
+    zeros = np.zeros(len(layout.places), np.int32)
+    line = number_words(zeros, layout.document_starts, layout.row_starts)
+    result["document_ids"] = cut_rows(line, layout.row_starts, like=batch["input_ids"])
+    return cast("Columns", pa.table(result) if is_table else result)
+
+
+class _Layout(NamedTuple):
+    """Where the tokens of all rows are taken from, and where documents and rows begin in them."""
+
+    places: Ints
+    document_starts: Ints
+    row_starts: Ints
+
+
+def _lay_out(lengths: Ints, chunk_size: int) -> _Layout:
+    """Cut documents into pieces that fit a row, and order the pieces by row."""
+    chunk_size = min(chunk_size, max(int(lengths.sum()), 1))  # no room that no token fills
+    counts = -(-lengths // chunk_size)
+    pieces = np.full(counts.sum(), chunk_size)
+    has_any = counts > 0
+    pieces[np.cumsum(counts)[has_any] - 1] -= (-lengths % chunk_size)[has_any]
+    starts = np.cumsum(pieces) - pieces
+
+    rows = _best_fit(pieces, chunk_size)
+    firsts = np.unique(rows, return_index=True)[1]
+    rows = firsts[rows]
+    order = np.argsort(rows, kind="stable")
+    pieces = pieces[order]
+    document_starts = np.cumsum(pieces) - pieces
+    places = np.repeat(starts[order] - document_starts, pieces) + np.arange(pieces.sum())
+    is_first = np.diff(rows[order], prepend=-1) != 0
+    return _Layout(places, document_starts, document_starts[is_first])
+
+
+def _best_fit(pieces: Ints, chunk_size: int) -> Ints:
+    """Return the row of each piece: the longest first, into the fullest row with room for it."""
+    order = np.argsort(-pieces, kind="stable")
+    with_room: dict[int, list[int]] = defaultdict(list)
+    rooms = 0  # bit n is set where a row has room for n tokens
+    rows, count = [], 0
+    for length in pieces[order].tolist():
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = chunk_size, count
+            count += 1
+        rows.append(row)
+        if room > length:
+            with_room[room - length].append(row)
+            rooms |= 1 << (room - length)
+    result = np.empty(len(pieces), np.int64)
+    result[order] = rows
+    return result
+
+
+def _move(line: Any, layout: _Layout) -> Any:
+    """Take the values of a line from their places, all at once."""
+    places, starts = layout.places, layout.document_starts
+    if isinstance(line, pa.ChunkedArray):
+        return line.combine_chunks().take(pa.array(places))
+    if isinstance(line, np.ndarray):
+        return line[places]
+    ends = places[starts] + np.diff(starts, append=len(places))
+    pieces = map(slice, places[starts].tolist(), ends.tolist())
+    return list(chain.from_iterable(line[piece] for piece in pieces))
+
+
+def _account(lengths: Ints, chunk_size: int, *, rows: int) -> None:
+    """Say how full the rows are, and what has no place in them."""
+    total, empty = int(lengths.sum()), int((lengths == 0).sum())
+    logger.info(
+        "pack_texts laid %d documents with %d tokens into %d rows of %d tokens, which are %.1f %% "
+        "full%s",
+        len(lengths) - empty,
+        total,
+        rows,
+        chunk_size,
+        100 * total / max(rows * chunk_size, 1),
+        f"; {empty} empty documents are in none" if empty else "",
+    )

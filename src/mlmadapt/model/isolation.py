@@ -1,0 +1,278 @@
+"""Documents that share a row and do not see each other.
+
+A model is used on one document at a time. In a row of several it would attend from one to the other
+and see most of them at positions that they never have in use: on single sentences that costs 6 to
+7 % of perplexity. A mask of shape ``(batch, 1, sequence, sequence)`` and positions that begin anew
+undo that. Much that looks like such a mask leaks (a mask of document numbers, 1 and 0 in place of 0
+and the lowest number, booleans in eager attention, positions alone), so each model has to show on a
+few made-up documents that it isolates them.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import get_ident
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mlmadapt._types import Batch, Model
+from mlmadapt.data.rows import document_bounds
+from mlmadapt.model.checks import check_model, position_table, unwrap
+from mlmadapt.model.sparse_head import (
+    SparsePrediction,
+    evaluation_mode,
+    reset_compiled,
+    try_sparse,
+)
+
+MAX_MASK = 2**30
+"""Largest attention mask, in bytes: 2,048 rows of 512 tokens in 16 bits, or 8 of 8,192."""
+
+
+def isolate_documents(model: Model) -> "DocumentIsolation":
+    """Let each document of a packed row see itself alone, at the positions that it has alone.
+
+    From then on, batches with ``document_ids`` (rows from `pack_texts`) give each document the
+    output, loss and gradient that it has in a row of its own; batches without are not touched.
+    `accelerate_train` and `evaluate_mlm` call this themselves; call it in a loop of your own, and
+    with `Trainer`. It goes together with `sparse_prediction`, in any order.
+
+    The model shows on a few made-up documents that it isolates them, with its attention ("sdpa" or
+    "eager"). Of transformers' architectures, ALBERT, BERT, DistilBERT, ELECTRA, ModernBERT, MPNet,
+    RoBERTa and their relatives do; DeBERTa does not. The attention mask takes ``batch x sequence x
+    sequence`` numbers, at most 1 GiB.
+
+    Args:
+        model: A masked language model of transformers, bare or with adapters (PEFT); before it is
+            wrapped for distribution.
+
+    Returns:
+        A handle with `remove`, which is a context manager too.
+
+    Raises:
+        ValueError: If the model does not isolate documents, is causal, or is wrapped for several
+            devices. In a forward pass, if ``document_ids`` are not of the shape of ``input_ids`` or
+            do not rise along a row, or if the attention mask would be larger than 1 GiB.
+
+    Source:
+        Krell et al. 2021, arXiv:2107.02027 (packing without cross-contamination).
+
+    Examples:
+        >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
+        >>> model = tiny_model(tiny_tokenizer()).eval()
+        >>> packed, documents = torch.tensor([[7, 8, 9, 7]]), torch.tensor([[0, 0, 1, 1]])
+        >>> with isolate_documents(model), torch.no_grad():
+        ...     both = model(input_ids=packed, document_ids=documents).logits
+        ...     alone = model(input_ids=packed[:, 2:]).logits
+        >>> torch.allclose(both[:, 2:], alone, atol=1e-5)
+        True
+    """
+    return DocumentIsolation(model)
+
+
+@contextmanager
+def set_hooks(model: Model, probe: Batch, *, is_packed: bool) -> Iterator[SparsePrediction | None]:
+    """Keep documents apart, if rows are packed, and predict masked positions only, if that works.
+
+    Raises:
+        ValueError: As `isolate_documents` and `try_sparse` do.
+    """
+    with isolate_documents(model) if is_packed else nullcontext():
+        sparse = try_sparse(model, probe)
+        with sparse or nullcontext():
+            yield sparse
+
+
+class DocumentIsolation(AbstractContextManager["DocumentIsolation"]):
+    """The hooks that keep documents apart, and the handle that `isolate_documents` returns.
+
+    Like those of `SparsePrediction`, they stay out of `torch.compile`.
+    """
+
+    def __init__(self, model: Model) -> None:
+        check_model(model)
+        encoder = unwrap(model).base_model
+        self._config = encoder.config
+        self._parameters = list(inspect.signature(encoder.forward).parameters)
+        _, table = position_table(model) or (None, None)
+        padding_idx = getattr(table, "padding_idx", None)  # RoBERTa counts from behind it
+        self._first_position = 0 if padding_idx is None else padding_idx + 1
+        # Per thread, since `DataParallel` calls replicas with the same hooks at the same time.
+        self._documents: dict[int, torch.Tensor] = {}
+        self._hooks = [
+            model.register_forward_pre_hook(self._take_documents, with_kwargs=True),
+            # Runs after a failed forward pass too, so that it leaves nothing behind.
+            model.register_forward_hook(self._finish, always_call=True),
+            encoder.register_forward_pre_hook(self._isolate, with_kwargs=True),
+        ]
+        reset_compiled(model)
+        try:
+            _check_isolation(model)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Let the model see a row as one text again.
+
+        Examples:
+            >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
+            >>> handle = isolate_documents(tiny_model(tiny_tokenizer()))
+            >>> handle.remove()
+        """
+        for hook in self._hooks:
+            hook.remove()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.remove()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _take_documents(
+        self,
+        model: nn.Module,  # noqa: ARG002  # torch's signature
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._documents.pop(get_ident(), None)
+        if kwargs.get("document_ids") is None:
+            return None
+        documents = kwargs.pop("document_ids")
+        inputs: Any = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        mask = kwargs.pop("attention_mask", None)
+        self._documents[get_ident()] = _read_documents(documents, inputs, mask)
+        return args, kwargs
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _isolate(
+        self, encoder: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        documents = self._documents.get(get_ident())
+        if documents is None:
+            return None
+        named = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        device = documents.device.type
+        dtype = encoder.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        named["attention_mask"] = self._make_masks(documents, dtype)
+        if "position_ids" in self._parameters:
+            named["position_ids"] = _count_positions(documents) + self._first_position
+        return (), named
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _finish(self, model: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002  # torch's signature
+        self._documents.pop(get_ident(), None)
+
+    def _make_masks(
+        self, documents: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Return what is added to the attention's scores: 0 within a document, else the minimum."""
+        batch, sequence = documents.shape
+        size = batch * sequence**2 * dtype.itemsize
+        if size > MAX_MASK:
+            raise ValueError(
+                f"a batch of {batch} rows of {sequence} tokens needs an attention mask of "
+                f"{size / 2**30:.1f} GiB to keep its documents apart, at most 1 is made; use "
+                "smaller batches, or a smaller chunk_size in pack_texts"
+            )
+        sees = documents[:, None, :, None] == documents[:, None, None, :]
+        kinds = set(getattr(self._config, "layer_types", None) or ())
+        if not kinds - {"full_attention"}:
+            return _as_addend(sees, dtype)
+        places = torch.arange(sequence, device=documents.device)
+        is_near = (places[:, None] - places).abs() <= self._config.sliding_window
+        return {
+            "full_attention": _as_addend(sees, dtype),
+            "sliding_attention": _as_addend(sees & is_near, dtype),
+        }
+
+
+def _as_addend(sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+
+
+def _count_positions(documents: torch.Tensor) -> torch.Tensor:
+    """Count the tokens of each document from 0.
+
+    Examples:
+        >>> _count_positions(torch.tensor([[0, 0, 0, 1, 1, -1]]))
+        tensor([[0, 1, 2, 0, 1, 0]])
+    """
+    places = torch.arange(documents.shape[1], device=documents.device)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return places - torch.where(begins, places, 0).cummax(1).values
+
+
+def _read_documents(
+    documents: torch.Tensor, inputs: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the document of each token, -1 for padding, which is a document of its own."""
+    if documents.shape != inputs.shape[:2]:
+        raise ValueError(
+            f"document_ids have shape {tuple(documents.shape)}, the inputs "
+            f"{tuple(inputs.shape[:2])}; each token needs the number of its document, as "
+            "pack_texts gives it"
+        )
+    if mask is not None:
+        documents = documents.masked_fill(mask.as_subclass(torch.Tensor) == 0, -1)
+    # Elsewhere it would wait for the device; collators check it on the host.
+    if documents.device.type == "cpu" and not torch.compiler.is_compiling():
+        rows, sequence = documents.shape
+        document_bounds(documents.numpy().ravel(), np.arange(0, (rows + 1) * sequence, sequence))
+    return documents
+
+
+def _check_isolation(model: Model) -> None:
+    """Check that documents have together the logits that they have alone.
+
+    Raises:
+        ValueError: If not.
+    """
+    bare = unwrap(model)
+    config = bare.config.get_text_config()
+    # Long enough to reach out of the window of sliding attention.
+    window = getattr(config, "sliding_window", None) or 0
+    sizes = (5, 2 * min(window, 512) + 7, 3)
+    documents = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(config.vocab_size, (2, sum(sizes)), generator=generator)
+    if config.pad_token_id is not None:  # some models see it without a mask
+        drawn[drawn == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
+    tokens, others = drawn.to(model.device)
+    documents = documents.to(model.device)
+    middle = documents == 1
+
+    def predict(tokens: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        output: Any = model(input_ids=tokens[None], **inputs)
+        logits: torch.Tensor = output["logits"] if isinstance(output, Mapping) else output[0]
+        return logits[0].float()
+
+    reason = None
+    try:
+        with evaluation_mode(model), torch.compiler.set_stance("force_eager"):
+            packed = {"document_ids": documents[None]}
+            together = predict(tokens, **packed)
+            in_other_company = predict(torch.where(middle, tokens, others), **packed)
+            alone = torch.cat([predict(part) for part in tokens.split(sizes)])
+    except Exception as error:  # noqa: BLE001  # of a model that takes no such mask
+        reason = f"its attention failed ({type(error).__name__}: {error})"
+    else:
+        is_exact = torch.get_float32_matmul_precision() == "highest"
+        tolerance = 1e-4 if is_exact and model.dtype == torch.float32 else 0.05
+        if not torch.equal(together[middle], in_other_company[middle]):
+            reason = "a document's logits depend on the others in its row"
+        elif not (together - alone).norm() <= tolerance * alone.norm():
+            reason = "a document's logits are not those that it has alone"
+    if reason is not None:
+        attention = getattr(bare.config, "_attn_implementation", None)
+        cure = "use rows without 'document_ids': padded ones of one document each, or group_texts"
+        if attention not in ("eager", "sdpa"):
+            cure = "load it with attn_implementation='sdpa' or 'eager'"
+        raise ValueError(
+            f"model {type(bare).__name__} with attention {attention!r} does not keep the documents "
+            f"of packed rows apart: {reason}; {cure}"
+        )

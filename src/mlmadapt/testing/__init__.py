@@ -5,6 +5,7 @@ the fixtures ``mlmadapt_tokenizer`` and ``mlmadapt_model`` are there without an 
 """
 
 from mlmadapt.testing.chunks import assert_documents_kept, assert_tokens_kept
+from mlmadapt.testing.documents import assert_documents_isolated
 from mlmadapt.testing.losses import assert_same_loss
 from mlmadapt.testing.masks import assert_masks_reproducible, assert_whole_words_masked
 from mlmadapt.testing.material import TOKENIZER_KINDS, tiny_corpus, tiny_model, tiny_tokenizer
@@ -12,6 +13,7 @@ from mlmadapt.testing.runs import assert_resumes_exactly
 
 __all__ = [
     "TOKENIZER_KINDS",
+    "assert_documents_isolated",
     "assert_documents_kept",
     "assert_masks_reproducible",
     "assert_resumes_exactly",

@@ -26,18 +26,21 @@ if TYPE_CHECKING:
     from mlmadapt.model.isolation import isolate_documents
     from mlmadapt.model.loss import masked_lm_loss
     from mlmadapt.model.sparse_head import sparse_prediction
+    from mlmadapt.model.word_evaluation import MaskedWordMetrics, evaluate_words
     from mlmadapt.training.config import TrainingConfig
     from mlmadapt.training.loop import accelerate_train
     from mlmadapt.training.result import TrainingResult
 
 __all__ = [
     "MaskedLMMetrics",
+    "MaskedWordMetrics",
     "MaskingCallback",
     "TrainingConfig",
     "TrainingResult",
     "WholeWordMaskingCollator",
     "accelerate_train",
     "evaluate_mlm",
+    "evaluate_words",
     "group_texts",
     "insert_random_mask",
     "isolate_documents",
@@ -51,12 +54,14 @@ __all__ = [
 
 _HOME = {
     "MaskedLMMetrics": "model.evaluation",
+    "MaskedWordMetrics": "model.word_evaluation",
     "MaskingCallback": "masking.callback",
     "TrainingConfig": "training.config",
     "TrainingResult": "training.result",
     "WholeWordMaskingCollator": "masking.collator",
     "accelerate_train": "training.loop",
     "evaluate_mlm": "model.evaluation",
+    "evaluate_words": "model.word_evaluation",
     "group_texts": "data.chunking",
     "insert_random_mask": "masking.freezing",
     "isolate_documents": "model.isolation",

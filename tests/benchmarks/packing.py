@@ -3,9 +3,10 @@
 Joined rows are those of `group_texts`, packed ones those of `pack_texts` with `isolate_documents`;
 padded ones hold one document each (a longer one is cut into several), in random order or grouped by
 length. A training step is collating, forward pass with the head on masked positions, backward pass
-and AdamW, of a BERT of 2 layers of 128 with random weights: time does not depend on them. Steps are
-drawn evenly from an epoch, as many as hold about as many real tokens; padding is none of these, and
-what counts is how many of them a second are trained on.
+and AdamW, of a BERT with random weights: time does not depend on them. Steps are drawn evenly from
+an epoch, as many as hold about as many real tokens; padding is none of these, and what counts is
+how many of them a second are trained on. The head and AdamW cost the same for all kinds of rows, so
+the larger the encoder, the more packed rows gain.
 """
 
 from __future__ import annotations
@@ -46,7 +47,13 @@ if TYPE_CHECKING:
 POSITIONS = 64 * 128  # of a batch whose rows are full
 DOCUMENTS = 10_000
 BY_MAP = 1000  # documents that `map` hands over by default
-TOKENS = 16_000  # real ones, that a contender trains on in a turn
+MODEL = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 1024,
+}
+TOKENS = 12_000  # real ones, that a contender trains on in a turn
 COLUMNS = ["input_ids", "attention_mask", "word_ids"]
 
 
@@ -218,17 +225,16 @@ def measure_steps(report: measure.Report, corpus: Corpus, rounds: int) -> list[m
     contenders, tokens, shares = {}, {}, []
     with isolate_documents(model), sparse_prediction(model):
         for name, (table, grouped_by) in kinds.items():
-            steps = draw_steps(table, grouped_by, corpus.batch_size)
+            steps, whole = draw_steps(table, grouped_by, corpus.batch_size)
             rows = Dataset(table)
             batches = [[rows[row] for row in batch] for batch in steps]
-            sizes = [[len(row["input_ids"]) for row in batch] for batch in batches]
-            tokens[name] = sum(map(sum, sizes))
-            padded = sum(len(each) * max(each) for each in sizes)
-            shares.append((name, f"{len(steps)}", f"{100 * tokens[name] / padded:.1f} %"))
+            tokens[name] = sum(len(row["input_ids"]) for batch in batches for row in batch)
+            told = [f"{100 * text_in(table, each):.1f} %" for each in (steps, whole)]
+            shares.append((name, f"{len(steps)}", *told))
             contenders[name] = measure.Contender(step, lambda batches=batches: batches)
         times = measure.take_turns(contenders, rounds=rounds)
     title = f"{corpus.name}, {corpus.batch_size} x {corpus.length}"
-    report.table((title, "steps per turn", "text in a batch"), shares)
+    report.table((title, "steps per turn", "text in them", "text in an epoch"), shares)
     per_token = {
         name: measure.Times(1000 * each.wall / tokens[name], 1000 * each.cpu / tokens[name])
         for name, each in times.items()
@@ -250,13 +256,23 @@ def measure_steps(report: measure.Report, corpus: Corpus, rounds: int) -> list[m
     ]
 
 
-def draw_steps(table: pa.Table, lengths: torch.Tensor | None, batch_size: int) -> list[list[int]]:
-    """Draw whole steps evenly from an epoch, which hold about as many tokens as a turn takes."""
+def draw_steps(
+    table: pa.Table, lengths: torch.Tensor | None, batch_size: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Draw steps evenly from an epoch, to hold the tokens of a turn; return all of its steps too."""
     order = BatchPlan(rows=len(table), batch_size=batch_size, lengths=lengths).order(0)
     whole = order[: len(order) // batch_size * batch_size].view(-1, batch_size)
     count = math.ceil(TOKENS / (count_tokens(table) / len(table) * batch_size))
     count = min(count, len(whole))
-    return whole[torch.arange(count) * len(whole) // count].tolist()
+    places = (torch.arange(count) + 0.5).mul(len(whole) / count).long()
+    return whole[places].tolist(), whole.tolist()
+
+
+def text_in(table: pa.Table, steps: list[list[int]]) -> float:
+    """Return the share of batches that is no padding."""
+    lengths = pc.list_value_length(table["input_ids"]).to_numpy()
+    sizes = [lengths[step] for step in steps]
+    return sum(map(sum, sizes)) / sum(len(each) * max(each) for each in sizes)
 
 
 def make_step(
@@ -267,11 +283,8 @@ def make_step(
     model = BertForMaskedLM(
         BertConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=512,
             pad_token_id=tokenizer.pad_token_id,
+            **MODEL,
         )
     ).train()
     optimizer = torch.optim.AdamW(model.parameters(), 5e-5, fused=True)

@@ -281,6 +281,51 @@ def test_workers_change_nothing(name: str, rows: list[dict[str, Any]]) -> None:
     assert global_states() == state
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_each_step_has_the_rate_of_its_share_of_the_run(
+    rows: list[dict[str, Any]], workers: int, *, is_stream: bool
+) -> None:
+    """However far ahead it is collated, by whom, in how many passes, and after a resume."""
+    if is_stream and workers:
+        pytest.skip("streams are read by the training process")
+    following = WholeWordMaskingCollator(TOKENIZER, wwm_probability=lambda done: 0.9 - 0.8 * done)
+    given: Any = datasets.Dataset.from_list(rows)
+    given = given.to_iterable_dataset() if is_stream else given
+    count = 0 if is_stream else len(rows)
+
+    def batches(collator: Any, start: int = 0, **plan: int) -> list[Any]:
+        found = training_batches(
+            given,
+            BatchPlan(rows=count, **plan),
+            collator,
+            epoch=1,
+            start=start,
+            done=4 + start,
+            total_steps=10,
+            num_workers=workers,
+        )
+        return [flatten([step]) for step in found]
+
+    whole = batches(following, batch_size=2)
+    assert len(whole) == 6
+    for step, made in enumerate(whole):
+        fixed = WholeWordMaskingCollator(
+            TOKENIZER, wwm_probability=0.9 - 0.8 * min(1.0, (4 + step) / 10)
+        )
+        assert made == batches(fixed, batch_size=2)[step]
+    assert batches(following, start=2, batch_size=2) == whole[2:]
+
+    def targets(steps: list[list[dict[str, Any]]]) -> list[list[Any]]:
+        rows = [[row for batch in step for row in batch["labels"]] for step in steps]
+        return [sorted(row[:7] for row in step if set(row) != {-100}) for step in rows]
+
+    cut = batches(following, batch_size=1, accumulation=2)
+    shares = [batches(following, batch_size=1, world=2, rank=rank) for rank in (0, 1)]
+    together = [first + second for first, second in zip(*shares, strict=True)]
+    assert targets(cut) == targets(together) == targets(whole)
+
+
 def test_spawned_workers(rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     """What a worker needs can be sent to it, where processes are not forked."""
     spawn = torch.multiprocessing.get_context("spawn")

@@ -13,15 +13,20 @@ from transformers import (
     Trainer,
 )
 
+import mlmadapt
 from mlmadapt import (
     MaskedLMMetrics,
+    MaskingCallback,
     TrainingConfig,
     TrainingResult,
     WholeWordMaskingCollator,
     accelerate_train,
     evaluate_mlm,
+    extend_vocabulary,
+    find_domain_words,
     group_texts,
     insert_random_mask,
+    isolate_documents,
     masked_lm_loss,
     pack_texts,
     phrases,
@@ -43,6 +48,13 @@ from mlmadapt.testing import (
 )
 
 
+def misspell() -> None:
+    """A name that is none is an error here; an ignore that nobody needs is one, too."""
+    mlmadapt.group_text  # type: ignore[attr-defined]  # noqa: B018
+    TrainingConfig(bf16=True)  # type: ignore[call-arg]
+    assert_type(mlmadapt.__version__, str)
+
+
 def prepare(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Tokenize and chunk, by `map` and by hand."""
     units = phrases(["pulp fiction", "film noir"])
@@ -62,6 +74,28 @@ def prepare(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     return grouped
 
 
+def extend(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Find words, and add them."""
+    found = find_domain_words(
+        (text for text in texts),
+        tokenizer,
+        size=100,
+        min_count=5,
+        min_length=3,
+        letters_only=False,
+        general_texts=texts,
+    )
+    assert_type(found.words, list[str])
+    assert_type(found.share, float)
+    assert_type([(each.word, each.count) for each in found.found], list[tuple[str, int]])
+    assert_type(
+        [(each.pieces, each.tokens_saved) for each in found.found], list[tuple[list[str], int]]
+    )
+    return extend_vocabulary(tokenizer, model, found.words, reuse_unused=True, pad_to_multiple_of=8)
+
+
 def mask(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Collate a batch, and freeze masks."""
     collator = WholeWordMaskingCollator(
@@ -74,6 +108,10 @@ def mask(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         return_tensors="pt",
     )
     collator.set_epoch(1)
+    collator.set_progress(0.5)
+    assert_type(MaskingCallback(collator).data_collator, WholeWordMaskingCollator)
+    WholeWordMaskingCollator(tokenizer, wwm_probability={0.0: 0.3, 0.8: 0.15})
+    WholeWordMaskingCollator(tokenizer, wwm_probability=lambda done: 0.3 - 0.15 * done)
     batch = collator([{"input_ids": [2, 7, 3], "word_ids": [-1, 0, -1]}])
     assert_type(batch, dict[str, Any])
     assert_type(str(show_masks(batch, tokenizer, features=None)), str)
@@ -91,6 +129,7 @@ def train(model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerB
         output_dir="adapted",
         learning_rate=2e-5,
         eval_strategy="epoch",
+        report_to=["tensorboard"],
         dataset_name="stanfordnlp/imdb",
         fill_mask=["This is a great [MASK]."],
         push_to_hub=True,
@@ -145,6 +184,8 @@ def own_loop(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Trainer:
         handle.remove()
     kept = sparse_prediction(model)
     kept.remove()
+    with isolate_documents(model) as isolated:
+        isolated.remove()
     return Trainer(model=model, compute_loss_func=masked_lm_loss)
 
 

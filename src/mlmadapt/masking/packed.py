@@ -57,7 +57,7 @@ class PackedAttentionMask(torch.Tensor):
         ValueError: rows of the batch hold several documents ('document_ids'), which this model ...
     """
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedAttentionMask":
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         """Copy it; torch's own way computes with it."""
         return self.clone()
 

@@ -24,3 +24,7 @@ __all__ = [
     "tiny_model",
     "tiny_tokenizer",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__.copy()

@@ -62,18 +62,18 @@ those that it has alone; at most 1e-05 is allowed
             columns = {name: torch.as_tensor(row[name]).to(device)[None] for name in names}
             together = predict(dict(columns))
             documents = columns.pop("document_ids")[0]
-            count = len(documents.unique())
-            is_packed = is_packed or count > 1
-            for place, document in enumerate(documents.unique().tolist()):
-                own = documents == document
+            numbers = sorted(set(documents.tolist()))
+            is_packed = is_packed or len(numbers) > 1
+            for place, number_of_document in enumerate(numbers):
+                own = documents == number_of_document
                 alone = predict({name: values[:, own] for name, values in columns.items()})
                 differences = (together[own] - alone).abs().amax(1)
                 worst = int(differences.argmax())
                 if not differences[worst] <= atol:
                     raise AssertionError(
-                        f"row {number}, document {place} of {count}: the logits at its position "
-                        f"{worst} differ by {float(differences[worst]):.3g} from those that it has "
-                        f"alone; at most {atol:g} is allowed"
+                        f"row {number}, document {place} of {len(numbers)}: the logits at its "
+                        f"position {worst} differ by {float(differences[worst]):.3g} from those "
+                        f"that it has alone; at most {atol:g} is allowed"
                     )
     if not is_packed:
         raise ValueError("no row holds several documents; take rows from pack_texts")

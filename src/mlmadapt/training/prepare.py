@@ -21,7 +21,9 @@ from transformers import get_scheduler
 
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
 from mlmadapt.data.rows import dataset_lengths
-from mlmadapt.model.checks import check_model, check_rows
+from mlmadapt.masking.collator import WholeWordMaskingCollator
+from mlmadapt.model.checks import check_collator, check_model, check_rows
+from mlmadapt.model.evaluation import is_frozen
 from mlmadapt.model.fill_mask import read_sentences
 from mlmadapt.model.isolation import set_hooks
 from mlmadapt.model.sparse_head import SparsePrediction, masked_logits, predict_at
@@ -42,6 +44,7 @@ def check_run(
     eval_sets: Mapping[str, Any],
     *,
     tokenizer: Tokenizer,
+    data_collator: DataCollator,
     config: TrainingConfig,
     accelerator: Accelerator,
 ) -> None:
@@ -57,6 +60,7 @@ def check_run(
             f"{device!r}; leave it at None or make both equal, on a CPU to 'bf16' or 'no'"
         )
     check_model(model)
+    check_collator(data_collator, tokenizer)
     sets = dict(eval_sets)
     if hasattr(train_dataset, "__len__"):
         sets["train_dataset"] = train_dataset
@@ -71,6 +75,13 @@ def check_run(
         sets["fill_mask"] = read_sentences(config.fill_mask, tokenizer)
     for name, rows in sets.items():
         check_rows(name, rows, model=model, tokenizer=tokenizer)
+        has_masks = name == "fill_mask" or (name in eval_sets and is_frozen(rows))
+        needs_words = isinstance(data_collator, WholeWordMaskingCollator) and not has_masks
+        if needs_words and "word_ids" not in rows[0]:
+            raise ValueError(
+                f"{name} has {list(rows[0])}, without 'word_ids', which WholeWordMaskingCollator "
+                "goes by; make the rows with tokenize_with_word_ids"
+            )
     if (config.early_stopping_patience or config.load_best_model_at_end) and not eval_sets:
         raise ValueError(
             "early_stopping_patience and load_best_model_at_end go by an evaluation, but "

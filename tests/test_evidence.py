@@ -19,6 +19,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "examples" / "evidence"
 STUDIES = {
     "forgetting": [],
     "perplexity_by_step": [],
+    "vocabulary": ["--corpora", "abstracts"],
     "sentiment": ["--labels", 8, 16, "--test_reviews", 10, "--steps", 2],
     "whole_word_or_token": [],
 }
@@ -55,6 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         saved.save_pretrained(folder / "data" / "models" / "bert-tiny-mlm")
     write_texts(folder / "data" / "imdb", seed=0)
     write_texts(folder / "data" / "corpora" / "general_wikisplit", seed=1)
+    write_texts(folder / "data" / "corpora" / "biomed_abstracts", seed=2)
     common = ["--data", folder / "data", "--models", folder / "models", "--pictures", folder]
     common += ["--output", folder / "figures.jsonl", "--seeds", 0, 1]
     common += ["--train_rows", 96, "--held_out_rows", 8]
@@ -105,6 +107,17 @@ def read_table(folder: Path, name: str) -> list[list[str]]:
             ],
         ),
         (
+            "vocabulary",
+            [
+                *("added words", "other words", "general text", "bits per byte"),
+                *("tokens per document", "steps", "seconds"),
+            ],
+            [
+                *("before", "before, new words", "old words"),
+                *("new words, same documents", "new words, same steps"),
+            ],
+        ),
+        (
             "whole_word_or_token",
             ["whole words masked", "single tokens masked"],
             ["before", "adapted, whole words", "adapted, single tokens"],
@@ -127,7 +140,9 @@ def test_a_study(folder: Path, name: str, columns: list[str], rows: list[str]) -
 def test_models_are_shared(folder: Path) -> None:
     """A model that several studies need is trained once."""
     kinds = ("imdb-words", "imdb-tokens", "mix-words")
-    expected = {f"{kind}-96-rows-2-steps-seed-{seed}" for kind in kinds for seed in (0, 1)}
+    expected = {"vocabulary"} | {
+        f"{kind}-96-rows-2-steps-seed-{seed}" for kind in kinds for seed in (0, 1)
+    }
     assert {path.name for path in (folder / "models").iterdir()} == expected
 
 

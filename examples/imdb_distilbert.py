@@ -33,6 +33,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, load_dataset
 from transformers import HfArgumentParser, Trainer, TrainingArguments, pipeline
+from transformers.hf_argparser import HfArg
 
 from mlmadapt import (
     MaskingCallback,
@@ -60,16 +61,34 @@ if TYPE_CHECKING:
 class Arguments:
     """What is adapted to what. `TrainingConfig` says how it is trained."""
 
-    model: str = "distilbert/distilbert-base-uncased"  # a name on the hub, or a folder
-    dataset: str = "stanfordnlp/imdb"  # the same, or a parquet, csv, json or txt file
-    text_column: str = "text"  # "text" in a txt file, each line of which is a document
-    chunk_size: int = 128  # tokens per row
-    train_size: int = 10_000  # rows, at most
-    test_size: int = 1_000  # rows, at most
-    masking: Literal["whole-word", "token"] = "whole-word"
-    loop: Literal["accelerate", "trainer"] = "accelerate"
-    sentence: str = "This is a great [MASK]."  # to fill in before and after
-    demo: bool = False  # make a tiny model on the spot, and adapt it to Python's documentation
+    model: str = HfArg(
+        default="distilbert/distilbert-base-uncased",
+        help="The model and tokenizer: a name on the hub, or a folder.",
+    )
+    dataset: str = HfArg(
+        default="stanfordnlp/imdb",
+        help="The documents: a name on the hub, a folder, or a parquet, csv, json or txt file "
+        "(each line of a txt file is a document).",
+    )
+    text_column: str = HfArg(default="text", help="The column with the documents.")
+    chunk_size: int = HfArg(default=128, help="Tokens per row.")
+    train_size: int = HfArg(default=10_000, help="Rows to train on, at most.")
+    test_size: int = HfArg(default=1_000, help="Held-out rows to evaluate on, at most.")
+    masking: Literal["whole-word", "token"] = HfArg(
+        default="whole-word",
+        help="The recipe's 20 %% of words, always masked, or its 15 %% of tokens, 80/10/10.",
+    )
+    loop: Literal["accelerate", "trainer"] = HfArg(
+        default="accelerate", help="Train with accelerate_train, or with transformers' Trainer."
+    )
+    sentence: str = HfArg(
+        default="This is a great [MASK].", help="A sentence to fill in before and after."
+    )
+    demo: bool = HfArg(
+        default=False,
+        help="Make a tiny model on the spot and adapt it to Python's documentation, without a "
+        "download, in under three minutes.",
+    )
 
 
 def main() -> None:
@@ -150,9 +169,13 @@ def main() -> None:
 
 def parse_arguments() -> tuple[Arguments, TrainingConfig]:
     """Read the command line; some defaults depend on --loop and --demo."""
-    parser = HfArgumentParser((Arguments, TrainingConfig), description=__doc__.partition("\n")[0])
-    chosen, _ = parser.parse_known_args()
+    parser = HfArgumentParser(
+        (Arguments, TrainingConfig),
+        usage="%(prog)s [options]  (--help describes them)",
+        description=__doc__.partition("\n")[0],
+    )
     parser.set_defaults(output_dir="adapted-model")
+    chosen, _ = parser.parse_known_args()
     if chosen.loop == "trainer":
         parser.set_defaults(learning_rate=2e-5, weight_decay=0.01)  # the recipe's
     if chosen.demo:
@@ -166,6 +189,15 @@ def parse_arguments() -> tuple[Arguments, TrainingConfig]:
     for name in ("chunk_size", "train_size", "test_size"):
         if getattr(args, name) < 1:
             parser.error(f"{name} is {getattr(args, name)}; it must be 1 or more")
+    folder = Path(config.output_dir)
+    known = config.overwrite or config.resume_from_checkpoint
+    # A run that failed early leaves a lock and nothing to lose.
+    if not known and folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+        parser.error(
+            f"output_dir {config.output_dir!r} holds files of another run; name another folder by "
+            "--output_dir, go on with --resume_from_checkpoint True, or train over it with "
+            "--overwrite"
+        )
     # The model card tells this, beside what the run knows about itself.
     sentences = config.fill_mask or [args.sentence]
     name = config.dataset_name or ("Python's documentation" if args.demo else args.dataset)
@@ -213,13 +245,21 @@ def load_documents(source: str, text_column: str) -> Dataset:
         )
     # A document that occurs twice could end up on both sides of the split.
     rows: dict[str, int] = {}
+    empty = 0
     for row, text in enumerate(loaded[text_column]):
-        if not isinstance(text, str):
+        if not isinstance(text, str | None):
             sys.exit(
                 f"row {row} of {text_column!r} in {source!r} is {text!r:.40}, which is not a text."
             )
-        if text.strip():
+        if text and text.strip():
             rows.setdefault(text, row)
+        else:
+            empty += 1
+    if len(rows) < len(loaded):
+        say(
+            f"  of {len(loaded):,} documents, {empty:,} without a text and "
+            f"{len(loaded) - len(rows) - empty:,} that repeat another are left out"
+        )
     if len(rows) < 2:
         sys.exit(
             f"dataset {source!r} has {len(rows)} distinct document(s); a split takes 2 or more."

@@ -90,6 +90,17 @@ def test_links_and_tests_are_there(document: Path) -> None:
             assert f"def {name}(" in path.read_text(encoding="utf-8"), f"{name} is not in {target}"
 
 
+@pytest.mark.parametrize("page", ["several-processes", "resume", "your-own-loop"])
+def test_what_dropout_changes_is_said_in_one_place(page: str) -> None:
+    """Pages on processes point to it, and none says by itself what holds without dropout only."""
+    text = (ROOT / "docs" / "how-to" / f"{page}.md").read_text(encoding="utf-8")
+    heading = "## Another number of processes, with and without dropout\n"
+    assert heading in (ROOT / "docs" / "reproducibility.md").read_text(encoding="utf-8")
+    assert "reproducibility.md#another-number-of-processes-with-and-without-dropout)" in text
+    for untrue in ("up to the last bits", "up\nto the last bits", "the same within 1e-5"):
+        assert untrue not in text
+
+
 def test_every_file_is_in_the_readme() -> None:
     """The tour of the source names each file by its path, and no document names a missing one."""
     source = Path(mlmadapt.__file__).parent

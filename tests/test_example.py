@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -363,6 +364,55 @@ def test_settings_out_of_range(
         script.parse_arguments()
     name = option[2:].partition("=")[0]
     assert re.search(rf"error: {name} is 0; it must be .*[01]", capsys.readouterr().err)
+
+
+def test_every_option_is_described(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a sentence, with its default; those of the settings in the words of the reference."""
+    monkeypatch.setattr(sys, "argv", ["imdb_distilbert.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit, match="0"):
+        script.parse_arguments()
+    _, *lines = re.split(r"\n  (?=--)", capsys.readouterr().out)
+    assert len(lines) == len(fields(script.Arguments)) + len(fields(TrainingConfig))
+    for line in lines:
+        assert re.search(r"\s\s[A-Z\"].{12,}\. \(default: .+\)$", line), line
+    assert "Directory of the final model. (default: adapted-model)" in lines[10]
+
+
+@pytest.mark.parametrize("way", [[], ["--overwrite"], ["--resume_from_checkpoint", "True"]])
+def test_an_occupied_folder_is_found_before_anything_is_done(
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    way: list[str],
+) -> None:
+    """Not after minutes of tokenizing; the error names the ways on, and they are ways on."""
+    (tmp_path / "config.json").touch()
+    monkeypatch.setattr(sys, "argv", ["imdb_distilbert.py", "--output_dir", str(tmp_path), *way])
+    if way:
+        script.parse_arguments()
+        return
+    with pytest.raises(SystemExit, match="2"):
+        script.parse_arguments()
+    message = (
+        r"output_dir '.+' holds files of another run; .* --resume_from_\w+ True, .*--overwrite\n"
+    )
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_documents_without_a_text_are_counted(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An empty field of a csv file is None; such rows are left out, and so are repeated ones."""
+    lines = ["text,label", "good,1", ",0", "good,1", "bad,0", ",1", '" ",1']
+    (tmp_path / "a.csv").write_text("\n".join(lines), encoding="utf-8")
+    documents = script.load_documents(str(tmp_path / "a.csv"), "text")
+    assert documents["text"][:] == ["good", "bad"]
+    told = "of 6 documents, 3 without a text and 1 that repeat another are left out"
+    assert told in capsys.readouterr().out
 
 
 def test_the_demo(script: ModuleType, tmp_path: Path) -> None:

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from mlmadapt.data.packing import pack_texts
     from mlmadapt.data.phrases import phrases
     from mlmadapt.data.tokenization import tokenize_with_word_ids
+    from mlmadapt.data.vocabulary import find_domain_words
     from mlmadapt.masking.callback import MaskingCallback
     from mlmadapt.masking.collator import WholeWordMaskingCollator
     from mlmadapt.masking.freezing import insert_random_mask
     from mlmadapt.masking.show import show_masks
+    from mlmadapt.model.embeddings import extend_vocabulary
     from mlmadapt.model.evaluation import MaskedLMMetrics, evaluate_mlm
     from mlmadapt.model.isolation import isolate_documents
     from mlmadapt.model.loss import masked_lm_loss
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from mlmadapt.training.config import TrainingConfig
     from mlmadapt.training.loop import accelerate_train
     from mlmadapt.training.result import TrainingResult
+
+    __version__: str
 
 __all__ = [
     "MaskedLMMetrics",
@@ -41,6 +45,8 @@ __all__ = [
     "accelerate_train",
     "evaluate_mlm",
     "evaluate_words",
+    "extend_vocabulary",
+    "find_domain_words",
     "group_texts",
     "insert_random_mask",
     "isolate_documents",
@@ -62,6 +68,8 @@ _HOME = {
     "accelerate_train": "training.loop",
     "evaluate_mlm": "model.evaluation",
     "evaluate_words": "model.word_evaluation",
+    "extend_vocabulary": "model.embeddings",
+    "find_domain_words": "data.vocabulary",
     "group_texts": "data.chunking",
     "insert_random_mask": "masking.freezing",
     "isolate_documents": "model.isolation",
@@ -74,14 +82,16 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return import_module("importlib.metadata").version("mlmadapt")
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Kept in the module, so that the second look-up is an ordinary one.
-    globals()[name] = value = getattr(import_module(f"mlmadapt.{_HOME[name]}"), name)
-    return value
+if not TYPE_CHECKING:  # to a type checker, a name that is not imported above is misspelt
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return import_module("importlib.metadata").version("mlmadapt")
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # Kept in the module, so that the second look-up is an ordinary one.
+        globals()[name] = value = getattr(import_module(f"mlmadapt.{_HOME[name]}"), name)
+        return value
 
 
 def __dir__() -> list[str]:

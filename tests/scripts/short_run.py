@@ -31,6 +31,7 @@ from mlmadapt import (
     WholeWordMaskingCollator,
     accelerate_train,
     insert_random_mask,
+    pack_texts,
     tokenize_with_word_ids,
 )
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
@@ -109,6 +110,7 @@ def train(
     rows_seed: int = 0,
     architecture: str = "bert",
     dropout: bool = True,
+    packed: bool = False,
     collator: str = "ours",
     stream: str | None = None,
     sharded: bool = False,
@@ -127,6 +129,7 @@ def train(
         rows_seed: Another seed gives another dataset.
         architecture: Of the model.
         dropout: Whether the model has any.
+        packed: Whether rows hold several documents.
         collator: ``"ours"``, ``"ours, by schedule"`` or ``"transformers"``.
         stream: ``"plain"`` or ``"shuffled"`` for an `IterableDataset`.
         sharded: Whether `fully_shard` is applied first.
@@ -156,6 +159,9 @@ def train(
     else:
         data_collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3)
     train_rows: Any = make_rows(rows, seed=rows_seed)
+    if packed:
+        columns = {name: [row[name] for row in train_rows] for name in train_rows[0]}
+        train_rows = rows_of(pack_texts(columns, chunk_size=40))
     if stream is not None:
         train_rows = Dataset.from_list(train_rows).to_iterable_dataset(num_shards=3)
         if stream == "shuffled":

@@ -279,7 +279,7 @@ def test_a_row_longer_than_the_model_is_refused(setup: Setup) -> None:
 def test_a_tokenizer_larger_than_the_model_is_refused(setup: Setup) -> None:
     """With the call that mends it."""
     setup.tokenizer.add_tokens(["neologism", "hapax"])
-    refuse(setup, ValueError, r"477 tokens, .* embedding 475.*resize_token_embeddings\(477\)")
+    refuse(setup, ValueError, r"477 tokens, .* for 475; .*resize_token_embeddings\(477\)")
 
 
 def test_an_id_past_the_embedding_is_refused(setup: Setup) -> None:

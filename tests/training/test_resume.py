@@ -97,6 +97,7 @@ GRID = {
         "per_device_train_batch_size": 5,
     },
     "gradient checkpointing": {"gradient_checkpointing": True},
+    "grouped by length": {"train_sampling_strategy": "group_by_length"},
     "a stream": {"stream": "plain", "max_steps": 7, "per_device_train_batch_size": 5},
     "a shuffled stream": {"stream": "shuffled", "max_steps": 7, "per_device_train_batch_size": 5},
 }
@@ -207,12 +208,16 @@ def test_processes_killed_at_any_moment_end_the_same(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("architecture", ["bert", "deberta-v2"])
+@pytest.mark.parametrize(
+    ("architecture", "strategy"),
+    [("bert", "random"), ("deberta-v2", "random"), ("bert", "group_by_length")],
+)
 def test_another_number_of_processes_goes_on_with_the_same_rows(
-    tmp_path: Path, architecture: str
+    tmp_path: Path, architecture: str, strategy: str
 ) -> None:
     """2 processes of 2 rows, then 1 of 4: a step has the same rows, and sums differ by 1e-5."""
     one = {"rows": 21, "dropout": False, "architecture": architecture}
+    one["train_sampling_strategy"] = strategy
     two = {**one, "world": 2, "per_device_train_batch_size": 2}
     one["per_device_train_batch_size"] = 4
     whole = outcome(tmp_path / "whole", **one)
@@ -294,6 +299,10 @@ class Swapped:
     [
         ({"learning_rate": 2e-4}, "learning_rate was 5e-05, is 0.0002"),
         ({"seed": 7}, "seed was 42, is 7"),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            "train_sampling_strategy was 'random', is 'group_by_length'",
+        ),
         ({"num_train_epochs": 2}, "num_train_epochs was 1, is 2"),
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type was 'linear', is 'cosine'"),
         ({"weight_decay": 0.1}, "weight_decay was 0.0, is 0.1"),

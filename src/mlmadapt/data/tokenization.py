@@ -201,10 +201,15 @@ def _read_texts(batch: Any, text_column: str) -> list[str]:
     texts = column.to_pylist() if is_table else list(column)
     for row, text in enumerate(texts):
         if not isinstance(text, str):
+            cure = "convert it, or drop it with dataset.filter"
+            if text is None:
+                cure = (
+                    f"{texts.count(None)} of {len(texts)} here are None; drop them with "
+                    f"dataset.filter(lambda row: row[{text_column!r}] is not None)"
+                )
             raise TypeError(
                 f"row {row} of column {text_column!r} in this batch is {text!r:.40}, of type "
-                f"{type(text).__name__}; each document must be a str: convert it, or drop it with "
-                "dataset.filter"
+                f"{type(text).__name__}; each document must be a str: {cure}"
             )
         try:
             text.encode()

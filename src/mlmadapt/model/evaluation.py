@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mlmadapt._types import Batch, DataCollator, Model, Row, Rows, Tokenizer
-from mlmadapt.data.rows import document_bounds, join_rows, pad_rows, to_columns
+from mlmadapt.data.rows import dataset_lengths, document_bounds, join_rows, pad_rows, to_columns
 from mlmadapt.masking.freezing import insert_random_mask
 from mlmadapt.model.checks import check_model, check_rows
 from mlmadapt.model.isolation import set_hooks
@@ -107,7 +107,7 @@ def evaluate_mlm(
     The batch size changes the speed and never the figures (beyond the last bits of 32-bit logits:
     1e-6 of the loss). Among equal logits, the lower token id counts as the earlier guess. Logits
     are computed for masked positions only, and a large batch is split so that they take about half
-    a gigabyte at a time.
+    a gigabyte at a time. Rows of a `Dataset` or a list are sorted by length, to pad few of them.
 
     Args:
         model: A masked language model; its mode and device are left as they are.
@@ -230,25 +230,9 @@ class FrozenCollator:
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def evaluate_rows(
-    model: Model,
-    dataset: Rows,
-    *,
-    collate: "FrozenCollator",
-    batch_size: int,
-    sparse: SparsePrediction | None,
-    accelerator: "Accelerator | None" = None,
-) -> MaskedLMMetrics:
-    """Evaluate the batches that `collate` makes of a dataset."""
-    loss, correct, top5_correct, count = sum_rows(
-        model,
-        dataset,
-        collate=collate,
-        measure=_sum_metrics,
-        batch_size=batch_size,
-        sparse=sparse,
-        accelerator=accelerator,
-    )
+def evaluate_rows(model: Model, dataset: Rows, **options: Any) -> MaskedLMMetrics:
+    """Evaluate a dataset; the options are those of `sum_rows`."""
+    loss, correct, top5_correct, count = sum_rows(model, dataset, measure=_sum_metrics, **options)
     return MaskedLMMetrics.from_sums(
         loss=loss, correct=correct, top5_correct=top5_correct, masked_tokens=int(count)
     )
@@ -264,10 +248,13 @@ def sum_rows(
     sparse: SparsePrediction | None,
     accelerator: "Accelerator | None" = None,
 ) -> list[float]:
-    """Sum what is measured on batches, from their logits and targets, also over processes."""
+    """Sum what is measured at the targets of all batches that `collate` makes, of all processes."""
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = model.device
-    batches = torch.split(torch.arange(len(dataset)), batch_size)[rank::world]
+    # The longest first: little is padded, and what memory does not hold shows at once.
+    lengths = dataset_lengths(dataset)
+    order = np.arange(len(dataset)) if lengths is None else np.argsort(-lengths, kind="stable")
+    batches = torch.split(torch.from_numpy(order), batch_size)[rank::world]
     loader = DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=[rows.tolist() for rows in batches],

@@ -207,9 +207,20 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def choose(output_dir: Path, wanted: str | Literal[True]) -> Path | None:
-    """Return the checkpoint that ``resume_from_checkpoint`` asks for; None if there is none yet."""
+    """Return the checkpoint that ``resume_from_checkpoint`` asks for; None if there is none yet.
+
+    Raises:
+        FileNotFoundError: If it names a directory that is not there.
+        ValueError: If what it names is damaged.
+    """
     if wanted is True or wanted.lower() == "true":  # as a command line says it
         return newest_whole(output_dir)
+    if not Path(wanted).is_dir():
+        found = [path.name for path in find_checkpoints(output_dir)] or ["no checkpoint"]
+        raise FileNotFoundError(
+            f"resume_from_checkpoint is {wanted!r}, which is not there; name a checkpoint's "
+            f"directory, or pass True for the newest in output_dir, which holds {', '.join(found)}"
+        )
     damage = next(find_damage(Path(wanted)), None)
     if damage is not None:
         raise ValueError(f"resume_from_checkpoint is {wanted!r}, which is damaged: {damage}")

@@ -1,0 +1,284 @@
+"""Rows for new words, in every head."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+)
+
+from mlmadapt import (
+    TrainingConfig,
+    WholeWordMaskingCollator,
+    accelerate_train,
+    evaluate_mlm,
+    extend_vocabulary,
+    group_texts,
+    insert_random_mask,
+    tokenize_with_word_ids,
+)
+from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NEW = ["placebo", "unwatchables", "goodness"]
+FAMILIES = {
+    "bert": "wordpiece",
+    "roberta": "byte_bpe",
+    "distilbert": "wordpiece",
+    "albert": "unigram",
+    "electra": "wordpiece",
+    "deberta-v2": "unigram_offsets",
+    "deberta-v2 (new head)": "unigram_offsets",
+    "modernbert": "byte_bpe",
+    "mpnet": "wordpiece",
+}
+families = pytest.mark.parametrize("architecture", FAMILIES)
+
+
+def make(architecture: str, *, tied: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+    """A tokenizer and a model of a family whose biases are not 0, as those of real models are."""
+    tokenizer = tiny_tokenizer(FAMILIES[architecture])
+    model: Any = tiny_model(tokenizer, architecture=architecture.partition(" ")[0])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        if architecture == "deberta-v2 (new head)":
+            model = DebertaV2ForMaskedLM(
+                DebertaV2Config(**model.config.to_dict() | {"legacy": False})
+            )
+        if not tied:
+            model.config.tie_word_embeddings = False
+            model = AutoModelForMaskedLM.from_config(model.config)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name.endswith("bias"):
+                    weight.normal_()
+    return tokenizer, model.to(dtype).eval()
+
+
+def logits(model: Any, ids: list[int]) -> torch.Tensor:
+    """What a model predicts for a text."""
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=torch.tensor([ids])).logits
+    return found
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@families
+def test_new_rows_are_means(architecture: str, tied: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    """Embeddings, matrix and bias; old words keep their logits; loaded again, it is the same."""
+    tokenizer, model = make(architecture, tied=tied)
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    longer, larger = extend_vocabulary(tokenizer, model, NEW)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(model.state_dict()[name], each) for name, each in before.items())
+    assert model.config.vocab_size == len(tokenizer) == len(longer) - len(NEW)
+    assert larger.config.vocab_size == len(longer) == len(larger.get_input_embeddings().weight)
+
+    ids = tokenizer(f"x {tokenizer.mask_token} film")["input_ids"]
+    was, now = logits(model, ids), logits(larger, ids)
+    # To the last bits, since a larger matrix product may sum in another order.
+    torch.testing.assert_close(now[..., : len(tokenizer)], was)
+    start = len(tokenizer("x", add_special_tokens=False)["input_ids"])
+    old_rows = model.get_input_embeddings().weight
+    for token_id, word in enumerate(NEW, start=len(tokenizer)):
+        pieces = tokenizer(f"x {word}", add_special_tokens=False)["input_ids"][start:]
+        assert len(pieces) > 1
+        row = larger.get_input_embeddings().weight[token_id]
+        torch.testing.assert_close(row, old_rows[pieces].mean(0))
+        torch.testing.assert_close(now[..., token_id], was[..., pieces].mean(-1))
+
+    larger.save_pretrained(tmp_path)
+    longer.save_pretrained(tmp_path)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    text = longer("a placebo of goodness")["input_ids"]
+    assert AutoTokenizer.from_pretrained(tmp_path)("a placebo of goodness")["input_ids"] == text
+    assert torch.equal(logits(loaded, text), logits(larger, text))
+    assert count_tables(loaded) == count_tables(larger) == count_tables(model)
+
+
+def count_tables(model: Any) -> int:
+    """How many matrices have a row per token: one where the head's is the input embedding's."""
+    rows = model.config.vocab_size
+    return sum(len(weight) == rows and weight.dim() == 2 for weight in model.parameters())
+
+
+@families
+def test_16_bits(architecture: str) -> None:
+    """Weights keep their type, and what is rounded is no reason to refuse them."""
+    tokenizer, model = make(architecture, dtype=torch.bfloat16)
+    _, larger = extend_vocabulary(tokenizer, model, NEW)
+    assert larger.dtype == torch.bfloat16
+
+
+def test_what_resize_does_is_seen() -> None:
+    """Rows by `resize_token_embeddings` are no means, and refused by the same check."""
+    tokenizer, model = make("bert")
+    _, larger = extend_vocabulary(tokenizer, model, NEW)
+    resized = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]):
+        resized.resize_token_embeddings(len(tokenizer) + len(NEW), mean_resizing=False)
+    ids = tokenizer(tokenizer.mask_token)["input_ids"]
+    assert not torch.allclose(logits(resized, ids), logits(larger, ids), atol=0.01)
+
+
+def test_rows_are_padded_to_a_multiple() -> None:
+    """What fills up is the mean of all rows, so that it takes no token's place."""
+    tokenizer, model = make("bert")
+    longer, larger = extend_vocabulary(tokenizer, model, NEW, pad_to_multiple_of=64)
+    assert larger.config.vocab_size == 512 > len(longer)
+    ids = tokenizer(f"a {tokenizer.mask_token}")["input_ids"]
+    spare, old = logits(larger, ids)[..., len(longer) :], logits(model, ids)
+    torch.testing.assert_close(spare, old.mean(-1, keepdim=True).expand_as(spare))
+    # Rows that are there already are used first.
+    again, same = extend_vocabulary(longer, larger, ["scorers"])
+    assert (len(again), same.config.vocab_size) == (len(longer) + 1, 512)
+
+
+def test_unused_rows_are_reused() -> None:
+    """The model does not grow, and the rows of reserved tokens become those of words."""
+    tokenizer = tiny_tokenizer("byte_bpe")
+    tokenizer.add_tokens([f"[unused{number}]" for number in range(3)])
+    model = tiny_model(tokenizer, architecture="roberta")
+    longer, larger = extend_vocabulary(tokenizer, model, NEW, reuse_unused=True)
+    assert larger.config.vocab_size == len(longer) == len(tokenizer)
+    pieces = tokenizer(" goodness", add_special_tokens=False)["input_ids"]
+    row = larger.get_input_embeddings().weight[longer.convert_tokens_to_ids("Ġgoodness")]
+    torch.testing.assert_close(row, model.get_input_embeddings().weight[pieces].mean(0))
+
+
+def rows_of(tokenizer: Any, documents: int) -> list[dict[str, Any]]:
+    """Chunks of documents with new words in them."""
+    texts = [f"{text} placebo goodness" for text in tiny_corpus(documents)]
+    chunks = group_texts(tokenize_with_word_ids({"text": texts}, tokenizer), chunk_size=32)
+    return [dict(zip(chunks, row, strict=True)) for row in zip(*chunks.values(), strict=True)]
+
+
+@pytest.mark.usefixtures("no_curves")
+@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+def test_a_run_with_new_words(architecture: str, tmp_path: Path) -> None:
+    """Trained, saved and evaluated as any other; new words are masked as any other."""
+    tokenizer, model = extend_vocabulary(*make(architecture), NEW)
+    rows = rows_of(tokenizer, 60)
+    collator = WholeWordMaskingCollator(tokenizer, seed=0)
+    labels = collator(rows)["labels"]
+    assert (labels >= len(tokenizer) - len(NEW)).any()
+    frozen = insert_random_mask(
+        {name: [row[name] for row in rows[:8]] for name in rows[0]}, collator
+    )
+    frozen_rows = [
+        dict(zip(frozen, row, strict=True)) for row in zip(*frozen.values(), strict=True)
+    ]
+    result = accelerate_train(
+        model,
+        rows[8:],
+        frozen_rows,
+        tokenizer=tokenizer,
+        data_collator=collator,
+        config=TrainingConfig(output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=8),
+    )
+    saved = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    again = evaluate_mlm(saved, frozen_rows, tokenizer=loaded)
+    assert result.final is not None
+    assert again.loss == pytest.approx(result.final.loss, rel=1e-6)
+    assert loaded("a placebo")["input_ids"] == tokenizer("a placebo")["input_ids"]
+
+
+class Scaled(torch.nn.Module):
+    """A head with a bias that is no row per token: of two parts, one behind the other."""
+
+    def __init__(self, decoder: torch.nn.Linear) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.parts = torch.nn.ParameterList([*torch.randn(2, len(decoder.weight) // 2)])
+
+    @property
+    def weight(self) -> torch.nn.Parameter:
+        """The matrix, as of any other head."""
+        return self.decoder.weight
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Add the bias as far as it goes."""
+        found = self.decoder(hidden)
+        bias = torch.cat([*self.parts])
+        return found + torch.nn.functional.pad(bias, (0, found.shape[-1] - len(bias)))
+
+
+def test_a_head_whose_bias_is_not_found() -> None:
+    """It is refused, not left at 0."""
+    tokenizer, model = make("bert", tied=False)
+    with torch.random.fork_rng(devices=[]):
+        model.cls.predictions.decoder = Scaled(model.cls.predictions.decoder)
+    with pytest.raises(
+        ValueError,
+        match="the head of BertForMaskedLM cannot be extended: with new rows, its logits",
+    ):
+        extend_vocabulary(tokenizer, model, NEW)
+
+
+def test_a_head_of_another_shape() -> None:
+    """MobileBERT's matrix has a part that is no row per token."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer, architecture="mobilebert")
+    with pytest.raises(ValueError, match=r"MobileBertForMaskedLM cannot be extended.* it fails"):
+        extend_vocabulary(tokenizer, model, NEW)
+
+
+@pytest.mark.parametrize("size", [0, 1.5, True, "8"])
+def test_wrong_multiples(size: Any) -> None:
+    """Rows are counted in whole numbers."""
+    with pytest.raises(
+        ValueError, match=f"pad_to_multiple_of is {size!r}; it must be a whole number"
+    ):
+        extend_vocabulary(*make("bert"), NEW, pad_to_multiple_of=size)
+
+
+def test_models_that_are_not_the_tokenizers() -> None:
+    """Fewer rows than tokens, or another padding token."""
+    tokenizer, model = make("bert")
+    with pytest.raises(ValueError, match="tokenizer has 512 tokens and padding id 1, the model 4"):
+        extend_vocabulary(tiny_tokenizer("byte_bpe"), model, NEW)
+    model.config.pad_token_id = 1
+    with pytest.raises(ValueError, match=r"padding id 0, the model .* padding id 1; pass the tok"):
+        extend_vocabulary(tokenizer, model, NEW)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_models_that_cannot_be_extended() -> None:
+    """Adapters, compiled and causal models, shards, several devices, rows in a buffer."""
+    tokenizer, model = make("bert")
+
+    def refuse(model: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            extend_vocabulary(tokenizer, model, NEW)
+
+    refuse(torch.compile(model), "is compiled or has adapters; extend the bare model")
+    lora = LoraConfig(target_modules=["query"])
+    refuse(get_peft_model(copy.deepcopy(model), lora), "is compiled or has adapters")
+    adapted = copy.deepcopy(model)
+    adapted._hf_peft_config_loaded = True  # as `add_adapter` leaves it
+    refuse(adapted, "is compiled or has adapters")
+    config = AutoConfig.for_model("gpt2", n_layer=1, n_head=2, n_embd=8)
+    refuse(AutoModelForCausalLM.from_config(config), "is a causal language model")
+    on_two = copy.deepcopy(model)
+    on_two.bert.pooler = torch.nn.Linear(2, 2, device="meta")
+    refuse(on_two, r"lies on \['cpu', 'meta'\]; load it on one device")
+    sharded = copy.deepcopy(model)
+    sharded.get_input_embeddings().weight.ds_id = 3
+    refuse(sharded, "is sharded; extend it before FSDP or DeepSpeed get it")
+    buffered = copy.deepcopy(model)
+    buffered.register_buffer("counts", torch.zeros(len(tokenizer)))
+    refuse(buffered, "has a buffer with a row per token")

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 SECONDS = 60
 
 
@@ -50,18 +52,19 @@ def start(
     world: int = 1,
     seconds: float = SECONDS,
     kill_after: float | None = None,
+    kill_by: int = signal.SIGKILL,
     **arguments: Any,
 ) -> list[Ended]:
     """Call a function of `short_run` in as many processes and return how each ended.
 
-    Those that still run `kill_after` so many seconds are killed, workers included.
+    Those that still run `kill_after` so many seconds get a signal, workers included.
 
     Raises:
         TimeoutError: If they have not ended in time; they are killed.
     """
     server = _server()
     request = {"function": function, "world": world, "seconds": seconds, "arguments": arguments}
-    request["kill_after"] = kill_after
+    request |= {"kill_after": kill_after, "kill_by": kill_by}
     server.stdin.write(json.dumps(request) + "\n")
     server.stdin.flush()
     answer = json.loads(server.stdout.readline())
@@ -83,9 +86,18 @@ def outcome(folder: object, **arguments: Any) -> dict[str, Any]:
 
 
 def run_script(
-    arguments: list[str], *, seconds: float = SECONDS, **environment: str
+    arguments: list[str],
+    *,
+    seconds: float = SECONDS,
+    signal_after: float | None = None,
+    number: int = signal.SIGTERM,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process group of its own, which is killed as a whole when time is up."""
+    """Run a command; it and all that it started are killed when time is up.
+
+    If it still runs `signal_after` so many seconds, all of them get the signal of that `number`, as
+    from a scheduler. (They are no group: torchrun gives each process a session of its own.)
+    """
     process = subprocess.Popen(
         arguments,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -94,12 +106,25 @@ def run_script(
         text=True,
         start_new_session=True,
     )
+    family = [psutil.Process(process.pid)]
     try:
+        if signal_after is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(signal_after)
+            _signal(family, number)
         output, _ = process.communicate(timeout=seconds)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _signal(family, signal.SIGKILL)
     return subprocess.CompletedProcess(arguments, process.returncode, output)
+
+
+def _signal(family: list[psutil.Process], number: int) -> None:
+    """Signal processes and what they have started by now, which `family` remembers."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family.extend(set(family[0].children(recursive=True)) - set(family))
+    for each in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.send_signal(number)
 
 
 @functools.cache
@@ -149,7 +174,7 @@ def _fork(function: Any, request: dict[str, Any], folder: Path) -> list[dict[str
         children[child] = rank
     now, kill_after = time.monotonic(), request["kill_after"]
     kill_at = None if kill_after is None else now + kill_after
-    codes = _wait(list(children), now + request["seconds"], kill_at)
+    codes = _wait(list(children), now + request["seconds"], kill_at, request["kill_by"])
     if codes is None:
         return None
     answers = []
@@ -161,14 +186,16 @@ def _fork(function: Any, request: dict[str, Any], folder: Path) -> list[dict[str
     return answers
 
 
-def _wait(children: list[int], deadline: float, kill_at: float | None) -> dict[int, int] | None:
+def _wait(
+    children: list[int], deadline: float, kill_at: float | None, kill_by: int
+) -> dict[int, int] | None:
     """Return the exit codes, or None if one was late; nothing of them is left running."""
     codes: dict[int, int] = {}
     while len(codes) < len(children) and time.monotonic() < deadline:
         if kill_at is not None and time.monotonic() >= kill_at:
             kill_at = None
             for child in set(children) - set(codes):
-                os.killpg(child, signal.SIGKILL)
+                os.killpg(child, kill_by)
         for child in set(children) - set(codes):
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid:

@@ -118,6 +118,7 @@ def read_table(folder: Path, name: str) -> list[list[str]]:
                 "fine-tuned, 16 labels",
             ],
         ),
+        ("short_documents", ["sentences", "reviews"], ["before", "joined", "packed", "padded"]),
         (
             "vocabulary",
             [

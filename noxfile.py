@@ -69,6 +69,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Attack for 5 minutes with cases that nobody thought of; ``-- --minutes 30 --seed 1``."""
+    install(session, "-e.", *TEST)
+    session.run("python", "-m", "tests.fuzz", *session.posargs)
+
+
+@nox.session
 def coverage(session: nox.Session) -> None:
     """Run the tests and report what they cover, which takes half as long again."""
     install(session, "-e.", *TEST)

@@ -3,6 +3,7 @@
     python examples/imdb_distilbert.py                                 # the recipe, from the hub
     python examples/imdb_distilbert.py --model FOLDER --dataset FILE   # your own model and text
     python examples/imdb_distilbert.py --loop trainer --masking token  # its other loop and masking
+    python examples/imdb_distilbert.py --rows packed                   # short documents, each alone
     python examples/imdb_distilbert.py --demo                          # no download, 3 minutes
     accelerate launch examples/imdb_distilbert.py                      # on all devices
 
@@ -32,16 +33,20 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, load_dataset
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, pipeline
+from transformers import HfArgumentParser, Trainer, TrainingArguments, pipeline
+from transformers.hf_argparser import HfArg
 
 from mlmadapt import (
+    MaskingCallback,
     TrainingConfig,
     WholeWordMaskingCollator,
     accelerate_train,
     evaluate_mlm,
     group_texts,
     insert_random_mask,
+    isolate_documents,
     masked_lm_loss,
+    pack_texts,
     show_masks,
     sparse_prediction,
     tokenize_with_word_ids,
@@ -52,7 +57,6 @@ if TYPE_CHECKING:
         FillMaskPipeline,
         PreTrainedModel,
         PreTrainedTokenizerBase,
-        TrainerState,
     )
 
 
@@ -60,16 +64,39 @@ if TYPE_CHECKING:
 class Arguments:
     """What is adapted to what. `TrainingConfig` says how it is trained."""
 
-    model: str = "distilbert/distilbert-base-uncased"  # a name on the hub, or a folder
-    dataset: str = "stanfordnlp/imdb"  # the same, or a parquet, csv, json or txt file
-    text_column: str = "text"  # "text" in a txt file, each line of which is a document
-    chunk_size: int = 128  # tokens per row
-    train_size: int = 10_000  # rows, at most
-    test_size: int = 1_000  # rows, at most
-    masking: Literal["whole-word", "token"] = "whole-word"
-    loop: Literal["accelerate", "trainer"] = "accelerate"
-    sentence: str = "This is a great [MASK]."  # to fill in before and after
-    demo: bool = False  # make a tiny model on the spot, and adapt it to Python's documentation
+    model: str = HfArg(
+        default="distilbert/distilbert-base-uncased",
+        help="The model and tokenizer: a name on the hub, or a folder.",
+    )
+    dataset: str = HfArg(
+        default="stanfordnlp/imdb",
+        help="The documents: a name on the hub, a folder, or a parquet, csv, json or txt file "
+        "(each line of a txt file is a document).",
+    )
+    text_column: str = HfArg(default="text", help="The column with the documents.")
+    chunk_size: int = HfArg(default=128, help="Tokens per row.")
+    rows: Literal["grouped", "packed"] = HfArg(
+        default="grouped",
+        help="Join all documents and cut them, or lay whole ones side by side, each of which sees "
+        "itself alone: for documents shorter than a row.",
+    )
+    train_size: int = HfArg(default=10_000, help="Rows to train on, at most.")
+    test_size: int = HfArg(default=1_000, help="Held-out rows to evaluate on, at most.")
+    masking: Literal["whole-word", "token"] = HfArg(
+        default="whole-word",
+        help="The recipe's 20 %% of words, always masked, or its 15 %% of tokens, 80/10/10.",
+    )
+    loop: Literal["accelerate", "trainer"] = HfArg(
+        default="accelerate", help="Train with accelerate_train, or with transformers' Trainer."
+    )
+    sentence: str = HfArg(
+        default="This is a great [MASK].", help="A sentence to fill in before and after."
+    )
+    demo: bool = HfArg(
+        default=False,
+        help="Make a tiny model on the spot and adapt it to Python's documentation, without a "
+        "download, in under three minutes.",
+    )
 
 
 def main() -> None:
@@ -86,7 +113,7 @@ def main() -> None:
         import demo_corpus  # noqa: PLC0415  # beside this file, which goes without it
 
         datasets.disable_progress_bars()
-        model, tokenizer, documents = demo_corpus.starting_point(config, args.chunk_size)
+        model, tokenizer, documents, general = demo_corpus.starting_point(config, args.chunk_size)
     else:
         # The first process downloads and maps, the others find it all in the cache.
         with PartialState().main_process_first():
@@ -118,7 +145,11 @@ def main() -> None:
     say("  a held-out row, {as it is -> as the model sees it}:")
     say(textwrap.indent(str(show_masks(frozen[:1], tokenizer)), "  "))
     if args.demo:
-        gaps = demo_corpus.choose_gaps(parts["test"], tokenizer)
+        gaps = demo_corpus.choose_gaps(
+            parts["test"]["text"][:],
+            demo_corpus.find_domain_words(parts["train"]["text"][:], general),
+            tokenizer,
+        )
         guesses = demo_corpus.fill_gaps(gaps, model, tokenizer)
 
     title(f"Training: {args.masking} masking, {args.loop} loop")
@@ -150,9 +181,13 @@ def main() -> None:
 
 def parse_arguments() -> tuple[Arguments, TrainingConfig]:
     """Read the command line; some defaults depend on --loop and --demo."""
-    parser = HfArgumentParser((Arguments, TrainingConfig), description=__doc__.partition("\n")[0])
-    chosen, _ = parser.parse_known_args()
+    parser = HfArgumentParser(
+        (Arguments, TrainingConfig),
+        usage="%(prog)s [options]  (--help describes them)",
+        description=__doc__.partition("\n")[0],
+    )
     parser.set_defaults(output_dir="adapted-model")
+    chosen, _ = parser.parse_known_args()
     if chosen.loop == "trainer":
         parser.set_defaults(learning_rate=2e-5, weight_decay=0.01)  # the recipe's
     if chosen.demo:
@@ -166,6 +201,19 @@ def parse_arguments() -> tuple[Arguments, TrainingConfig]:
     for name in ("chunk_size", "train_size", "test_size"):
         if getattr(args, name) < 1:
             parser.error(f"{name} is {getattr(args, name)}; it must be 1 or more")
+    if (args.rows, args.masking) == ("packed", "token"):
+        parser.error(
+            "rows packed takes masking whole-word: transformers' collator keeps no documents"
+        )
+    folder = Path(config.output_dir)
+    known = config.overwrite or config.resume_from_checkpoint
+    # A run that failed early leaves a lock and nothing to lose.
+    if not known and folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+        parser.error(
+            f"output_dir {config.output_dir!r} holds files of another run; name another folder by "
+            "--output_dir, go on with --resume_from_checkpoint True, or train over it with "
+            "--overwrite"
+        )
     # The model card tells this, beside what the run knows about itself.
     sentences = config.fill_mask or [args.sentence]
     name = config.dataset_name or ("Python's documentation" if args.demo else args.dataset)
@@ -213,13 +261,21 @@ def load_documents(source: str, text_column: str) -> Dataset:
         )
     # A document that occurs twice could end up on both sides of the split.
     rows: dict[str, int] = {}
+    empty = 0
     for row, text in enumerate(loaded[text_column]):
-        if not isinstance(text, str):
+        if not isinstance(text, str | None):
             sys.exit(
                 f"row {row} of {text_column!r} in {source!r} is {text!r:.40}, which is not a text."
             )
-        if text.strip():
+        if text and text.strip():
             rows.setdefault(text, row)
+        else:
+            empty += 1
+    if len(rows) < len(loaded):
+        say(
+            f"  of {len(loaded):,} documents, {empty:,} without a text and "
+            f"{len(loaded) - len(rows) - empty:,} that repeat another are left out"
+        )
     if len(rows) < 2:
         sys.exit(
             f"dataset {source!r} has {len(rows)} distinct document(s); a split takes 2 or more."
@@ -251,14 +307,25 @@ def cut_into_rows(
         remove_columns=documents.column_names,
         desc="tokenizing",
     )
-    rows = tokens.map(
-        group_texts,
-        batched=True,
-        fn_kwargs={"chunk_size": args.chunk_size, "labels": False},
-        desc="chunking",
-    ).with_format(None)
-    total = pc.sum(pc.list_value_length(tokens[:]["input_ids"])).as_py()
-    kept = len(rows) * args.chunk_size
+    if args.rows == "packed":
+        rows = tokens.map(
+            pack_texts,
+            batched=True,
+            batch_size=None,
+            fn_kwargs={"chunk_size": args.chunk_size},
+            desc="packing",
+        )
+    else:
+        rows = tokens.map(
+            group_texts,
+            batched=True,
+            fn_kwargs={"chunk_size": args.chunk_size, "labels": False},
+            desc="chunking",
+        )
+    total, kept = (
+        pc.sum(pc.list_value_length(each[:]["input_ids"])).as_py() or 0 for each in (tokens, rows)
+    )
+    rows = rows.with_format(None)
     used = rows.select(range(min(size, len(rows))))
     say(
         f"  {name}: {len(documents):,} documents, {total:,} tokens in, {kept:,} kept, "
@@ -301,6 +368,9 @@ def train_with_trainer(
     # Trainer gives the labels either to the model, for sparse_prediction, or to a loss function.
     # Without the latter it weighs batches, not tokens, as soon as several make a step.
     several = arguments.gradient_accumulation_steps * max(arguments.world_size, arguments.n_gpu) > 1
+    # A collator with a seed has to be told the epoch.
+    is_ours = isinstance(collator, WholeWordMaskingCollator)
+    callbacks = [MaskingCallback(collator)] if is_ours else []
     trainer = ExactTrainer(
         model,
         arguments,
@@ -309,23 +379,16 @@ def train_with_trainer(
         eval_dataset=frozen,
         processing_class=tokenizer,
         compute_loss_func=masked_lm_loss if several else None,
-        callbacks=[NewMasks(collator)] if isinstance(collator, WholeWordMaskingCollator) else [],
+        callbacks=callbacks,
     )
-    with nullcontext() if several else sparse_prediction(model):
+    is_packed = "document_ids" in train_rows.column_names
+    with (
+        isolate_documents(model) if is_packed else nullcontext(),
+        nullcontext() if several else sparse_prediction(model),
+    ):
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
     return trainer.state.log_history
-
-
-@dataclass
-class NewMasks(TrainerCallback):
-    """Gives each epoch its own masks: a collator with a seed has to be told."""
-
-    collator: WholeWordMaskingCollator
-
-    def on_epoch_begin(self, _args: Any, state: TrainerState, _control: Any, **_: Any) -> None:
-        """Tell it."""
-        self.collator.set_epoch(round(state.epoch))
 
 
 class ExactTrainer(Trainer):

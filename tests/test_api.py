@@ -40,7 +40,9 @@ def test_public_names() -> None:
     """The contract's names, each with the module that it is loaded from, in order."""
     assert mlmadapt.__all__ == sorted(set(mlmadapt.__all__))
     assert sorted(mlmadapt._HOME) == mlmadapt.__all__
+    # No module of the inside is offered for completion.
     assert dir(mlmadapt) == sorted([*mlmadapt.__all__, "__version__"])
+    assert dir(mlmadapt.testing) == mlmadapt.testing.__all__
     tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
     typed = {
         alias.name: node.module
@@ -240,8 +242,8 @@ def test_source(path: Path) -> None:
 def test_source_stays_small() -> None:
     """The library can be read in an afternoon, and its help for tests in a coffee break."""
     for_tests = {path for path in FILES if room_of(path) in {"testing", "_pytest_plugin"}}
-    assert sum(map(lines_of_code, set(FILES) - for_tests)) <= 3875
-    assert sum(map(lines_of_code, for_tests)) <= 800
+    assert sum(map(lines_of_code, set(FILES) - for_tests)) <= 4602
+    assert sum(map(lines_of_code, for_tests)) <= 802
 
 
 ROOMS = ["_types", "data", "masking", "model", "training", "testing", "_pytest_plugin"]
@@ -328,6 +330,21 @@ def test_every_package_that_is_imported_is_a_dependency() -> None:
     declared = {name.replace("-", "_") for name in names}
     # By the plugin, which only pytest loads, and by `plot`, which asks for its extra.
     assert top - declared == {"matplotlib", "pytest"}
+
+
+def test_extras_are_what_is_asked_for() -> None:
+    """Each is the package of its name, but `plot`, and pages and errors say `mlmadapt[NAME]`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    assert extras == {
+        "plot": ["matplotlib"],
+        **{name: [name] for name in ("peft", "tensorboard", "trackio")},
+    }
+    pages = (ROOT / "README.md", *FILES, *(ROOT / "docs").rglob("*.md"))
+    told = {
+        name for path in pages for name in re.findall(r"mlmadapt\[(\w+)\]", path.read_text("utf-8"))
+    }
+    assert told == extras.keys()
 
 
 def test_the_forward_pass_is_two_calls_from_the_function_that_is_called() -> None:

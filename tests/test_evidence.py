@@ -18,8 +18,10 @@ from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "evidence"
 STUDIES = {
     "forgetting": [],
+    "mask_rate": [],
     "perplexity_by_step": [],
     "vocabulary": ["--corpora", "abstracts"],
+    "short_documents": [],
     "sentiment": ["--labels", 8, 16, "--test_reviews", 10, "--steps", 2],
     "whole_word_or_token": [],
 }
@@ -92,6 +94,16 @@ def read_table(folder: Path, name: str) -> list[list[str]]:
             ["before", "reviews alone", "with 20% general text"],
         ),
         (
+            "mask_rate",
+            ["15% masked"],
+            [
+                "before",
+                "20 % throughout",
+                "30 %, then 15 % in the last fifth",
+                "30 % to 15 %, evenly",
+            ],
+        ),
+        (
             "perplexity_by_step",
             ["0 steps", *(f"{percent}% of steps" for percent in (20, 40, 60, 80, 100))],
             ["recipe", "ours, equal steps", "ours, equal time"],
@@ -106,6 +118,7 @@ def read_table(folder: Path, name: str) -> list[list[str]]:
                 "fine-tuned, 16 labels",
             ],
         ),
+        ("short_documents", ["sentences", "reviews"], ["before", "joined", "packed", "padded"]),
         (
             "vocabulary",
             [
@@ -139,9 +152,16 @@ def test_a_study(folder: Path, name: str, columns: list[str], rows: list[str]) -
 
 def test_models_are_shared(folder: Path) -> None:
     """A model that several studies need is trained once."""
-    kinds = ("imdb-words", "imdb-tokens", "mix-words")
+    kinds = ["imdb-words", "imdb-tokens", "mix-words"]
+    kinds += ["imdb-30-then-15-words", "imdb-30-to-15-words"]
     expected = {"vocabulary"} | {
         f"{kind}-96-rows-2-steps-seed-{seed}" for kind in kinds for seed in (0, 1)
+    }
+    expected |= {
+        f"{corpus}-{way}-6-steps-{seed}"
+        for corpus in ("general_wikisplit", "imdb")
+        for way in ("joined", "packed", "padded")
+        for seed in (0, 1)
     }
     assert {path.name for path in (folder / "models").iterdir()} == expected
 

@@ -114,9 +114,15 @@ def cut(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, rows: int) 
     return chunks.select(range(min(rows, len(chunks))))
 
 
-def freeze(rows: Dataset, tokenizer: PreTrainedTokenizerBase, masking: str = "words") -> Dataset:
+def freeze(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    masking: str = "words",
+    *,
+    rate: float = MASKED,
+) -> Dataset:
     """Mask rows once; all models are measured on the same masks."""
-    rows, collator = fit(rows, tokenizer, masking, seed=0)
+    rows, collator = fit(rows, tokenizer, masking, seed=0, rate=rate)
     return rows.map(
         insert_random_mask,
         batched=True,
@@ -126,25 +132,36 @@ def freeze(rows: Dataset, tokenizer: PreTrainedTokenizerBase, masking: str = "wo
 
 
 def fit(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, masking: str, *, seed: int
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    masking: str,
+    *,
+    seed: int,
+    rate: Any = MASKED,
 ) -> tuple[Dataset, Callable[[list[dict[str, Any]]], dict[str, Any]]]:
     """Return rows and a collator that masks whole words or single tokens of them."""
     if masking == "words":
-        return rows, WholeWordMaskingCollator(tokenizer, wwm_probability=MASKED, seed=seed)
+        return rows, WholeWordMaskingCollator(tokenizer, wwm_probability=rate, seed=seed)
     collator = DataCollatorForLanguageModeling(
-        tokenizer, mlm_probability=MASKED, mask_replace_prob=1, random_replace_prob=0, seed=seed
+        tokenizer, mlm_probability=rate, mask_replace_prob=1, random_replace_prob=0, seed=seed
     )
     return rows.remove_columns("word_ids"), collator
 
 
 def adapt(
-    args: argparse.Namespace, rows: Dataset, *, corpus: str, masking: str = "words", seed: int
+    args: argparse.Namespace,
+    rows: Dataset,
+    *,
+    corpus: str,
+    masking: str = "words",
+    rate: Any = MASKED,
+    seed: int,
 ) -> Path:
     """Return the folder of an adapted model, which is trained unless it is there."""
     steps = count_steps(args, rows)
     folder = args.models / f"{corpus}-{masking}-{len(rows)}-rows-{steps}-steps-seed-{seed}"
     tokenizer = AutoTokenizer.from_pretrained(args.data / MODEL)
-    rows, collator = fit(rows, tokenizer, masking, seed=seed)
+    rows, collator = fit(rows, tokenizer, masking, seed=seed, rate=rate)
     accelerate_train(
         AutoModelForMaskedLM.from_pretrained(args.data / MODEL),
         rows,

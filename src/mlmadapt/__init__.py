@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlmadapt.data.phrases import phrases
     from mlmadapt.data.tokenization import tokenize_with_word_ids
     from mlmadapt.data.vocabulary import find_domain_words
+    from mlmadapt.masking.callback import MaskingCallback
     from mlmadapt.masking.collator import WholeWordMaskingCollator
     from mlmadapt.masking.freezing import insert_random_mask
     from mlmadapt.masking.show import show_masks
@@ -27,17 +28,23 @@ if TYPE_CHECKING:
     from mlmadapt.model.isolation import isolate_documents
     from mlmadapt.model.loss import masked_lm_loss
     from mlmadapt.model.sparse_head import sparse_prediction
+    from mlmadapt.model.word_evaluation import MaskedWordMetrics, evaluate_words
     from mlmadapt.training.config import TrainingConfig
     from mlmadapt.training.loop import accelerate_train
     from mlmadapt.training.result import TrainingResult
 
+    __version__: str
+
 __all__ = [
     "MaskedLMMetrics",
+    "MaskedWordMetrics",
+    "MaskingCallback",
     "TrainingConfig",
     "TrainingResult",
     "WholeWordMaskingCollator",
     "accelerate_train",
     "evaluate_mlm",
+    "evaluate_words",
     "extend_vocabulary",
     "find_domain_words",
     "group_texts",
@@ -53,11 +60,14 @@ __all__ = [
 
 _HOME = {
     "MaskedLMMetrics": "model.evaluation",
+    "MaskedWordMetrics": "model.word_evaluation",
+    "MaskingCallback": "masking.callback",
     "TrainingConfig": "training.config",
     "TrainingResult": "training.result",
     "WholeWordMaskingCollator": "masking.collator",
     "accelerate_train": "training.loop",
     "evaluate_mlm": "model.evaluation",
+    "evaluate_words": "model.word_evaluation",
     "extend_vocabulary": "model.embeddings",
     "find_domain_words": "data.vocabulary",
     "group_texts": "data.chunking",
@@ -72,14 +82,16 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return import_module("importlib.metadata").version("mlmadapt")
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Kept in the module, so that the second look-up is an ordinary one.
-    globals()[name] = value = getattr(import_module(f"mlmadapt.{_HOME[name]}"), name)
-    return value
+if not TYPE_CHECKING:  # to a type checker, a name that is not imported above is misspelt
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return import_module("importlib.metadata").version("mlmadapt")
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # Kept in the module, so that the second look-up is an ordinary one.
+        globals()[name] = value = getattr(import_module(f"mlmadapt.{_HOME[name]}"), name)
+        return value
 
 
 def __dir__() -> list[str]:

@@ -24,7 +24,7 @@ def reference_tokenize(
         for token, word in zip(encoded["input_ids"], encoded.word_ids(), strict=True)
     ]
     is_text = [word is not None for word in words]
-    ignored = [c.isspace() and not splits_at(tokenizer, c) for c in text]
+    ignored = [is_space(c) and not splits_at(tokenizer, c) for c in text]
     if any(ignored):
         # A word is the tokenizer's own, as far as the next white space that the tokenizer ignores.
         before = [*accumulate(ignored, initial=0)]
@@ -50,10 +50,16 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {i for i in added if added[i].special} - {tokenizer.unk_token_id}
 
 
+def is_space(character: str) -> bool:
+    """Tell white space as Unicode does; four separators are white space to Python alone."""
+    return character.isspace() and character not in "\x1c\x1d\x1e\x1f"
+
+
 @functools.cache
 def splits_at(tokenizer: PreTrainedTokenizerBase, space: str) -> bool:
-    """Tell whether the tokenizer begins a new word at a white-space character."""
-    return len({*tokenizer(f"one{space}two").word_ids()} - {None}) > 1
+    """Tell whether the tokenizer begins a new word at white space, between letters and marks."""
+    texts = f"one{space}two", f");{space}//"
+    return all(len({*tokenizer(text).word_ids()} - {None}) > 1 for text in texts)
 
 
 def _touched(

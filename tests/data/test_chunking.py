@@ -185,17 +185,23 @@ def test_a_batch_that_yields_nothing_warns() -> None:
 def test_what_is_dropped_is_logged(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first time of a process as a warning, then as information, and only where it is so."""
-    monkeypatch.setattr(chunking, "_drop_was_said", False)
+    """As a warning where it is a share that counts and more than was told before, each time."""
+    monkeypatch.setattr(chunking, "_worth_warning", 0.01)
+    levels = []
     with caplog.at_level(logging.INFO, logger="mlmadapt"):
-        for chunk_size in (5, 3, 4):
-            group_texts(DOCUMENTS, chunk_size=chunk_size)
+        for tokens, chunk_size in ((5000, 4999), (5, 4), (5, 4), (100, 64), (5000, 4999), (5, 5)):
+            caplog.clear()
+            group_texts({"input_ids": [[7] * tokens]}, chunk_size=chunk_size)
+            levels.append([each.levelname for each in caplog.records])
+        # One pass over a large dataset leaves nothing to be done; 36 % of a small one does, also
+        # after a smaller loss was told of; and what is said once per batch would be noise.
+        assert levels == [["INFO"], ["WARNING"], ["INFO"], ["WARNING"], ["INFO"], []]
         group_texts(DOCUMENTS, chunk_size=3, remainder="keep")
-    first, second = caplog.records
-    assert (first.levelname, second.levelname) == ("WARNING", "INFO")
-    assert first.getMessage().startswith("group_texts dropped 2 of 5 tokens after the last whole")
-    assert second.getMessage().startswith("group_texts dropped 1 of 5 tokens")
-    assert "batch_size=None in map" in first.getMessage()
+        assert not caplog.records
+        group_texts(DOCUMENTS, chunk_size=3)
+    (message,) = caplog.messages
+    assert message.startswith("group_texts dropped 2 of 5 tokens (40.0 %) after the last whole")
+    assert "batch_size=None in map" in message
 
 
 @pytest.mark.parametrize("layout", [None, "arrow", "numpy", "torch", "pandas"])

@@ -390,6 +390,12 @@ def test_map_takes_every_format(layout: str | None) -> None:
         ({"text": ["a", b"b"]}, {}, TypeError, "row 1 .* is b'b', of type bytes; .* must be a str"),
         ({"text": [3.5]}, {}, TypeError, "row 0 .* is 3.5, of type float; .*dataset.filter"),
         (pa.table({"text": ["a", None]}), {}, TypeError, "row 1 .* is None, of type NoneType"),
+        (
+            {"text": ["a", None, "b", None]},
+            {},
+            TypeError,
+            r"2 of 4 here are None; drop them with dataset.filter\(lambda row: row\['text'\] is",
+        ),
         (pa.table({"text": [b"a"]}), {}, TypeError, "row 0 .* is b'a', of type bytes"),
         ({"text": "a film"}, {}, TypeError, "column 'text' is 'a film', not .* map with batched=T"),
         ({"text": None}, {}, TypeError, "column 'text' is None, not .* map with batched=True"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -40,8 +41,20 @@ def unit(bits: int) -> float:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """Return what is never masked: special tokens, but not the unknown word."""
-    return set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    """Return what is never masked: special tokens, not ALBERT's full stop, nor a word unknown."""
+    added = tokenizer.added_tokens_decoder
+    return {i for i in added if added[i].special} - {tokenizer.unk_token_id}
+
+
+@functools.lru_cache(maxsize=1)
+def ordinary_ids(tokenizer: PreTrainedTokenizerFast, size: int) -> list[int]:
+    """Return what a random replacement is drawn from: nothing special, added or unused.
+
+    `size`, the number of tokens, is here for the cache.
+    """
+    added, unused = tokenizer.added_tokens_decoder, ("[unused", "<unused")
+    vocab = tokenizer.get_vocab().items()
+    return sorted(i for token, i in vocab if i not in added and not token.startswith(unused))
 
 
 def words_of(row: Row, special: set[int]) -> list[list[int]]:
@@ -124,7 +137,6 @@ def reference_mask(
     """Return the input ids and the labels of one row without padding."""
     special = special_ids(tokenizer)
     words = words_of(row, special)
-    pool = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder))
     input_ids = [int(token) for token in row["input_ids"]]
     labels = [-100] * len(input_ids)
     total = sum(mix((place << 32) + token) for place, token in enumerate(input_ids))
@@ -143,6 +155,7 @@ def reference_mask(
             if fate < mask_replace_prob:
                 input_ids[position] = tokenizer.mask_token_id
             elif fate < mask_replace_prob + random_replace_prob:
+                pool = ordinary_ids(tokenizer, len(tokenizer))
                 bits = draw(row_key ^ 0x6A09E667F3BCC909, position)
                 input_ids[position] = pool[bits % len(pool)]
     return input_ids, labels

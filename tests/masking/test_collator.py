@@ -330,7 +330,7 @@ def test_prepared_dataloader_masks_alike() -> None:
 def set_epoch_elsewhere(collator: WholeWordMaskingCollator) -> None:
     """Go on to another epoch, as a training process does."""
     collator.set_epoch(5)
-    assert collator._epoch.value == 5
+    assert collator._clock.epoch == 5
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])

@@ -8,10 +8,16 @@ import datasets
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    DataCollatorForLanguageModeling,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
-from mlmadapt import sparse_prediction
-from mlmadapt.model.checks import check_model, check_rows, position_capacity, unwrap
+from mlmadapt import WholeWordMaskingCollator, sparse_prediction
+from mlmadapt.model.checks import check_collator, check_model, check_rows, position_capacity, unwrap
 from mlmadapt.testing import tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -89,7 +95,8 @@ def test_other_mistakes(bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFas
         with pytest.raises(TypeError, match=f"^eval is a {name}; it must be one dataset"):
             check_rows("eval", rows, model=bert, tokenizer=wordpiece)  # type: ignore[arg-type]
     wordpiece.add_tokens(["neuroblastoma"])
-    with pytest.raises(ValueError, match=r"tokenizer has 476 tokens, .* 475; .*embeddings\(476\)"):
+    message = r"has 476 tokens, .* for 475; load .* own .* added, call model\..*embeddings\(476\)"
+    with pytest.raises(ValueError, match=message):
         check_rows("train", ROWS, model=bert, tokenizer=wordpiece)
     bert.resize_token_embeddings(476)
     check_rows("train", ROWS, model=bert, tokenizer=wordpiece)
@@ -99,6 +106,7 @@ class HeadOverNothing(GPT2LMHeadModel):
     """A user's own model, which no mapping of transformers lists."""
 
 
+TINY_BERT = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
 TINY_GPT2 = GPT2Config(vocab_size=9, n_embd=16, n_layer=1, n_head=1, bos_token_id=1, eos_token_id=1)
 
 
@@ -109,6 +117,7 @@ TINY_GPT2 = GPT2Config(vocab_size=9, n_embd=16, n_layer=1, n_head=1, bos_token_i
         (HeadOverNothing(TINY_GPT2), "HeadOverNothing is a causal language model, which shifts"),
         (nn.DataParallel(GPT2LMHeadModel(TINY_GPT2)), r"DataParallel is not .* \.module\)"),
         (nn.Linear(1, 1), "Linear is not one of transformers"),
+        (BertModel(TINY_BERT), "BertModel has no prediction head, as AutoModel loads it"),
     ],
 )
 def test_models_of_another_kind_are_named(model: Any, reason: str) -> None:
@@ -116,6 +125,21 @@ def test_models_of_another_kind_are_named(model: Any, reason: str) -> None:
     for refuse in (check_model, sparse_prediction):
         with pytest.raises(ValueError, match=f"model {reason}.*; load one by AutoModelForMaskedLM"):
             refuse(model)
+
+
+@pytest.mark.parametrize("make", [WholeWordMaskingCollator, DataCollatorForLanguageModeling])
+def test_a_collator_of_another_tokenizer_is_named(
+    wordpiece: PreTrainedTokenizerFast, make: Any
+) -> None:
+    """With both tokenizers; an equal one, or none, is as good as the same."""
+    message = (
+        r"data_collator was made with another tokenizer: \w+ of 512 tokens, its "
+        r"mask '<mask>' the id 4; tokenizer is \w+ of 475, its mask '\[MASK\]' 4\. Make the coll"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_collator(make(tiny_tokenizer("byte_bpe")), wordpiece)
+    check_collator(make(tiny_tokenizer()), wordpiece)
+    check_collator(dict, wordpiece)
 
 
 def test_models_below_a_wrapper_of_their_own_are_seen(bert: PreTrainedModel) -> None:

@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -159,6 +160,52 @@ def test_models_without_a_sparse_head(
         assert_same(found, slow_metrics(model, rows[:20]))
 
 
+@pytest.mark.parametrize("form", ["list", "dataset", "shuffled", "prefixed"])
+def test_rows_are_sorted_by_length(bert: PreTrainedModel, rows: Rows, form: str) -> None:
+    """So that little is padded; rows of one length stay in their order."""
+    widths, firsts = [], []
+
+    def record(module: nn.Module, args: Any, kwargs: dict[str, torch.Tensor]) -> None:
+        widths.append(kwargs["attention_mask"].shape[1])
+        firsts.append(kwargs["input_ids"][:, 1].tolist())
+
+    given: Any = rows
+    if form == "prefixed":
+        given = Dataset.from_list([{f"masked_{name}": row[name] for name in row} for row in rows])
+    elif form != "list":
+        given = Dataset.from_list(rows)
+        given = given.shuffle(seed=1) if form == "shuffled" else given
+    handle = bert.register_forward_pre_hook(record, with_kwargs=True)
+    evaluate_mlm(bert, given, tokenizer=tiny_tokenizer(), batch_size=16)
+    lengths = sorted((len(row["input_ids"]) for row in rows), reverse=True)
+    assert widths[-5:] == lengths[::16]
+    short = [{name: row[name][:6] for name in row} for row in rows if len(row["input_ids"]) > 5]
+    evaluate_mlm(bert, short, tokenizer=tiny_tokenizer(), batch_size=len(short))
+    assert firsts[-1] == [row["input_ids"][1] for row in short]
+    handle.remove()
+
+
+def test_rows_whose_lengths_are_not_known_are_taken_as_they_come(
+    bert: PreTrainedModel, rows: Rows, expected: MaskedLMMetrics
+) -> None:
+    """Of a dataset whose rows are made when they are read, and of a class of one's own."""
+
+    class Lazy:
+        def __len__(self) -> int:
+            return len(rows)
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return rows[index]
+
+    def make(columns: dict[str, list[int]]) -> dict[str, Any]:
+        return {name: [rows[place][name] for place in columns["place"]] for name in rows[0]}
+
+    made = Dataset.from_dict({"place": [*range(len(rows))]}).with_transform(make)
+    for form in (Lazy(), made):
+        found = evaluate_mlm(bert, form, tokenizer=tiny_tokenizer(), batch_size=16)
+        assert_same(found, expected)
+
+
 def test_never_all_logits_at_once(
     bert: PreTrainedModel,
     wordpiece: PreTrainedTokenizerFast,
@@ -180,7 +227,10 @@ def test_never_all_logits_at_once(
 
     monkeypatch.setattr(evaluation, "masked_logits", record)
     assert_same(evaluate_mlm(bert, rows, tokenizer=wordpiece, batch_size=35), expected)
-    masked = [sum(label != -100 for label in row["labels"]) for row in rows]
+    masked = [
+        sum(label != -100 for label in row["labels"])
+        for row in sorted(rows, key=lambda row: -len(row["input_ids"]))
+    ]
     assert batches == [sum(masked[:35]), sum(masked[35:])]
 
     batches.clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import functools
 import io
 import json
@@ -23,6 +24,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 SECONDS = 60
 
@@ -50,23 +53,25 @@ def start(
     world: int = 1,
     seconds: float = SECONDS,
     kill_after: float | None = None,
+    kill_by: int = signal.SIGKILL,
     **arguments: Any,
 ) -> list[Ended]:
     """Call a function of `short_run` in as many processes and return how each ended.
 
-    Those that still run `kill_after` so many seconds are killed, workers included.
+    Those that still run `kill_after` so many seconds get a signal, workers included.
 
     Raises:
         TimeoutError: If they have not ended in time; they are killed.
     """
     server = _server()
     request = {"function": function, "world": world, "seconds": seconds, "arguments": arguments}
-    request["kill_after"] = kill_after
+    request |= {"kill_after": kill_after, "kill_by": kill_by}
     server.stdin.write(json.dumps(request) + "\n")
     server.stdin.flush()
     answer = json.loads(server.stdout.readline())
-    if answer is None:
-        raise TimeoutError(f"{function} {arguments} on {world} processes took over {seconds} s")
+    if isinstance(answer, str):
+        took = f"{function} {arguments} on {world} processes took over {seconds} s"
+        raise TimeoutError(f"{took}:\n{answer}")
     return [Ended(**each) for each in answer]
 
 
@@ -83,9 +88,18 @@ def outcome(folder: object, **arguments: Any) -> dict[str, Any]:
 
 
 def run_script(
-    arguments: list[str], *, seconds: float = SECONDS, **environment: str
+    arguments: list[str],
+    *,
+    seconds: float = SECONDS,
+    signal_after: float | None = None,
+    number: int = signal.SIGTERM,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process group of its own, which is killed as a whole when time is up."""
+    """Run a command; it and all that it started are killed when time is up.
+
+    If it still runs `signal_after` so many seconds, all of them get the signal of that `number`, as
+    from a scheduler. (They are no group: torchrun gives each process a session of its own.)
+    """
     process = subprocess.Popen(
         arguments,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -94,12 +108,25 @@ def run_script(
         text=True,
         start_new_session=True,
     )
+    family = [psutil.Process(process.pid)]
     try:
+        if signal_after is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(signal_after)
+            _signal(family, number)
         output, _ = process.communicate(timeout=seconds)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _signal(family, signal.SIGKILL)
     return subprocess.CompletedProcess(arguments, process.returncode, output)
+
+
+def _signal(family: list[psutil.Process], number: int) -> None:
+    """Signal processes and what they have started by now, which `family` remembers."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family.extend(set(family[0].children(recursive=True)) - set(family))
+    for each in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.send_signal(number)
 
 
 @functools.cache
@@ -136,7 +163,8 @@ def _serve() -> None:
         sys.stdout.flush()
 
 
-def _fork(function: Any, request: dict[str, Any], folder: Path) -> list[dict[str, Any]] | None:
+def _fork(function: Any, request: dict[str, Any], folder: Path) -> list[dict[str, Any]] | str:
+    """Return what came of each process or, if one was late, what they wrote and where they were."""
     world = request["world"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -149,9 +177,9 @@ def _fork(function: Any, request: dict[str, Any], folder: Path) -> list[dict[str
         children[child] = rank
     now, kill_after = time.monotonic(), request["kill_after"]
     kill_at = None if kill_after is None else now + kill_after
-    codes = _wait(list(children), now + request["seconds"], kill_at)
+    codes = _wait(list(children), now + request["seconds"], kill_at, request["kill_by"])
     if codes is None:
-        return None
+        return "\n".join((folder / f"{rank}.log").read_text() for rank in range(world))
     answers = []
     for child, rank in children.items():
         report = folder / f"{rank}.json"
@@ -161,14 +189,16 @@ def _fork(function: Any, request: dict[str, Any], folder: Path) -> list[dict[str
     return answers
 
 
-def _wait(children: list[int], deadline: float, kill_at: float | None) -> dict[int, int] | None:
+def _wait(
+    children: list[int], deadline: float, kill_at: float | None, kill_by: int
+) -> dict[int, int] | None:
     """Return the exit codes, or None if one was late; nothing of them is left running."""
     codes: dict[int, int] = {}
     while len(codes) < len(children) and time.monotonic() < deadline:
         if kill_at is not None and time.monotonic() >= kill_at:
             kill_at = None
             for child in set(children) - set(codes):
-                os.killpg(child, signal.SIGKILL)
+                os.killpg(child, kill_by)
         for child in set(children) - set(codes):
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid:
@@ -177,6 +207,9 @@ def _wait(children: list[int], deadline: float, kill_at: float | None) -> dict[i
                     deadline = min(deadline, time.monotonic() + 30)
         time.sleep(0.005)
     late = set(children) - set(codes)
+    for child in late:
+        os.kill(child, signal.SIGUSR1)
+    time.sleep(0.5 if late else 0)
     for child in children:  # and the workers that a killed one has left
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
@@ -197,6 +230,7 @@ def _work(
     # The standard input is the server's; a run has none.
     sys.stdin = io.StringIO()
     sys.stdout = sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1, sys.stderr)  # of a process that is late
     logging.basicConfig(stream=sys.stderr, force=True)
     if world > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}

@@ -31,6 +31,7 @@ from mlmadapt import (
     WholeWordMaskingCollator,
     accelerate_train,
     insert_random_mask,
+    pack_texts,
     tokenize_with_word_ids,
 )
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
@@ -109,7 +110,8 @@ def train(
     rows_seed: int = 0,
     architecture: str = "bert",
     dropout: bool = True,
-    collator: str = "ours",
+    packed: bool = False,
+    collator: str | dict[str, Any] = "ours",
     stream: str | None = None,
     sharded: bool = False,
     at_step: dict[str, list[Any]] | None = None,
@@ -127,7 +129,8 @@ def train(
         rows_seed: Another seed gives another dataset.
         architecture: Of the model.
         dropout: Whether the model has any.
-        collator: ``"ours"`` or ``"transformers"``.
+        packed: Whether rows hold several documents.
+        collator: ``"ours"``, its settings, ``"ours, by schedule"`` or ``"transformers"``.
         stream: ``"plain"`` or ``"shuffled"`` for an `IterableDataset`.
         sharded: Whether `fully_shard` is applied first.
         at_step: By step (as text), what to do before it: see `_act`.
@@ -148,11 +151,17 @@ def train(
     if sharded:
         torch.distributed.init_process_group("gloo")
         fully_shard(model)
-    if collator == "ours":
-        data_collator: Any = WholeWordMaskingCollator(tokenizer)
+    if collator == "ours, by schedule":
+        collator = {"wwm_probability": {0.0: 0.5, 0.5: 0.3, 0.8: 0.1}}
+    if collator != "transformers":
+        choices = collator if isinstance(collator, dict) else {}
+        data_collator: Any = WholeWordMaskingCollator(tokenizer, **choices)
     else:
         data_collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3)
     train_rows: Any = make_rows(rows, seed=rows_seed)
+    if packed:
+        columns = {name: [row[name] for row in train_rows] for name in train_rows[0]}
+        train_rows = rows_of(pack_texts(columns, chunk_size=40))
     if stream is not None:
         train_rows = Dataset.from_list(train_rows).to_iterable_dataset(num_shards=3)
         if stream == "shuffled":
@@ -257,16 +266,15 @@ def dropout_of_rank(folder: str) -> list[list[bool]]:
     return drawn[-3:]  # before them, the model was looked at and DDP set up
 
 
+_SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "interrupt": signal.SIGINT}
+
+
 def _act(model: torch.nn.Module, name: str, rank: int = -1) -> None:
     """Do harm: on one process, or on all (-1)."""
     if rank not in (-1, int(os.environ.get("RANK", "0"))):
         return
-    if name == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif name == "term":
-        os.kill(os.getpid(), signal.SIGTERM)
-    elif name == "interrupt":
-        os.kill(os.getpid(), signal.SIGINT)
+    if name in _SIGNALS:
+        os.kill(os.getpid(), _SIGNALS[name])
     elif name == "term parent":  # torchrun, which hands it to all
         os.kill(os.getppid(), signal.SIGTERM)
     elif name == "poison gradient":
@@ -277,6 +285,11 @@ def _act(model: torch.nn.Module, name: str, rank: int = -1) -> None:
         with torch.no_grad():
             model.get_output_embeddings().bias.fill_(-float("inf"))
             model.get_output_embeddings().bias[:8] = 0.0
+    elif name == "nudge":
+        with torch.no_grad():
+            model.get_output_embeddings().bias[7].nextafter_(torch.tensor(torch.inf))
+    elif name == "hang":
+        threading.Event().wait()
     elif name == "fail":
         raise ValueError("on purpose")
     elif name == "disk full":

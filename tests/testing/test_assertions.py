@@ -27,11 +27,13 @@ from mlmadapt import (
     WholeWordMaskingCollator,
     group_texts,
     masked_lm_loss,
+    pack_texts,
     sparse_prediction,
     tokenize_with_word_ids,
 )
 from mlmadapt.testing import (
     TOKENIZER_KINDS,
+    assert_documents_kept,
     assert_masks_reproducible,
     assert_resumes_exactly,
     assert_same_loss,
@@ -592,6 +594,106 @@ def test_mistakes_of_chunkers_are_named() -> None:
     parts = [group_texts(half, chunk_size=2, labels=False) for half in halves]
     batched = {name: [row for part in parts for row in part[name]] for name in examples}
     found(r"chunk 3, position 0, .* is not example 1, position 0", batched, max_dropped=1)
+
+
+@given(kind=kinds, texts=documents, chunk_size=st.integers(2, 40), data=st.data())
+def test_packed_documents_pass_and_a_lost_token_is_found(
+    kind: str, texts: list[str], chunk_size: int, data: st.DataObject
+) -> None:
+    """Ours keeps all of them, in any order; without any one token, or two in one, it fails."""
+    tokens = tokenize_with_word_ids({"text": texts}, shared(kind))
+    examples = {name: [row.tolist() for row in rows] for name, rows in tokens.items()}
+    packed = pack_texts(examples, chunk_size=chunk_size)
+    order = data.draw(st.permutations(range(len(packed["input_ids"]))))
+    rows = {name: [column[row] for row in order] for name, column in packed.items()}
+    assert_documents_kept(examples, rows, tokenizer=shared(kind))
+    place = data.draw(st.integers(0, len(order) - 1))
+    spot = data.draw(st.integers(0, len(rows["input_ids"][place]) - 1))
+    broken = copy.deepcopy(rows)
+    for column in broken.values():
+        del column[place][spot]
+    with pytest.raises(AssertionError, match=r"are a document in no row"):
+        assert_documents_kept(examples, broken)
+    if rows["document_ids"][place][-1]:
+        rows["document_ids"][place] = [0] * len(rows["document_ids"][place])
+        with pytest.raises(AssertionError, match=r"are a document in no row"):
+            assert_documents_kept(examples, rows)
+
+
+def test_packed_rows_come_in_any_form() -> None:
+    """Tables, datasets, columns and rows, and rows that are padded on either side."""
+    tokenizer = tiny_tokenizer()
+    examples = tokenize_with_word_ids({"text": tiny_corpus(20)}, tokenizer)
+    table = pa.table({name: [row.tolist() for row in rows] for name, rows in examples.items()})
+    rows = Dataset.from_dict(table.to_pydict())
+    packed = pack_texts(table, chunk_size=24)
+    mapped = rows.map(pack_texts, batched=True, batch_size=None)
+    forms: list[Any] = [packed, packed.to_pydict(), mapped, list(mapped.with_format("torch"))]
+    width = max(map(len, packed["input_ids"].to_pylist()))
+    for fill in (lambda row, pad: row + pad, lambda row, pad: pad + row):
+        padded = {
+            name: [fill(row, [0] * (width - len(row))) for row in column]
+            for name, column in packed.to_pydict().items()
+        }
+        forms.append({name: np.array(column) for name, column in padded.items()})
+    for before in (examples, table, rows, list(rows)):
+        for after in forms:
+            assert_documents_kept(before, after, tokenizer=tokenizer)
+
+
+def test_mistakes_of_packers_are_named() -> None:
+    """What is lost, split, doubled, in another's place or under its number is told, with where."""
+    tokenizer = tiny_tokenizer()
+    tokens = tokenize_with_word_ids({"text": ["the unfilmable film", "film", "a film"]}, tokenizer)
+    examples = {name: [row.tolist()[1:-1] for row in rows] for name, rows in tokens.items()}
+    right = pack_texts(examples, chunk_size=7)
+    assert right["document_ids"] == [[0, 0, 0, 0, 0, 0, 1], [0, 0]]
+    assert right["word_ids"] == [[0, 1, 1, 1, 1, 2, 3], [0, 1]]
+    assert_documents_kept(examples, right)
+
+    def found(message: str, rows: Any) -> None:
+        with pytest.raises(AssertionError, match=message):
+            assert_documents_kept(examples, rows, tokenizer=tokenizer)
+
+    film = r"example 1, position 0, token \d+ \('film'\) on: 1 tokens are a"
+    found(film + " document in no row", {name: rows[1:] for name, rows in right.items()})
+    found(film, right | {"document_ids": [[0] * 7, [0, 0]]})
+    found(
+        r"example 2, position 0, token .* on: 2 tokens are a document in",
+        right | {"document_ids": [right["document_ids"][0], [0, 1]]},
+    )
+    found(
+        "are a document in no row",
+        group_texts(examples, chunk_size=4, remainder="keep", documents=True, labels=False),
+    )
+    found(
+        r"row 0, position 6, token \d+ \('film'\), has a lower number than before it",
+        right | {"document_ids": [[1, 1, 1, 1, 1, 1, 0], [0, 0]]},
+    )
+    found(
+        r"row 0, position 2, .*, has a lower number",
+        right | {"document_ids": [[0, 1, 0, 0, 0, 0, 1], [0, 0]]},
+    )
+    found(
+        r"row 0, position 6, token \d+ \('film'\), is of a word with another document",
+        right | {"word_ids": [[0, 1, 1, 1, 1, 2, 2], [0, 1]]},
+    )
+    found(
+        r"example 0, position 0, token .* on: 6 tokens",
+        right | {"word_ids": [[0, 1, 1, 2, 2, 3, 4], [0, 1]]},
+    )
+    found(
+        r"example 2, position 0, .* on: 2 tokens",
+        right | {"input_ids": [right["input_ids"][0], right["input_ids"][1][::-1]]},
+    )
+    found(
+        r"row 1, position 0, token .* on: a document that is in rows more than in examples",
+        {name: [*rows, rows[1]] for name, rows in right.items()},
+    )
+    types = [[0] * 7, [0, 1]]
+    found("are a document in no row", right | {"token_type_ids": types})
+    with pytest.raises(ValueError, match="rows have no 'document_ids', which tell the documents"):
+        assert_documents_kept(examples, examples)
 
 
 # Losses

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ from transformers import AutoModelForMaskedLM
 from mlmadapt import TrainingConfig, WholeWordMaskingCollator, accelerate_train
 from mlmadapt.testing import tiny_model, tiny_tokenizer
 from mlmadapt.training import loop
-from mlmadapt.training.checkpoint import find_checkpoints
+from mlmadapt.training.checkpoint import find_checkpoints, find_damage
 from tests.scripts.processes import SECONDS, outcome, start
 from tests.scripts.short_run import freeze, make_rows
 
@@ -167,6 +169,24 @@ def in_state(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return forge
 
 
+def in_objects(part: str, key: str, value: Any, *, name: str = "") -> Callable[[Path], None]:
+    """Change the first entry of a name in the optimizer or the schedule, or give it another."""
+
+    def change(node: Any) -> bool:
+        pairs = node.get("pairs", []) if isinstance(node, dict) else []
+        for pair in pairs:
+            if pair[0] == key:
+                pair[:] = [name or key, value]
+                return True
+        return any(change(each) for each in (node if isinstance(node, list) else chain(*pairs)))
+
+    def change_part(state: dict[str, Any]) -> None:
+        objects = dict(state["objects"]["pairs"])
+        assert change(objects[part])
+
+    return in_state(change_part)
+
+
 def in_tensors(name: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> Any:
     """Change a checkpoint's tensors."""
 
@@ -201,6 +221,22 @@ FORGED = {
         lambda state: state["objects"]["pairs"][0].__setitem__(1, {"pairs": []})
     ),
     "no scheduler": in_state(lambda state: state["objects"]["pairs"].pop(1)),
+    "a learning rate of another kind": in_objects("optimizer", "lr", "fast"),
+    "a group without its betas": in_objects("optimizer", "betas", [0.9]),
+    "a step of many numbers": in_tensors(
+        "optimizer.safetensors",
+        lambda tensors: tensors.update({first(tensors, largest=False): torch.zeros(6)}),
+    ),
+    "a step below zero": in_tensors(
+        "optimizer.safetensors", lambda tensors: tensors[first(tensors, largest=False)].fill_(-1)
+    ),
+    "a moment that is missing": in_objects("optimizer", "exp_avg", None, name="more"),
+    "moments that are not numbers": in_tensors(
+        "optimizer.safetensors", lambda tensors: tensors[first(tensors)].fill_(torch.nan)
+    ),
+    "a schedule of another kind": in_objects("scheduler", "last_epoch", "2"),
+    "a schedule without its rates": in_objects("scheduler", "base_lrs", []),
+    "a schedule that lacks something": in_objects("scheduler", "_step_count", 2, name="more"),
     "tensors that are pickles": lambda path: torch.save({}, path / "optimizer.safetensors"),
     "weights that are pickles": lambda path: torch.save({}, path / "model.safetensors"),
     "no moments": in_tensors("optimizer.safetensors", lambda tensors: tensors.clear()),
@@ -250,6 +286,23 @@ def test_a_manifest_of_deep_nesting_is_damage(finished: Path, tmp_path: Path) ->
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     (folder / "checkpoint-3" / "manifest.json").write_text("[" * 100_000)
     assert train(folder, resume_from_checkpoint=True).global_step == 3
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_a_pipe_in_place_of_a_file_is_damage(finished: Path, name: str, tmp_path: Path) -> None:
+    """To read from it would take for ever."""
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    path = folder / "checkpoint-3" / name
+    path.unlink()
+    os.mkfifo(path)
+    # Or a test that fails would never end.
+    writer = threading.Thread(target=path.write_text, args=("{}",))
+    writer.start()
+    damage = next(find_damage(folder / "checkpoint-3"))
+    os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+    writer.join(SECONDS)
+    assert damage.strip("'").startswith(name)
+    assert damage.endswith("is not a plain file of the checkpoint")
 
 
 def best_is_not_last(folder: Path, **options: Any) -> TrainingResult:

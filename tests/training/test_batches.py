@@ -23,14 +23,23 @@ from mlmadapt.training.batches import BatchPlan, training_batches
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PLANS = st.builds(
-    BatchPlan,
-    rows=st.integers(1, 40),
-    batch_size=st.integers(1, 4),
-    accumulation=st.integers(1, 3),
-    world=st.integers(1, 3),
-    seed=st.integers(0, 3),
-)
+
+@st.composite
+def plans(draw: st.DrawFn) -> BatchPlan:
+    """Draw plans of all sizes, with rows in random order or grouped by length."""
+    rows = draw(st.integers(1, 40))
+    lengths = st.lists(st.integers(1, 9), min_size=rows, max_size=rows).map(torch.tensor)
+    return BatchPlan(
+        rows=rows,
+        batch_size=draw(st.integers(1, 4)),
+        accumulation=draw(st.integers(1, 3)),
+        world=draw(st.integers(1, 3)),
+        seed=draw(st.integers(0, 3)),
+        lengths=draw(st.none() | lengths),
+    )
+
+
+PLANS = plans()
 TOKENIZER = tiny_tokenizer()
 
 
@@ -73,7 +82,7 @@ def test_steps_depend_on_their_size_alone(plan: BatchPlan) -> None:
             for step in zip(*ranks(plan), strict=True)
         ]
 
-    whole = BatchPlan(rows=plan.rows, batch_size=plan.rows_per_step, seed=plan.seed)
+    whole = replace(plan, batch_size=plan.rows_per_step, accumulation=1, world=1)
     assert step_sets(plan) == step_sets(whole)
     assert len(step_sets(plan)) == plan.steps_per_epoch == whole.steps_per_epoch
 
@@ -92,6 +101,58 @@ def test_order_differs_by_epoch_and_seed() -> None:
     assert len({tuple(order) for order in orders}) == 3
     assert again == orders[1]
     assert orders[0] != list(range(30))
+
+
+def share_of_text(plan: BatchPlan) -> float:
+    """How much of an epoch's batches is text, where each is padded to its longest row."""
+    assert plan.lengths is not None
+    batches = [batch for steps in ranks(plan) for step in steps for batch in step]
+    held = [plan.lengths[[row for row, counts in batch if counts]] for batch in batches]
+    padded = sum(len(each) * int(each.max()) for each in held if len(each))
+    return int(plan.lengths.sum()) / padded
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation", "world"), [(32, 1, 1), (4, 4, 2)])
+def test_grouped_rows_need_little_padding(batch_size: int, accumulation: int, world: int) -> None:
+    """However a step is cut up: of mixed lengths, 52 % of random batches of 32 is text."""
+    lengths = torch.from_numpy(np.random.default_rng(0).integers(1, 100, 10_000))
+    plan = BatchPlan(
+        rows=10_000,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        world=world,
+        lengths=lengths,
+    )
+    assert share_of_text(plan) > 0.97
+    order = torch.randperm(10_000)
+    assert share_of_text(replace(plan, lengths=torch.ones(10_000))) == 1
+    random_share = int(lengths.sum()) / sum(
+        len(part) * int(lengths[part].max()) for part in order.split(batch_size)
+    )
+    assert random_share < 0.65
+
+
+def test_batches_of_a_grouped_step_are_alike_everywhere() -> None:
+    """The longest rows of a step are in the first pass of every process."""
+    plan = BatchPlan(rows=8, batch_size=2, accumulation=2, world=2, lengths=torch.arange(8))
+    dealt = [replace(plan, rank=rank).deal("abcdefgh") for rank in range(2)]
+    letters = [["".join(row for row, _ in batch) for batch in passes] for passes in dealt]
+    assert letters == [["ac", "eg"], ["bd", "fh"]]
+
+
+def test_steps_of_grouped_rows_come_in_random_order() -> None:
+    """The longest row is in the first step, and the others rise and fall, each epoch otherwise."""
+    lengths = torch.arange(400) % 97
+    plan = BatchPlan(rows=400, batch_size=8, lengths=lengths)
+    orders = [plan.order(epoch) for epoch in range(3)]
+    heads = [lengths[order[::8]] for order in orders]
+    for order, each in zip(orders, heads, strict=True):
+        assert lengths[order[:8]].max() == 96
+        rises = int((each[2:] > each[1:-1]).sum())
+        assert 10 < rises < 38
+    assert len({tuple(each.tolist()) for each in orders}) == 3
+    steps = [{frozenset(step.tolist()) for step in order.split(8)} for order in orders]
+    assert len(steps[0] & steps[1]) < 10
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +279,51 @@ def test_workers_change_nothing(name: str, rows: list[dict[str, Any]]) -> None:
     found = training_batches(dataset, plan, COLLATORS[name](), epoch=0, num_workers=1)
     assert flatten(found) == expected
     assert global_states() == state
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_each_step_has_the_rate_of_its_share_of_the_run(
+    rows: list[dict[str, Any]], workers: int, *, is_stream: bool
+) -> None:
+    """However far ahead it is collated, by whom, in how many passes, and after a resume."""
+    if is_stream and workers:
+        pytest.skip("streams are read by the training process")
+    following = WholeWordMaskingCollator(TOKENIZER, wwm_probability=lambda done: 0.9 - 0.8 * done)
+    given: Any = datasets.Dataset.from_list(rows)
+    given = given.to_iterable_dataset() if is_stream else given
+    count = 0 if is_stream else len(rows)
+
+    def batches(collator: Any, start: int = 0, **plan: int) -> list[Any]:
+        found = training_batches(
+            given,
+            BatchPlan(rows=count, **plan),
+            collator,
+            epoch=1,
+            start=start,
+            done=4 + start,
+            total_steps=10,
+            num_workers=workers,
+        )
+        return [flatten([step]) for step in found]
+
+    whole = batches(following, batch_size=2)
+    assert len(whole) == 6
+    for step, made in enumerate(whole):
+        fixed = WholeWordMaskingCollator(
+            TOKENIZER, wwm_probability=0.9 - 0.8 * min(1.0, (4 + step) / 10)
+        )
+        assert made == batches(fixed, batch_size=2)[step]
+    assert batches(following, start=2, batch_size=2) == whole[2:]
+
+    def targets(steps: list[list[dict[str, Any]]]) -> list[list[Any]]:
+        rows = [[row for batch in step for row in batch["labels"]] for step in steps]
+        return [sorted(row[:7] for row in step if set(row) != {-100}) for step in rows]
+
+    cut = batches(following, batch_size=1, accumulation=2)
+    shares = [batches(following, batch_size=1, world=2, rank=rank) for rank in (0, 1)]
+    together = [first + second for first, second in zip(*shares, strict=True)]
+    assert targets(cut) == targets(together) == targets(whole)
 
 
 def test_spawned_workers(rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -22,7 +24,6 @@ from mlmadapt import TrainingConfig
                 "gradient_accumulation_steps",
                 "eval_steps",
                 "save_steps",
-                "logging_steps",
                 "save_total_limit",
                 "early_stopping_patience",
             )
@@ -34,6 +35,8 @@ from mlmadapt import TrainingConfig
         ("warmup_steps", -1, "a finite number, 0 or more"),
         ("dataloader_num_workers", -1, "0 or more"),
         ("num_train_epochs", 0, "above 0"),
+        ("logging_steps", 0, "a finite number above 0"),
+        ("logging_steps", float("inf"), "a finite number above 0"),
         ("max_steps", 0, "above 0, or -1"),
         ("max_steps", -2, "above 0, or -1"),
         ("eval_strategy", "never", "'no', 'epoch', 'steps'"),
@@ -80,6 +83,60 @@ def test_names_are_those_of_training_arguments() -> None:
         "dataset_name",
         "fill_mask",
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "ours"),
+    [
+        ("bf16", True, "mixed_precision='bf16'"),
+        ("fp16", True, "mixed_precision='fp16'"),
+        ("warmup_ratio", 0.1, "warmup_steps, of which a value below 1 is a share of all steps"),
+        ("evaluation_strategy", "steps", "eval_strategy"),
+        ("overwrite_output_dir", True, "output_dir or overwrite"),
+        ("optim", "adamw_torch", "an optimizer to accelerate_train"),
+        ("learningrate", 1e-4, "learning_rate"),
+        ("xyz", 1, "one of output_dir, overwrite, resume_from_checkpoint, num_train_epochs"),
+    ],
+)
+def test_a_name_that_is_not_ours_is_answered_with_one_that_is(
+    name: str, value: Any, ours: str
+) -> None:
+    """As of transformers, of an older version of it, or misspelt."""
+    message = f"{name} is {value!r}, but TrainingConfig has no {name}; pass {ours}"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        TrainingConfig(**{"output_dir": "out", name: value})
+    with pytest.raises(TypeError, match="positional"):
+        TrainingConfig("out")  # type: ignore[misc]
+
+
+def test_the_signature_is_that_of_the_fields() -> None:
+    """For editors and the reference."""
+    assert list(inspect.signature(TrainingConfig).parameters) == [
+        each.name for each in fields(TrainingConfig)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (["tensorboard", "trackio"], "tensorboard,trackio"),
+        (("wandb",), "wandb"),
+        ([], "none"),
+        ("none", "none"),
+    ],
+)
+def test_trackers_come_in_a_list_too(given: Any, taken: str) -> None:
+    """As in `TrainingArguments`."""
+    assert TrainingConfig(report_to=given).report_to == taken
+
+
+def test_options_are_described_by_the_docstring() -> None:
+    """Of each field, to `HfArgumentParser`; and a subclass keeps it all."""
+    for each in fields(TrainingConfig):
+        assert len(each.metadata["help"]) > 15, each.name
+    helped = {each.name: each.metadata["help"] for each in fields(TrainingConfig)}
+    assert helped["output_dir"] == "Directory of the final model."
+    assert '"no", "bf16" or, on a GPU, "fp16"; None leaves' in helped["mixed_precision"]
 
 
 def test_a_command_line_makes_them() -> None:

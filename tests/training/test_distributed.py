@@ -85,12 +85,34 @@ def test_fully_shard_trains_what_one_process_does(tmp_path: Path) -> None:
         assert (values - expected).abs().max() < 1e-3  # Adam turns 1e-8 of a gradient into a sign
 
 
+def test_the_first_process_tells_of_evaluations(tmp_path: Path) -> None:
+    """Once, for all."""
+    ended = start("train", folder=str(tmp_path), world=2, disable_tqdm=False, save_strategy="no")
+    first, second = (each.log.count("eval: perplexity ") for each in ended)
+    assert (first, second) == (3, 0)
+
+
 def test_processes_do_not_share_dropout(tmp_path: Path) -> None:
     """Each draws its own, or half of the randomness would be lost."""
     ended = start("dropout_of_rank", world=2, folder=str(tmp_path))
     first, second = (each.result for each in ended)
     assert len(first) == len(second) > 0
     assert all(mine != others for mine, others in zip(first, second, strict=True))
+
+
+def test_only_dropout_depends_on_the_processes(tmp_path: Path) -> None:
+    """2 processes of 4 take the steps of 1 of 8; they learn the same without dropout, not with."""
+    gaps = {}
+    for dropout in (False, True):
+        settings = {"dropout": dropout, "save_strategy": "no", "num_train_epochs": 1}
+        one = outcome(tmp_path / f"1 {dropout}", **settings)
+        two = outcome(tmp_path / f"2 {dropout}", **settings, world=2, per_device_train_batch_size=4)
+        assert two["steps"] == one["steps"] == 3
+        assert two["tokens"] == one["tokens"]  # the same rows, with the same masks
+        pairs = zip(logged(one, "loss"), logged(two, "loss"), strict=True)
+        gaps[dropout] = max(abs(first - second) for first, second in pairs)
+    assert gaps[False] < 1e-5
+    assert 1e-3 < gaps[True] < 0.5
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -279,7 +279,7 @@ def test_a_row_longer_than_the_model_is_refused(setup: Setup) -> None:
 def test_a_tokenizer_larger_than_the_model_is_refused(setup: Setup) -> None:
     """With the call that mends it."""
     setup.tokenizer.add_tokens(["neologism", "hapax"])
-    refuse(setup, ValueError, r"477 tokens, .* embedding 475.*resize_token_embeddings\(477\)")
+    refuse(setup, ValueError, r"477 tokens, .* for 475; .*resize_token_embeddings\(477\)")
 
 
 def test_an_id_past_the_embedding_is_refused(setup: Setup) -> None:
@@ -406,11 +406,11 @@ def test_processes_of_torchrun_end_well(tmp_path: Path) -> None:
         assert ended.returncode == 0, ended.stdout
 
 
-def torchrun(folder: Path, arguments: str, **environment: str) -> Any:
+def torchrun(folder: Path, arguments: str, **options: Any) -> Any:
     """Start two processes as users do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--master_port", str(port), SCRIPT, arguments, str(folder / "outcome-")]
-    return run_script(command, **{"ACCELERATE_USE_CPU": "1", **environment})
+    return run_script(command, **{"ACCELERATE_USE_CPU": "1", **options})

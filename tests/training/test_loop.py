@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from mlmadapt import (
     evaluate_mlm,
 )
 from mlmadapt.testing import tiny_model, tiny_tokenizer
+from mlmadapt.training import prepare as prepare_module
 from mlmadapt.training.prepare import make_optimizer, make_scheduler
 from tests.scripts.short_run import drop_nothing, freeze, global_states, make_rows
 
@@ -370,6 +373,8 @@ def test_the_best_model_is_kept_and_saved(run: Run) -> None:
     losses = logged(result, "eval_loss")
     best = min(losses[1:])
     assert losses[-1] > best
+    assert result.final is not None
+    assert result.final.loss == best
     saved = AutoModelForMaskedLM.from_pretrained(run.folder)
     for model in (saved, run.model):
         metrics = evaluate_mlm(model, evaluated, tokenizer=run.tokenizer)
@@ -397,6 +402,62 @@ def test_the_history_has_the_names_of_trainer(run: Run) -> None:
     assert logged(result, "step") == [0, 2, 3, 3, 4, 6, 6]
     assert logged(result, "epoch") == pytest.approx([0, 2 / 3, 1, 1, 4 / 3, 2, 2])
     assert logged(result, "eval_perplexity") == [math.exp(x) for x in logged(result, "eval_loss")]
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"), [(0.02, [*range(1, 61)]), (0.1, [*range(6, 61, 6)]), (25, [25, 50, 60])]
+)
+def test_a_run_of_any_length_has_entries(run: Run, every: float, steps: list[int]) -> None:
+    """A share of all steps, which is the default, or a number of them; and the last."""
+    assert TrainingConfig().logging_steps == 0.02
+    result = run.train(max_steps=60, logging_steps=every, eval_strategy="no", save_strategy="no")
+    assert [entry["step"] for entry in result.history if "loss" in entry] == steps
+
+
+def test_each_evaluation_prints_a_line_and_the_bar_shows_the_loss_at_once(
+    run: Run, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """To where the bar is, so that what a script prints can be piped on."""
+    sets = {"domain": freeze(make_rows(3, seed=1)), "general": freeze(make_rows(3, seed=2))}
+    with caplog.at_level(logging.INFO, "mlmadapt"):
+        result = run.train(sets, disable_tqdm=False, logging_steps=100)
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    lines = [line for line in re.split(r"[\r\n]+", printed.err) if line.startswith("step ")]
+    found = [
+        (logged(result, f"eval_domain_{name}"), logged(result, f"eval_general_{name}"))
+        for name in ("perplexity", "accuracy")
+    ]
+    (domain, general), (domain_right, general_right) = found
+    assert lines == [
+        f"step {step} of 3  domain: perplexity {domain[i]:.1f}, right {domain_right[i]:.0%}  "
+        f"general: perplexity {general[i]:.1f}, right {general_right[i]:.0%}"
+        for i, step in enumerate((0, 3))
+    ]
+    assert re.search(r" 1/3 \[.* loss=\d\.\d{3}, lr=\S+, [\d,]+ tokens/s\]", printed.err)
+    assert "perplexity" not in caplog.text
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_without_a_bar_evaluations_go_to_the_log(
+    run: Run,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    silent: bool,  # noqa: FBT001
+) -> None:
+    """Where tqdm is switched off from outside; the setting silences both."""
+    bar = prepare_module.tqdm
+    monkeypatch.setattr(
+        prepare_module, "tqdm", lambda **options: bar(**options | {"disable": True})
+    )
+    with caplog.at_level(logging.INFO, "mlmadapt"):
+        run.train(freeze(make_rows(3)), disable_tqdm=silent)
+    lines = [line for line in caplog.messages if line.startswith("step ")]
+    assert [re.sub(r"[\d.]+", "#", line) for line in lines] == (
+        [] if silent else ["step # of #  eval: perplexity #, right #%"] * 2
+    )
+    assert "step" not in capfd.readouterr().err
 
 
 class Notes(accelerate.tracking.GeneralTracker):
@@ -448,6 +509,19 @@ def test_a_tracker_is_told_what_the_history_says(run: Run, monkeypatch: pytest.M
     assert tracker.config["learning_rate"] == 1e-3
     assert tracker.finished
     assert tracker.folder == run.folder / "mlmadapt"
+
+
+def test_tensorboard_has_the_curves_of_every_set(run: Run) -> None:
+    """Read as its own page reads them, from files in the output folder."""
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard"
+    )
+    sets = {"domain": freeze(make_rows(3, seed=1)), "general": freeze(make_rows(3, seed=2))}
+    result = run.train(sets, report_to=["tensorboard"])
+    events = accumulator.EventAccumulator(str(run.folder / "mlmadapt")).Reload()
+    for name in ("loss", "learning_rate", "eval_domain_perplexity", "eval_general_perplexity"):
+        told = [each.value for each in events.Scalars(name)]
+        assert told == pytest.approx(logged(result, name), rel=1e-6)
 
 
 def test_a_tracker_of_the_callers_accelerator_is_used(run: Run) -> None:
@@ -503,6 +577,39 @@ def test_a_stream_is_trained(run: Run) -> None:
     result = run.train(max_steps=7)
     assert result.global_step == 7
     assert logged(result, "epoch")[-1] >= 2
+
+
+def test_grouped_rows_are_trained(tmp_path: Path) -> None:
+    """As lists and as a dataset, in the same batches; rows of one length are not grouped."""
+
+    def losses(rows: Any, strategy: str) -> list[float]:
+        again = Run(tmp_path / "run")
+        again.rows = rows
+        result = again.train(train_sampling_strategy=strategy, overwrite=True)
+        return logged(result, "loss")
+
+    grouped = losses(make_rows(12), "group_by_length")
+    assert losses(Dataset.from_list(make_rows(12)), "group_by_length") == grouped
+    assert losses(make_rows(12), "random") != grouped
+    short = [{name: row[name][:4] for name in row} for row in make_rows(30)]
+    short = [row for row in short if len(row["input_ids"]) == 4]
+    assert len(short) > 20
+    assert losses(short, "group_by_length") == losses(short, "random")
+
+
+def test_rows_of_unknown_lengths_cannot_be_grouped(run: Run) -> None:
+    """Of a stream, and of a dataset whose rows are made when they are read."""
+    settings = {"max_steps": 3, "train_sampling_strategy": "group_by_length"}
+    rows, message = run.rows, "'group_by_length', but the lengths of a {} are not known before its"
+    run.rows = Dataset.from_list(rows).to_iterable_dataset()
+    with pytest.raises(ValueError, match=message.format("IterableDataset")):
+        run.train(**settings)
+    places = Dataset.from_dict({"place": [*range(len(rows))]})
+    run.rows = places.with_transform(
+        lambda columns: {name: [rows[at][name] for at in columns["place"]] for name in rows[0]}
+    )
+    with pytest.raises(ValueError, match=message.format("Dataset") + ".* or leave it at 'random'"):
+        run.train(**settings)
 
 
 def test_a_stream_that_can_be_read_once_is_an_error(run: Run) -> None:

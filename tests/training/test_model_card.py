@@ -144,11 +144,20 @@ def test_the_hub_can_read_it(run: Run) -> None:
     assert data.datasets == "stanfordnlp/imdb"
     assert (data.library_name, data.pipeline_tag) == ("transformers", "fill-mask")
     (measured,) = data.eval_results
-    assert (measured.dataset_type, measured.metric_type) == ("stanfordnlp/imdb", "perplexity")
+    assert measured.dataset_name == measured.dataset_type == "stanfordnlp/imdb"
+    assert measured.metric_type == "perplexity"
     assert result.final is not None
     assert measured.metric_value == result.final.perplexity
     title = "distilbert/distilbert-base-uncased, adapted to stanfordnlp/imdb"
     assert f"\n# {title}\n" in run.card.text
+
+
+@pytest.mark.parametrize(("given", "shown"), [("film reviews", "film reviews"), (None, "eval")])
+def test_the_result_is_of_the_data_that_was_named(run: Run, given: str | None, shown: str) -> None:
+    """In words that are no name on the hub, too; what has no name is called as in the history."""
+    run.train(freeze(make_rows(5)), dataset_name=given)
+    (measured,) = run.card.data.eval_results
+    assert (measured.dataset_name, measured.dataset_type) == (shown, "eval")
 
 
 def test_each_set_is_a_result_of_its_own(run: Run) -> None:

@@ -200,7 +200,7 @@ def headless(kind: Any) -> Any:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (partial(headless, BertModel), "BertModel does not predict a token .* shape None"),
+        (partial(headless, BertModel), "BertModel has no prediction head, as AutoModel loads it"),
         (partial(headless, BertForPreTraining), "BertForPreTraining does not predict a token"),
         (
             partial(headless, BertForTokenClassification),
@@ -225,6 +225,56 @@ def test_a_model_that_does_not_predict_masks_is_named(run: Run, make: Any, messa
         evaluate_mlm(run.model, run.eval_rows, tokenizer=run.tokenizer)
 
 
+def test_parts_of_two_models_are_named_before_a_folder_is_made(run: Run) -> None:
+    """A tokenizer of another model is not answered with a resizing alone, nor a collator of it."""
+    own, other = run.tokenizer, tiny_tokenizer("byte_bpe")
+    run.collator = WholeWordMaskingCollator(other)
+    with pytest.raises(ValueError, match=r"data_collator was made with another tokenizer: .* 512"):
+        run.train()
+    run.tokenizer = other
+    message = (
+        r"tokenizer \(\w+\) has 512 tokens, the model \(BertForMaskedLM\) .* 475; load the mod"
+    )
+    with pytest.raises(ValueError, match=message):
+        run.train()
+    run.tokenizer = run.collator.tokenizer = own
+    run.model = headless(BertModel)
+    with pytest.raises(ValueError, match="BertModel has no prediction head"):
+        run.train()
+    assert not run.folder.exists()
+
+
+@pytest.mark.parametrize("which", ["train_dataset", "eval"])
+def test_rows_without_words_are_named(run: Run, which: str) -> None:
+    """By the argument, before a folder is made, and without a word on `Trainer`."""
+    rows = [{name: each[name] for name in each if name != "word_ids"} for each in run.rows]
+    run.rows, run.eval_rows = (rows, None) if which == "train_dataset" else (run.rows, rows)
+    message = (
+        rf"^{which} has \[.*\], without 'word_ids', .* make the rows with tokenize_with_word_ids$"
+    )
+    with pytest.raises(ValueError, match=message):
+        run.train()
+    assert not run.folder.exists()
+
+
+def test_a_checkpoint_that_is_not_there_is_said_to_be_so(run: Run) -> None:
+    """And what there is in its place."""
+    path = run.folder / "checkpoint-9"
+    message = "resume_from_checkpoint is '.*-9', which is not there; .* which holds "
+    with pytest.raises(FileNotFoundError, match=f"{message}no checkpoint"):
+        run.train(resume_from_checkpoint=str(path))
+    run.train(overwrite=True)
+    with pytest.raises(FileNotFoundError, match=f"{message}checkpoint-2"):
+        run.train(resume_from_checkpoint=str(path))
+
+
+@pytest.mark.filterwarnings("ignore:`log_with=:UserWarning")
+def test_a_tracker_that_is_not_installed_is_named(run: Run) -> None:
+    """With what to do."""
+    with pytest.raises(ValueError, match=r"but \['comet_ml'\] is not installed; pip install it"):
+        run.train(report_to=["comet_ml"])
+
+
 def test_weights_that_are_not_finite_are_named(run: Run) -> None:
     """Not as a head that does not work position by position."""
     with torch.no_grad():
@@ -239,7 +289,8 @@ def test_a_second_run_does_not_take_the_precision_of_the_first(run: Run, tmp_pat
     run.train(mixed_precision="bf16")
     again = Run(tmp_path / "again")
     for precision in ("no", None):
-        with pytest.raises(ValueError, match=r"has already been initialized .* restart"):
+        message = f"mixed_precision is {precision!r}, but .* began with 'bf16', .* in a new process"
+        with pytest.raises(ValueError, match=message):
             again.train(mixed_precision=precision)
     again.train(mixed_precision="bf16")
 

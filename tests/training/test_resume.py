@@ -88,7 +88,16 @@ GRID = {
     "bf16": {"mixed_precision": "bf16"},
     "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
     "transformers' collator": {"collator": "transformers"},
+    "a schedule of rates": {"collator": "ours, by schedule"},
+    "a schedule and a worker": {"collator": "ours, by schedule", "dataloader_num_workers": 1},
+    "a schedule and a stream": {
+        "collator": "ours, by schedule",
+        "stream": "plain",
+        "max_steps": 7,
+        "per_device_train_batch_size": 5,
+    },
     "gradient checkpointing": {"gradient_checkpointing": True},
+    "grouped by length": {"train_sampling_strategy": "group_by_length"},
     "a stream": {"stream": "plain", "max_steps": 7, "per_device_train_batch_size": 5},
     "a shuffled stream": {"stream": "shuffled", "max_steps": 7, "per_device_train_batch_size": 5},
 }
@@ -199,12 +208,16 @@ def test_processes_killed_at_any_moment_end_the_same(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("architecture", ["bert", "deberta-v2"])
+@pytest.mark.parametrize(
+    ("architecture", "strategy"),
+    [("bert", "random"), ("deberta-v2", "random"), ("bert", "group_by_length")],
+)
 def test_another_number_of_processes_goes_on_with_the_same_rows(
-    tmp_path: Path, architecture: str
+    tmp_path: Path, architecture: str, strategy: str
 ) -> None:
     """2 processes of 2 rows, then 1 of 4: a step has the same rows, and sums differ by 1e-5."""
     one = {"rows": 21, "dropout": False, "architecture": architecture}
+    one["train_sampling_strategy"] = strategy
     two = {**one, "world": 2, "per_device_train_batch_size": 2}
     one["per_device_train_batch_size"] = 4
     whole = outcome(tmp_path / "whole", **one)
@@ -251,7 +264,7 @@ class Swapped:
         self.rows = self.tokenize(tiny_corpus(8))
         self.eval_rows = self.rows[:4]
         self.optimizer: torch.optim.Optimizer | None = None
-        self.probability = 0.2
+        self.probability: Any = 0.2
         self.settings: dict[str, Any] = {
             "output_dir": str(folder),
             "per_device_train_batch_size": 4,
@@ -286,6 +299,10 @@ class Swapped:
     [
         ({"learning_rate": 2e-4}, "learning_rate was 5e-05, is 0.0002"),
         ({"seed": 7}, "seed was 42, is 7"),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            "train_sampling_strategy was 'random', is 'group_by_length'",
+        ),
         ({"num_train_epochs": 2}, "num_train_epochs was 1, is 2"),
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type was 'linear', is 'cosine'"),
         ({"weight_decay": 0.1}, "weight_decay was 0.0, is 0.1"),
@@ -328,6 +345,32 @@ def test_another_run_is_refused_by_name_and_values(
     with pytest.raises(ValueError, match=rf"checkpoint-2 is of another run: .*{expected}"):
         run.train()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == files
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (0.2, {0.0: 0.2}, r"0\.2}', is .*\{0\.0: 0\.2\}"),
+        ({0.0: 0.3, 0.8: 0.15}, {0.0: 0.3, 0.80001: 0.15}, r"0\.8: 0\.15.*', is .*0\.80001: 0\.15"),
+        (
+            lambda done: 0.2 - done / 10,
+            lambda done: 0.2 - done / 11,
+            r"lambda> \w+.* is .*lambda> \w",
+        ),
+    ],
+)
+def test_another_schedule_is_another_run(
+    tmp_path: Path, before: Any, after: Any, expected: str
+) -> None:
+    """Callables are told apart by their rates, and known again by them."""
+    run = Swapped(tmp_path)
+    run.probability = before
+    run.train()
+    run.settings["resume_from_checkpoint"] = True
+    run.train()
+    run.probability = after
+    with pytest.raises(ValueError, match=rf"another run: data_collator was .*{expected}"):
+        run.train()
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,22 @@ from transformers import (
     Trainer,
 )
 
+import mlmadapt
 from mlmadapt import (
     MaskedLMMetrics,
+    MaskedWordMetrics,
+    MaskingCallback,
     TrainingConfig,
     TrainingResult,
     WholeWordMaskingCollator,
     accelerate_train,
     evaluate_mlm,
+    evaluate_words,
     extend_vocabulary,
     find_domain_words,
     group_texts,
     insert_random_mask,
+    isolate_documents,
     masked_lm_loss,
     pack_texts,
     phrases,
@@ -33,6 +38,7 @@ from mlmadapt import (
 )
 from mlmadapt.testing import (
     TOKENIZER_KINDS,
+    assert_documents_kept,
     assert_masks_reproducible,
     assert_resumes_exactly,
     assert_same_loss,
@@ -42,6 +48,13 @@ from mlmadapt.testing import (
     tiny_model,
     tiny_tokenizer,
 )
+
+
+def misspell() -> None:
+    """A name that is none is an error here; an ignore that nobody needs is one, too."""
+    mlmadapt.group_text  # type: ignore[attr-defined]  # noqa: B018
+    TrainingConfig(bf16=True)  # type: ignore[call-arg]
+    assert_type(mlmadapt.__version__, str)
 
 
 def prepare(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -97,6 +110,10 @@ def mask(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         return_tensors="pt",
     )
     collator.set_epoch(1)
+    collator.set_progress(0.5)
+    assert_type(MaskingCallback(collator).data_collator, WholeWordMaskingCollator)
+    WholeWordMaskingCollator(tokenizer, wwm_probability={0.0: 0.3, 0.8: 0.15})
+    WholeWordMaskingCollator(tokenizer, wwm_probability=lambda done: 0.3 - 0.15 * done)
     batch = collator([{"input_ids": [2, 7, 3], "word_ids": [-1, 0, -1]}])
     assert_type(batch, dict[str, Any])
     assert_type(str(show_masks(batch, tokenizer, features=None)), str)
@@ -114,6 +131,7 @@ def train(model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerB
         output_dir="adapted",
         learning_rate=2e-5,
         eval_strategy="epoch",
+        report_to=["tensorboard"],
         dataset_name="stanfordnlp/imdb",
         fill_mask=["This is a great [MASK]."],
         push_to_hub=True,
@@ -150,6 +168,7 @@ def evaluate(
         model, rows, tokenizer=tokenizer, batch_size=32, accelerator=Accelerator()
     )
     assert_type(metrics, MaskedLMMetrics)
+    assert_type(evaluate_words(model, rows, tokenizer=tokenizer), MaskedWordMetrics)
     return (
         metrics.loss,
         metrics.perplexity,
@@ -168,6 +187,8 @@ def own_loop(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Trainer:
         handle.remove()
     kept = sparse_prediction(model)
     kept.remove()
+    with isolate_documents(model) as isolated:
+        isolated.remove()
     return Trainer(model=model, compute_loss_func=masked_lm_loss)
 
 
@@ -194,6 +215,7 @@ def own_tests(rows: Dataset) -> None:
         columns, group_texts(columns, chunk_size=2), max_dropped=1, tokenizer=tokenizer
     )
     assert_tokens_kept(rows, features)
+    assert_documents_kept(rows, pack_texts(columns), tokenizer=tokenizer)
 
     def compute_loss(
         model: PreTrainedModel, batch: dict[str, torch.Tensor], num_items_in_batch: int

@@ -116,6 +116,31 @@ def row_lengths(name: str, rows: Any) -> Ints:
     return refuse_column(name, seen)
 
 
+def dataset_lengths(dataset: Any) -> Ints | None:
+    """Return the number of tokens of each row, or None if rows would have to be read for it.
+
+    A `Dataset` tells by the offsets of its table, whatever its rows are made to by a format.
+
+    Examples:
+        >>> dataset_lengths([{"input_ids": [7, 8]}, {"input_ids": [9]}])
+        array([2, 1])
+    """
+    from datasets import Dataset  # noqa: PLC0415  # half a second to load
+
+    if not isinstance(dataset, (Dataset, list, tuple)):
+        return None
+    names = dataset.column_names if isinstance(dataset, Dataset) else dataset[0]
+    name = "input_ids" if "input_ids" in names else "masked_input_ids"
+    if not isinstance(dataset, Dataset):
+        return row_lengths(name, [row[name] for row in dataset])
+    if name not in names:  # a transform makes it
+        return None
+    lengths = row_lengths(name, dataset.data.column(name))
+    # In the order of the table first: to follow the indices of `shuffle` takes 80 times as long.
+    indices = dataset._indices  # noqa: SLF001  # a column of the rows' places in the table
+    return lengths if indices is None else lengths[indices.column(0).to_numpy()]
+
+
 def refuse_column(name: str, seen: str) -> NoReturn:
     """Raise the error about a column that does not hold a list of numbers per row.
 

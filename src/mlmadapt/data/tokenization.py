@@ -167,6 +167,23 @@ def special_token_ids(tokenizer: Tokenizer) -> set[int]:
     return (flagged - {tokenizer.unk_token_id}) | roles
 
 
+def ordinary_token_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of ordinary tokens, in order: not special, not added, not reserved as unused.
+
+    Examples:
+        >>> from mlmadapt.testing import tiny_tokenizer
+        >>> ordinary_token_ids(tiny_tokenizer("wordpiece"))[:3]
+        [5, 6, 7]
+    """
+    left_out = special_token_ids(tokenizer) | set(tokenizer.added_tokens_decoder)
+    is_unused = re.compile(r"[\[<]unused_?\d+[\]>]").fullmatch
+    return sorted(
+        token_id
+        for token, token_id in tokenizer.get_vocab().items()
+        if token_id not in left_out and not is_unused(token)
+    )
+
+
 def _read_texts(batch: Any, text_column: str) -> list[str]:
     is_table = isinstance(batch, pa.Table)
     names = batch.column_names if is_table else list(batch)
@@ -184,10 +201,15 @@ def _read_texts(batch: Any, text_column: str) -> list[str]:
     texts = column.to_pylist() if is_table else list(column)
     for row, text in enumerate(texts):
         if not isinstance(text, str):
+            cure = "convert it, or drop it with dataset.filter"
+            if text is None:
+                cure = (
+                    f"{texts.count(None)} of {len(texts)} here are None; drop them with "
+                    f"dataset.filter(lambda row: row[{text_column!r}] is not None)"
+                )
             raise TypeError(
                 f"row {row} of column {text_column!r} in this batch is {text!r:.40}, of type "
-                f"{type(text).__name__}; each document must be a str: convert it, or drop it with "
-                "dataset.filter"
+                f"{type(text).__name__}; each document must be a str: {cure}"
             )
         try:
             text.encode()

@@ -9,27 +9,26 @@ The hash is splitmix64's finaliser over a counter (Steele, Lea and Flood, OOPSLA
 of counter-based generators (Salmon et al., SC 2011).
 """
 
-import multiprocessing
-import os
-import re
 import warnings
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import KW_ONLY, dataclass, fields
-from itertools import pairwise
-from multiprocessing.context import get_spawning_popen
-from multiprocessing.sharedctypes import RawValue
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from mlmadapt._types import Features, Ints, Tokenizer
+from mlmadapt._types import Features, Hashes, Ints, Tokenizer
 from mlmadapt.data.rows import check_count, document_bounds, join_rows, pad_rows, to_columns
-from mlmadapt.data.tokenization import special_token_ids
+from mlmadapt.data.tokenization import ordinary_token_ids, special_token_ids
+from mlmadapt.masking.clock import Clock
 from mlmadapt.masking.packed import PackedAttentionMask
+from mlmadapt.masking.rates import RateSchedule, is_share, rate_at, sample_rates
 from mlmadapt.masking.seeding import check_whole, derive_key, hash_counters, hash_rows
-from mlmadapt.masking.selection import WordWeights, choose_words, find_words
+from mlmadapt.masking.selection import WordWeights, choose_words, find_words, split_blocks
+
+_Key: TypeAlias = int | Hashes
 
 
 @dataclass(eq=False)  # weights may be an array, which has no one truth
@@ -47,7 +46,13 @@ class WholeWordMaskingCollator:
 
     Args:
         tokenizer: The tokenizer that made the rows; it needs a mask token.
-        wwm_probability: Share of words to predict, in [0, 1]; at 0, still one word per row.
+        wwm_probability: Share of words to predict, in [0, 1]; at 0, still one word per row. Or a
+            schedule, the rate by the share of the run that is done: a dict of steps (``{0.0: 0.3,
+            0.8: 0.15}`` has 15 % from 80 % of the run on) or a callable (``lambda done: 0.3 - 0.15
+            * done``; spawned workers must be able to pickle it). A lower rate's targets are among a
+            higher one's, but for some rows of one target with both weights and ``"bernoulli"``.
+            Frozen sets have the rate of the run's end. `accelerate_train` knows the share; see
+            `MaskingCallback` for `Trainer`, `set_progress` for your own loop.
         mask_replace_prob: Share of these words that become the mask token, in [0, 1].
         random_replace_prob: Share of these words that become random tokens, in [0, 1]; never
             special, added or unused tokens. The rest is kept: 0.8 and 0.1 are BERT's 80/10/10, by
@@ -85,7 +90,7 @@ class WholeWordMaskingCollator:
 
     tokenizer: Tokenizer
     _: KW_ONLY
-    wwm_probability: float = 0.2
+    wwm_probability: RateSchedule = 0.2
     mask_replace_prob: float = 1.0
     random_replace_prob: float = 0.0
     budget: Literal["bernoulli", "exact"] = "bernoulli"
@@ -95,9 +100,10 @@ class WholeWordMaskingCollator:
     return_tensors: Literal["pt", "np"] = "pt"
 
     def __post_init__(self) -> None:
-        for name in ("wwm_probability", "mask_replace_prob", "random_replace_prob"):
+        sample_rates(self.wwm_probability)
+        for name in ("mask_replace_prob", "random_replace_prob"):
             share = getattr(self, name)
-            if not (isinstance(share, (int, float, np.floating)) and 0 <= share <= 1):
+            if not is_share(share):
                 raise ValueError(f"{name} is {share!r}; it must be a probability in [0, 1]")
         # A hair of tolerance, since 0.9 + 0.1 need not be 1 in binary.
         if self.mask_replace_prob + self.random_replace_prob > 1 + 1e-9:
@@ -120,26 +126,21 @@ class WholeWordMaskingCollator:
                 "masked language model, or add one with tokenizer.add_special_tokens("
                 "{'mask_token': '[MASK]'}) and model.resize_token_embeddings(len(tokenizer))"
             )
-        self.__setstate__({"_epoch": 0})
+        self.__setstate__({"_clock": Clock()})
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what `__setstate__` makes, so that equal collators have equal fingerprints."""
         state = {each.name: getattr(self, each.name) for each in fields(self)}
-        if get_spawning_popen() is None:
-            return {**state, "_epoch": self._epoch.value}  # a copy has its own epoch
-        return {**state, "_epoch": self._epoch, "_owner": self._owner, "_unseen": self._unseen}
+        return {**state, "_clock": copy(self._clock)}  # a copy has its own epoch
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make the look-up tables, and the epoch in memory that persistent workers share."""
+        """Make the look-up tables."""
+        self._clock: Clock
         self.__dict__.update(state)
-        if isinstance(state["_epoch"], int):
-            self._epoch = RawValue("q", state["_epoch"])
-            self._unseen = RawValue("q")  # a process whose workers do not see its epoch
-            self._owner: int = os.getpid()
         size = max(self.tokenizer.get_vocab().values()) + 1
         self._is_special = np.zeros(size, bool)
         self._is_special[list(special_token_ids(self.tokenizer))] = True
-        self._pool = _replacement_pool(self.tokenizer)
+        self._pool = np.array(ordinary_token_ids(self.tokenizer), np.int64)
         self._mask_id: int = self.tokenizer.mask_token_id
         if self.random_replace_prob and not self._pool.size:
             raise ValueError(
@@ -189,11 +190,9 @@ class WholeWordMaskingCollator:
         if self.seed is None:
             key = int(torch.randint(2**63 - 1, ()))
         else:
-            key = derive_key(self.seed, "mask", self._epoch.value)
-            parent = multiprocessing.parent_process()
-            if parent is not None and self._owner not in (os.getpid(), parent.pid):
-                self._unseen.value = parent.pid
-        batch = self.collate(features, key=key)
+            key = derive_key(self.seed, "mask", self._clock.epoch)
+        is_number = is_share(self.wwm_probability)
+        batch = self.collate(features, key=key, progress=0 if is_number else self._clock.progress)
         if return_tensors == "np":
             return dict(batch)
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
@@ -224,23 +223,39 @@ class WholeWordMaskingCollator:
             [2, 7, 8, 4, 3]
             [2, 4, 8, 9, 3]
         """
-        number = check_whole("epoch", epoch, range(-(2**63), 2**63))
-        if self._owner != os.getpid():
-            if self._unseen.value == os.getpid():
-                raise RuntimeError(
-                    f"epoch {number} would not reach the DataLoader workers of this process, which "
-                    "started before its first set_epoch; call set_epoch(0) before they start"
-                )
-            # A training process of several that were handed one collator: each counts for itself.
-            self._epoch, self._owner = RawValue("q"), os.getpid()
-        self._epoch.value = number
+        self._clock.set(epoch=check_whole("epoch", epoch, range(-(2**63), 2**63)))
 
-    def collate(self, features: Features, *, key: int) -> dict[str, Ints]:
+    def set_progress(self, progress: float) -> None:
+        """Tell a schedule of rates how far the run is; own loops call it before each step.
+
+        DataLoader workers collate ahead: the next ``num_workers * prefetch_factor`` batches (4 with
+        2 workers) keep an earlier step's rate. Called once per epoch, before the loop, it is exact.
+
+        Args:
+            progress: Share of the run that is done, in [0, 1]: steps taken over all steps.
+
+        Raises:
+            ValueError: If it is not a share, or the rate there is none.
+            RuntimeError: As `set_epoch`.
+
+        Examples:
+            >>> from mlmadapt.testing import tiny_tokenizer
+            >>> rates = {0.0: 1.0, 0.5: 0.0}
+            >>> collator = WholeWordMaskingCollator(tiny_tokenizer(), wwm_probability=rates, seed=0)
+            >>> collator.set_progress(0.5)
+            >>> collator([{"input_ids": [2, 7, 8, 9, 3], "word_ids": [-1, 0, 1, 2, -1]}])["labels"]
+            tensor([[-100,    7, -100, -100, -100]])
+        """
+        rate_at(self.wwm_probability, progress)  # wrong ones are told here, not in a worker
+        self._clock.set(progress=progress)
+
+    def collate(self, features: Features, *, key: int, progress: float = 1.0) -> dict[str, Ints]:
         """Collate rows into arrays whose masks depend on (`key`, tokens of the row) alone.
 
         Args:
             features: As for the call.
             key: In place of seed and epoch; 0 or more, below 2**64.
+            progress: Share of the run that is done, in [0, 1], for a schedule of rates.
 
         Returns:
             Arrays of shape ``(batch, sequence)``, as the call.
@@ -255,15 +270,18 @@ class WholeWordMaskingCollator:
             >>> WholeWordMaskingCollator(tiny_tokenizer()).collate(rows, key=0)["input_ids"]
             array([[2, 4, 3]])
         """
-        masked, lengths = self.mask(to_columns(features), key=key)
+        masked, lengths = self.mask(to_columns(features), key=key, progress=progress)
         return pad_rows(masked, lengths, self.tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
 
-    def mask(self, columns: Mapping[str, Any], *, key: int) -> tuple[dict[str, Ints], Ints]:
+    def mask(
+        self, columns: Mapping[str, Any], *, key: _Key, progress: float = 1.0
+    ) -> tuple[dict[str, Ints], Ints]:
         """Mask rows given as columns, without padding them.
 
         Args:
             columns: Lists of rows by name, as a batch of `map` has them.
-            key: As for `collate`.
+            key: As for `collate`; or a key per row, of shape ``(rows,)``, in place of its tokens.
+            progress: As for `collate`.
 
         Returns:
             Arrays of shape ``(tokens,)``, the rows end to end, and the rows' lengths in tokens.
@@ -279,7 +297,9 @@ class WholeWordMaskingCollator:
             >>> masked["input_ids"], lengths
             (array([2, 4, 3]), array([3]))
         """
-        key = check_whole("key", key, range(2**64))
+        if not isinstance(key, np.ndarray):
+            key = check_whole("key", key, range(2**64))
+        rate = rate_at(self.wwm_probability, progress)
         for row, words in enumerate(columns.get("word_ids", [None])):
             if words is None:
                 raise ValueError(
@@ -305,30 +325,36 @@ class WholeWordMaskingCollator:
             bounds = document_bounds(masked["document_ids"], bounds)
         labels = np.full_like(tokens, -100)
         if is_real.all():
-            inputs = self._mask_blocks(tokens, words, bounds, key, labels)
+            inputs = self._mask_blocks(tokens, words, bounds, key, labels, rate=rate)
         else:
             # Rows can come padded already. That is left out, so that it plays no part.
             bounds = np.searchsorted(np.flatnonzero(is_real), bounds)
             inputs, real_labels = tokens.copy(), labels[is_real]
             inputs[is_real] = self._mask_blocks(
-                tokens[is_real], words[is_real], bounds, key, real_labels
+                tokens[is_real], words[is_real], bounds, key, real_labels, rate=rate
             )
             labels[is_real] = real_labels
         return {**masked, "input_ids": inputs, "labels": labels}, lengths
 
-    def _mask_blocks(self, tokens: Ints, words: Ints, bounds: Ints, key: int, labels: Ints) -> Ints:
+    def _mask_blocks(
+        self, tokens: Ints, words: Ints, bounds: Ints, key: _Key, labels: Ints, *, rate: float
+    ) -> Ints:
         """Return the tokens with masks, and write the targets into `labels`."""
-        inputs = tokens.copy()
-        for rows in _blocks(bounds):
-            block = slice(rows[0], rows[-1])
-            targets, instead = self._choose_tokens(tokens[block], words[block], rows - rows[0], key)
+        inputs, done = tokens.copy(), 0
+        for rows in split_blocks(bounds):
+            block, count = slice(rows[0], rows[-1]), len(rows) - 1
+            own_key = key if isinstance(key, int) else key[done : done + count]
+            targets, instead = self._choose_tokens(
+                tokens[block], words[block], rows - rows[0], own_key, rate=rate
+            )
+            done += count
             targets += rows[0]
             labels[targets] = tokens[targets]
             inputs[targets] = instead
         return inputs
 
     def _choose_tokens(
-        self, tokens: Ints, words: Ints, bounds: Ints, key: int
+        self, tokens: Ints, words: Ints, bounds: Ints, key: _Key, *, rate: float
     ) -> tuple[Ints, Ints]:
         """Return which tokens of some rows are targets, and what stands there instead."""
         first, size = find_words(words, bounds)
@@ -337,11 +363,8 @@ class WholeWordMaskingCollator:
         weights = None
         if self._weights is not None:
             weights = self._weights.weigh(tokens[words >= 0], size, np.diff(words_before))
-        row_keys = hash_rows(tokens, bounds, key)
-        chosen, fate = choose_words(
-            words_before, row_keys, weights, rate=self.wwm_probability, budget=self.budget
-        )
-
+        row_keys = hash_rows(tokens, bounds, key) if isinstance(key, int) else key
+        chosen, fate = choose_words(words_before, row_keys, weights, rate=rate, budget=self.budget)
         size = size[chosen]
         targets = np.arange(size.sum()) + np.repeat(first[chosen] - np.cumsum(size) + size, size)
         fate = np.repeat(fate, size)
@@ -388,7 +411,6 @@ class WholeWordMaskingCollator:
 
 # This many tokens per word, over a whole row, come from a tokenizer that does not split words.
 _TOO_LONG = 32
-_BLOCK = 8192  # tokens
 # Keeps the draws of replacements apart from those of words.
 _REPLACEMENT = np.uint64(0x6A09E667F3BCC909)
 
@@ -396,25 +418,3 @@ _REPLACEMENT = np.uint64(0x6A09E667F3BCC909)
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
-
-
-def _replacement_pool(tokenizer: Tokenizer) -> Ints:
-    """Return the ids of ordinary tokens: not special, not added, not reserved as unused."""
-    left_out = special_token_ids(tokenizer) | set(tokenizer.added_tokens_decoder)
-    is_unused = re.compile(r"[\[<]unused_?\d+[\]>]").fullmatch
-    ids = (
-        token_id
-        for token, token_id in tokenizer.get_vocab().items()
-        if token_id not in left_out and not is_unused(token)
-    )
-    return np.array(sorted(ids), np.int64)
-
-
-def _blocks(bounds: Ints) -> list[Ints]:
-    """Share rows out over blocks whose arrays stay in the processor's cache; return their bounds.
-
-    One block of all takes half again as long, most of it for fresh memory.
-    """
-    cuts = np.flatnonzero(np.diff(bounds[:-1] // _BLOCK)) + 1
-    edges = [0, *cuts.tolist(), len(bounds) - 1]
-    return [bounds[a : b + 1] for a, b in pairwise(edges)]

@@ -22,13 +22,17 @@ _MOVING = {
 _READING = {
     "__array__",
     "__eq__",
+    "__format__",
     "__get__",  # an attribute, such as the shape
     "__len__",
     "__ne__",
+    "__reduce_ex__",  # to and from worker processes
     "__repr__",
     "as_subclass",
     "dim",
     "equal",
+    "is_pinned",
+    "numel",
     "numpy",
     "size",
     "sum",
@@ -52,6 +56,10 @@ class PackedAttentionMask(torch.Tensor):
             ...
         ValueError: rows of the batch hold several documents ('document_ids'), which this model ...
     """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """Copy it; torch's own way computes with it."""
+        return self.clone()
 
     @classmethod
     def __torch_function__(

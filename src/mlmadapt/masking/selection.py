@@ -5,6 +5,7 @@ would go to words that the model knows already; weights move it to others, at th
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,20 @@ def find_words(words: Ints, bounds: Ints) -> tuple[Ints, Ints]:
     runs = np.flatnonzero(words.take(edges[:-1]) >= 0)
     first = edges.take(runs)
     return first, edges.take(runs + 1) - first
+
+
+def split_blocks(bounds: Ints) -> list[Ints]:
+    """Share rows out over blocks whose arrays stay in the processor's cache; return their bounds.
+
+    One block of all takes half again as long, most of it for fresh memory.
+
+    Examples:
+        >>> split_blocks(np.array([0, 5000, 9000, 12000]))
+        [array([   0, 5000, 9000]), array([ 9000, 12000])]
+    """
+    cuts = np.flatnonzero(np.diff(bounds[:-1] // 8192)) + 1
+    edges = [0, *cuts.tolist(), len(bounds) - 1]
+    return [bounds[a : b + 1] for a, b in pairwise(edges)]
 
 
 def choose_words(

@@ -12,14 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlmadapt._types import Model, Rows, Tokenizer
+from mlmadapt._types import DataCollator, Model, Rows, Tokenizer
 
 
 def check_model(model: Model) -> None:
     """Check that `model` predicts each token at its own place.
 
     Raises:
-        ValueError: If it is a causal model, or is wrapped for several devices.
+        ValueError: If it is a causal model, has no head, or is wrapped for several devices.
     """
     from transformers.models.auto import modeling_auto  # noqa: PLC0415  # a second to load
 
@@ -27,11 +27,15 @@ def check_model(model: Model) -> None:
     names = {ancestor.__name__ for ancestor in type(bare).__mro__}
     causal = names.intersection(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     masked = names.intersection(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+    # Some have several for one type of model.
+    headless = [np.atleast_1d(each) for each in modeling_auto.MODEL_MAPPING_NAMES.values()]
     reason = None
     if not hasattr(bare, "get_input_embeddings"):
         reason = "is not one of transformers (of one that is wrapped, pass its .module)"
     elif causal and not masked:
         reason = "is a causal language model, which shifts its labels"
+    elif not masked and type(bare).__name__ in np.concatenate(headless):
+        reason = "has no prediction head, as AutoModel loads it"
     if reason is not None:
         raise ValueError(f"model {type(bare).__name__} {reason}; load one by AutoModelForMaskedLM")
 
@@ -40,6 +44,22 @@ def unwrap(model: Any) -> Any:
     """Return the model of transformers below `torch.compile` and PEFT's adapters."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_collator(data_collator: DataCollator, tokenizer: Tokenizer) -> None:
+    """Check that a collator was made with `tokenizer`, if it tells with which.
+
+    Raises:
+        ValueError: If it has one with other tokens, whose mask would be any token to the model.
+    """
+    own: Tokenizer = getattr(data_collator, "tokenizer", tokenizer)
+    if own is not tokenizer and own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"data_collator was made with another tokenizer: {type(own).__name__} of {len(own)} "
+            f"tokens, its mask {own.mask_token!r} the id {own.mask_token_id}; tokenizer is "
+            f"{type(tokenizer).__name__} of {len(tokenizer)}, its mask {tokenizer.mask_token!r} "
+            f"{tokenizer.mask_token_id}. Make the collator with the tokenizer that is passed"
+        )
 
 
 def check_rows(
@@ -67,7 +87,9 @@ def check_rows(
     embeddings = len(embedding.weight)
     if len(tokenizer) > embeddings:
         raise ValueError(
-            f"tokenizer has {len(tokenizer)} tokens, the model's embedding {embeddings}; call "
+            f"tokenizer ({type(tokenizer).__name__}) has {len(tokenizer)} tokens, the model "
+            f"({type(unwrap(model)).__name__}) embeddings for {embeddings}; load the model's own "
+            "tokenizer or, if this is it and tokens were added, call "
             f"model.resize_token_embeddings({len(tokenizer)})"
         )
     longest, highest = _measure(name, dataset)

@@ -1,14 +1,19 @@
-"""An assertion about chunks, for tests of any library's way to cut documents into rows."""
+"""Assertions about rows, for tests of any library's way to cut documents, or to pack them."""
 # ruff: noqa: PLC0415 (numpy is loaded by the functions that need it)
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from mlmadapt.testing.rows import name_token
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import numpy as np
     import numpy.typing as npt
     from transformers import PreTrainedTokenizerBase
@@ -58,10 +63,7 @@ max_dropped is 1
     total, left = len(before["input_ids"]), len(after["input_ids"])
     kept = min(total, left)
 
-    def name(kind: str, columns: Columns, place: int) -> str:
-        token = name_token(columns["input_ids"][place], tokenizer)
-        return f"{kind} {columns['row'][place]}, position {columns['position'][place]}, {token}"
-
+    name = partial(_name, tokenizer=tokenizer)
     for column in sorted({"input_ids", "token_type_ids"} & before.keys() & after.keys()):
         differ = before[column][:kept] != after[column][:kept]
         if differ.any():
@@ -93,6 +95,98 @@ max_dropped is 1
             )
 
 
+def assert_documents_kept(
+    examples: Any, rows: Any, *, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Assert that packing keeps each document whole, under a number of its own in one row.
+
+    Rows, and documents in a row, may be in any order. A document that is longer than the longest
+    row may be cut, and each part is then a document of its row; parts are looked for from the
+    longest to the shortest. Compared are tokens, ``token_type_ids`` where both have them, and which
+    tokens are one word where both have ``word_ids``. Padding (by ``attention_mask``) is left out.
+
+    Args:
+        examples: What was packed: a dict of columns, a list of rows, a `Dataset` or a
+            ``pyarrow.Table``.
+        rows: The result, in any of these forms, with ``document_ids`` that rise from document to
+            document of a row.
+        tokenizer: Names tokens in messages.
+
+    Raises:
+        AssertionError: With example or row, position and token of the first fault.
+        ValueError: If there are no rows, no ``input_ids`` or no ``document_ids``, or a column does
+            not hold one whole number per token.
+        TypeError: If one of several rows is not a dict.
+
+    Examples:
+        >>> documents = {"input_ids": [[5, 6, 7], [8, 9], [4]]}
+        >>> rows = {"input_ids": [[5, 6, 7, 4], [8, 9]], "document_ids": [[0, 0, 0, 1], [0, 0]]}
+        >>> assert_documents_kept(documents, rows)
+        >>> assert_documents_kept(documents, rows | {"document_ids": [[0, 0, 0, 0], [0, 0]]})
+        Traceback (most recent call last):
+        AssertionError: example 2, position 0, token 4 on: 1 tokens are a document in no \
+row
+    """
+    __tracebackhide__ = True
+    import numpy as np
+
+    before, after = _join(examples), _join(rows)
+    if "document_ids" not in after:
+        raise ValueError("rows have no 'document_ids', which tell the documents of a row apart")
+    names = before.keys() & after.keys() & {"token_type_ids", "word_ids"}
+    told, packed = _tell(before, names), _tell(after, names)
+    name = partial(_name, tokenizer=tokenizer)
+    steps = np.diff(after["document_ids"], prepend=0, append=0)
+    begins_row = np.diff(after["row"], prepend=-1, append=-1) != 0
+    bounds = np.flatnonzero(begins_row | (steps != 0))
+    for place in bounds[~begins_row[bounds]]:
+        if steps[place] < 0:
+            raise AssertionError(f"{name('row', after, place)}, has a lower number than before it")
+        if packed[place, -1] == 2:  # `_ROLES`
+            raise AssertionError(f"{name('row', after, place)}, is of a word with another document")
+    parts = [(start, _part(packed, start, end)) for start, end in pairwise(bounds.tolist())]
+    left = Counter(part for _, part in parts)
+    sizes = np.unique(np.diff(bounds))[::-1].tolist()
+    longest = np.diff(np.flatnonzero(begins_row)).max(initial=0)
+    ends = np.flatnonzero(np.diff(before["row"], prepend=-1, append=-1)).tolist()
+    # Those that must be whole come first, so that no part of a longer one takes their place.
+    for start, end in sorted(pairwise(ends), key=lambda bounds: bounds[1] - bounds[0]):
+        place, allowed = start, sizes if end - start > longest else [end - start]
+        while place < end:
+            fitting = (_part(told, place, place + size) for size in allowed if size <= end - place)
+            part = next((part for part in fitting if left[part]), None)
+            if part is None:
+                where = name("example", before, place)
+                raise AssertionError(f"{where} on: {end - place} tokens are a document in no row")
+            left[part] -= 1
+            place += len(part) // told[0].nbytes
+    for place, part in parts:
+        if left[part]:
+            where = name("row", after, place)
+            raise AssertionError(f"{where} on: a document that is in rows more than in examples")
+
+
+def _tell(columns: Columns, names: Collection[str]) -> npt.NDArray[np.int64]:
+    """Return what is compared of each token, its role in a word last."""
+    import numpy as np
+
+    words = _roles(columns) if "word_ids" in names else np.zeros_like(columns["row"])
+    types = columns["token_type_ids"] if "token_type_ids" in names else np.zeros_like(words)
+    return np.stack([columns["input_ids"], types, words], axis=1)
+
+
+def _part(told: npt.NDArray[np.int64], start: int, end: int) -> bytes:
+    """Return the same for the same document, where a word that is cut begins anew."""
+    part = told[start:end].copy()
+    part[:1, -1] = part[:1, -1] > 0
+    return part.tobytes()
+
+
+def _name(kind: str, columns: Columns, place: int, tokenizer: Any) -> str:
+    token = name_token(columns["input_ids"][place], tokenizer)
+    return f"{kind} {columns['row'][place]}, position {columns['position'][place]}, {token}"
+
+
 _ROLES = ("of no word", "the first of a word", "of one word with the token before it")
 
 
@@ -117,7 +211,7 @@ def _join(data: Any) -> Columns:
     if names is None and not isinstance(data, Mapping):
         data = to_columns(data)
     columns = {}
-    for name in ("input_ids", "token_type_ids", "attention_mask", "word_ids"):
+    for name in ("input_ids", "token_type_ids", "attention_mask", "word_ids", "document_ids"):
         if name in (data if names is None else names):
             rows = data[name]
             columns[name] = rows.to_pylist() if hasattr(rows, "to_pylist") else list(rows)

@@ -4,7 +4,8 @@ The order of an epoch is a function of (seed, epoch). An optimizer step takes th
 as many as all processes hold in all their forward passes, and shares them out; the same rows make
 the same step on 1 process or on 8. Every row comes exactly once per epoch: the last step is
 shorter, and a process left without a row for a forward pass that others make gets a filler whose
-labels are all -100.
+labels are all -100. Rows of mixed lengths can be grouped, so that those of a step are alike: then
+the order is a function of the lengths and of the rows per step too.
 
 A stream keeps its own order. Each process reads all of it and takes its share of every step; to
 resume, the rows of finished steps are read and passed over, which is exact for shuffle buffers too
@@ -14,10 +15,10 @@ resume, the rows of finished steps are read and passed over, which is exact for 
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, islice, tee
-from typing import Any, TypeVar
+from itertools import count, islice, pairwise, tee
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
@@ -28,6 +29,10 @@ from mlmadapt.masking.freezing import collate_seeded, purify
 from mlmadapt.masking.seeding import derive_key
 
 Dealt = TypeVar("Dealt")
+# The share of the run done before a row's step, the row's place, whether it counts, and the row.
+Item: TypeAlias = tuple[float, int, bool, Row]
+
+_SORTED_STEPS = 50  # as transformers has it; 97 % of a batch of single sentences is text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,7 @@ class BatchPlan:
         seed: Decides the order of each epoch.
         rank: This process.
         world: All processes.
+        lengths: Tokens of each row, to group rows by; None for rows in random order.
     """
 
     rows: int
@@ -49,6 +55,7 @@ class BatchPlan:
     seed: int = 0
     rank: int = 0
     world: int = 1
+    lengths: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def rows_per_step(self) -> int:
@@ -66,7 +73,20 @@ class BatchPlan:
         A tensor takes 8 bytes per row where a list takes 36.
         """
         generator = torch.Generator().manual_seed(derive_key(self.seed, "order", epoch))
-        return torch.randperm(self.rows, generator=generator)
+        order = torch.randperm(self.rows, generator=generator)
+        if self.lengths is None:
+            return order
+        size, whole = self.rows_per_step, self.rows // self.rows_per_step
+        # Sorted in 4 parts or more, or the same rows would meet in each epoch.
+        parts = torch.split(order, size * max(1, min(whole // 4, _SORTED_STEPS)))
+        order = torch.cat([part[(-self.lengths[part]).argsort(stable=True)] for part in parts])
+        steps = torch.randperm(whole, generator=generator)
+        if whole:  # the step with the longest row first, since it is one that memory may not hold
+            longest = self.lengths[order[: whole * size : size]].argmax()
+            steps = torch.cat([longest[None], steps[steps != longest]])
+        return torch.cat(
+            [order[: whole * size].view(whole, size)[steps].ravel(), order[whole * size :]]
+        )
 
     def rows_of_step(self, epoch: int, step: int) -> str:
         """Name the rows of a step over all processes.
@@ -100,16 +120,19 @@ class BatchPlan:
     def deal(self, rows: Sequence[Dealt]) -> list[list[tuple[Dealt, bool]]]:
         """Share the rows of a step out like cards, so that a short step is short everywhere.
 
+        Grouped rows are dealt to the processes, and each then takes the longest first.
+
         Examples:
             >>> BatchPlan(rows=5, batch_size=2, accumulation=2).deal("abc")
             [[('a', True), ('c', True)], [('b', True)]]
         """
         passes = math.ceil(len(rows) / (self.batch_size * self.world))
         mine = rows[self.rank :: self.world]
-        return [
-            [(row, True) for row in mine[place::passes]] or [(rows[0], False)]
-            for place in range(passes)
-        ]
+        shares = [mine[place::passes] for place in range(passes)]
+        if self.lengths is not None:
+            cuts = [len(mine) * place // passes for place in range(passes + 1)]
+            shares = [mine[first:end] for first, end in pairwise(cuts)]
+        return [[(row, True) for row in share] or [(rows[0], False)] for share in shares]
 
 
 def training_batches(
@@ -119,25 +142,35 @@ def training_batches(
     *,
     epoch: int,
     start: int = 0,
+    done: int = 0,
+    total_steps: int = 1,
     num_workers: int = 0,
 ) -> Iterator[tuple[list[Batch], bool]]:
     """Yield this process's batches of each optimizer step, and whether the step ends the epoch.
 
-    Masks come from (seed, epoch, row), with the collator's own seed where it has one.
+    Masks come from (seed, epoch, row), with the collator's own seed where it has one, and their
+    rate from the share of steps that are `done` before theirs, of `total_steps`.
 
     Raises:
         ValueError: If a stream has no rows, or none that a resumed run has not had.
     """
     collator = purify(data_collator)
     collate = partial(_collate, data_collator=collator, seed=plan.seed, epoch=epoch)
+    progress = (min(1.0, step / total_steps) for step in count(done))
     if not plan.rows:
-        yield from _stream_batches(dataset, plan, collate, epoch=epoch, start=start)
+        yield from _stream_batches(dataset, plan, collate, progress, epoch=epoch, start=start)
         return
-    # As they are asked for: a list of all rows to come is large.
+    # As they are asked for: a list of all rows to come is large. Each batch brings its progress,
+    # since workers collate ahead.
     own_steps, loader_steps = tee(plan.steps(epoch, start=start))
+    told = (
+        [(share, *pick) for pick in batch]
+        for share, step in zip(progress, loader_steps, strict=False)
+        for batch in step
+    )
     loader = DataLoader(
         _IndexedRows(dataset),
-        batch_sampler=chain.from_iterable(loader_steps),
+        batch_sampler=told,
         collate_fn=collate,
         num_workers=num_workers,
         worker_init_fn=_ignore_signals,
@@ -152,7 +185,8 @@ def training_batches(
 def _stream_batches(
     dataset: Any,
     plan: BatchPlan,
-    collate: Callable[[list[tuple[int, bool, Row]]], Batch],
+    collate: Callable[[list[Item]], Batch],
+    progress: Iterator[float],
     *,
     epoch: int,
     start: int,
@@ -170,11 +204,12 @@ def _stream_batches(
         )
     while step:
         following = list(islice(rows, plan.rows_per_step))
-        shares = plan.deal(step)
-        yield (
-            [collate([(index, counts, row) for (index, row), counts in each]) for each in shares],
-            not following,
+        share = next(progress)
+        batches = (
+            [(share, index, counts, row) for (index, row), counts in batch]
+            for batch in plan.deal(step)
         )
+        yield [collate(batch) for batch in batches], not following
         step = following
 
 
@@ -199,28 +234,27 @@ class _IndexedRows(torch.utils.data.Dataset[Any]):
     def __init__(self, dataset: Rows) -> None:
         self.dataset = dataset
 
-    def __getitems__(self, picks: list[tuple[int, bool]]) -> list[tuple[int, bool, Row]]:
-        indices = [index for index, _ in picks]
+    def __getitems__(self, picks: list[tuple[float, int, bool]]) -> list[Item]:
+        indices = [index for _, index, _ in picks]
         if hasattr(self.dataset, "__getitems__"):
             rows = self.dataset.__getitems__(indices)
         else:
             rows = [self.dataset[index] for index in indices]
-        return [(index, counts, row) for (index, counts), row in zip(picks, rows, strict=True)]
+        return [(*pick, row) for pick, row in zip(picks, rows, strict=True)]
 
 
-def _collate(
-    items: list[tuple[int, bool, Row]], *, data_collator: DataCollator, seed: int, epoch: int
-) -> Batch:
-    """Collate (index, counts, row) with the masks of an epoch; a filler counts for nothing."""
-    rows: list[Any] = [row for _, _, row in items]
+def _collate(items: list[Item], *, data_collator: DataCollator, seed: int, epoch: int) -> Batch:
+    """Collate rows with the masks of an epoch; a filler counts for nothing."""
+    rows: list[Any] = [row for *_, row in items]
     batch: Mapping[str, Any]
     if isinstance(data_collator, WholeWordMaskingCollator):
         own_seed = seed if data_collator.seed is None else data_collator.seed
-        batch = data_collator.collate(rows, key=derive_key(own_seed, "mask", epoch))
+        key = derive_key(own_seed, "mask", epoch)
+        batch = data_collator.collate(rows, key=key, progress=items[0][0])
     else:
-        key = derive_key(seed, "mask", epoch, *(index for index, _, _ in items))
+        key = derive_key(seed, "mask", epoch, *(index for _, index, _, _ in items))
         batch = collate_seeded(data_collator, rows, key=key)
     tensors = {name: torch.as_tensor(values) for name, values in batch.items()}
-    if not items[0][1]:
+    if not items[0][2]:
         tensors["labels"] = torch.full_like(tensors["labels"], -100)
     return tensors

@@ -92,11 +92,11 @@ def read_run(checkpoint: Path, run: Run) -> None:
     load_weights(checkpoint, run.model)
     with _refusing(checkpoint):
         objects = join_state(load_file(checkpoint / _TENSORS), stored["objects"])
+        own = run.optimizer.state_dict()["param_groups"]
+        _check_form(objects["optimizer"]["param_groups"], own, "param_groups")
+        _check_form(objects["scheduler"], run.scheduler.state_dict(), "scheduler")
         run.optimizer.load_state_dict(objects["optimizer"])
-        for parameter, moments in run.optimizer.state.items():
-            for name, values in moments.items():
-                if name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):  # others know their shape
-                    _require(values.shape == parameter.shape, f"{name} has another shape")
+        _check_moments(run.optimizer)
         run.scheduler.load_state_dict(objects["scheduler"])
         if run.accelerator.scaler is not None and objects["scaler"] is not None:
             run.accelerator.scaler.load_state_dict(objects["scaler"])
@@ -130,6 +130,48 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
             _require(values.dtype == types.get(name), f"{name} is of type {values.dtype}")
             _require(bool(values.isfinite().all()), f"{name} is not finite")
         load_model(model, checkpoint / _WEIGHTS)
+
+
+def _check_form(given: Any, own: Any, name: str) -> None:
+    """Check that a stored state can take the place of the one that an object has of its own.
+
+    What is None or empty at first can become anything, and further entries can come.
+    """
+    kinds = (Mapping, list | tuple, torch.Tensor, str, bool, int | float, object)
+    kind = next(kind for kind in kinds if isinstance(own, kind))
+    if own is None or (kind in (Mapping, list | tuple) and not own):
+        return
+    _require(isinstance(given, kind), f"{name} is {given!r:.40}")
+    if kind is Mapping:
+        _require(own.keys() <= given.keys(), f"{name} lacks {sorted(own.keys() - given.keys())}")
+        for key, value in own.items():
+            _check_form(given[key], value, f"{name}.{key}")
+    elif kind == list | tuple:
+        _require(len(given) == len(own), f"{name} has {len(given)} entries, not {len(own)}")
+        for place, (one, other) in enumerate(zip(given, own, strict=True)):
+            _check_form(one, other, f"{name}.{place}")
+    elif kind is torch.Tensor:
+        _require(given.shape == own.shape, f"{name} has another shape")
+
+
+def _check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Check that each parameter has the moments that its like have, of its shape, and no NaN."""
+    for group in optimizer.param_groups:
+        names: dict[int, set[str]] = {}
+        for parameter in group["params"]:
+            moments = optimizer.state.get(parameter)
+            if moments is None:  # it never had a gradient
+                continue
+            known = names.setdefault(parameter.ndim, {*moments})
+            _require({*moments} == known, f"moments are {sorted(moments)} and {sorted(known)}")
+            for name, values in moments.items():
+                if name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):  # others know their shape
+                    same = values is None or values.shape == parameter.shape
+                    _require(same, f"{name} has another shape")
+                elif name == "step":
+                    _require(float(values) >= 0, f"step is {values}")
+                if isinstance(values, torch.Tensor):
+                    _require(not values.isnan().any(), f"{name} is NaN")
 
 
 @contextmanager
@@ -207,9 +249,20 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def choose(output_dir: Path, wanted: str | Literal[True]) -> Path | None:
-    """Return the checkpoint that ``resume_from_checkpoint`` asks for; None if there is none yet."""
+    """Return the checkpoint that ``resume_from_checkpoint`` asks for; None if there is none yet.
+
+    Raises:
+        FileNotFoundError: If it names a directory that is not there.
+        ValueError: If what it names is damaged.
+    """
     if wanted is True or wanted.lower() == "true":  # as a command line says it
         return newest_whole(output_dir)
+    if not Path(wanted).is_dir():
+        found = [path.name for path in find_checkpoints(output_dir)] or ["no checkpoint"]
+        raise FileNotFoundError(
+            f"resume_from_checkpoint is {wanted!r}, which is not there; name a checkpoint's "
+            f"directory, or pass True for the newest in output_dir, which holds {', '.join(found)}"
+        )
     damage = next(find_damage(Path(wanted)), None)
     if damage is not None:
         raise ValueError(f"resume_from_checkpoint is {wanted!r}, which is damaged: {damage}")
@@ -239,7 +292,7 @@ def newest_whole(output_dir: Path) -> Path | None:
 def find_damage(checkpoint: Path) -> Iterator[str]:
     """Yield what is wrong with a checkpoint: each file that is not as the manifest says."""
     manifest = checkpoint / _MANIFEST
-    if manifest.is_symlink():
+    if _is_odd(manifest):  # to read from a pipe could take for ever
         yield f"{_MANIFEST} is not a plain file of the checkpoint"
         return
     try:
@@ -253,7 +306,7 @@ def find_damage(checkpoint: Path) -> Iterator[str]:
     for name, (size, digest) in expected.items():
         path = checkpoint / name
         # A manifest from elsewhere must not lead out of the folder.
-        if Path(name).name != name or path.is_symlink():
+        if Path(name).name != name or _is_odd(path):
             yield f"{name!r} is not a plain file of the checkpoint"
         elif not path.is_file():
             yield f"{name} is missing"
@@ -334,6 +387,11 @@ def join_state(tensors: Mapping[str, torch.Tensor], rest: Any) -> Any:
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_PREFIX))
+
+
+def _is_odd(path: Path) -> bool:
+    """Tell whether there is something else than a file: a link, a folder, a pipe."""
+    return path.is_symlink() or (path.exists() and not path.is_file())
 
 
 def _hash(path: Path) -> str:

@@ -1,9 +1,13 @@
 """The settings of a training run, checked once, where they are made."""
 
+import inspect
 import json
 import math
+import re
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from functools import wraps
 from os import PathLike
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
@@ -11,9 +15,20 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin,
 if TYPE_CHECKING:
     _Checkpoint: TypeAlias = str | Literal[True] | None
     _Arguments: TypeAlias = dict[str, Any] | str | None
+    _Names: TypeAlias = str | list[str]
 else:
     # HfArgumentParser can read nothing else; it gives "true" for True, and JSON for arguments.
     _Checkpoint = _Arguments = str | None
+    _Names = str
+
+# What else than a setting does here what a setting of `TrainingArguments` does there.
+_OTHERWISE_HERE = {
+    "bf16": "mixed_precision='bf16'",
+    "fp16": "mixed_precision='fp16'",
+    "warmup_ratio": "warmup_steps, of which a value below 1 is a share of all steps",
+    "optim": "an optimizer to accelerate_train",
+    "remove_unused_columns": "nothing, since the collator gets all columns",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +37,8 @@ class TrainingConfig:
 
     Names are those of transformers' `TrainingArguments`. The defaults are the recipe's (batch 64
     per process, lr 5e-5, linear schedule, 3 epochs, evaluation and saving once per epoch), and
-    those of `TrainingArguments` where the recipe sets none. `HfArgumentParser` can read it.
+    those of `TrainingArguments` where the recipe sets none, but for `logging_steps`.
+    `HfArgumentParser` can read it.
 
     Args:
         output_dir: Directory of the final model.
@@ -45,6 +61,9 @@ class TrainingConfig:
         warmup_steps: Optimizer steps of warm-up; a value below 1 is a share of all steps.
         mixed_precision: ``"no"``, ``"bf16"`` or, on a GPU, ``"fp16"``; None leaves it to
             ``accelerate launch``. All runs of a process have the same.
+        train_sampling_strategy: ``"random"``, or ``"group_by_length"`` for rows of mixed lengths,
+            padded: those of a step are then alike in length, and steps come in random order. Single
+            sentences train 1.5 times as fast. It needs a `Dataset` or a list.
         seed: Decides order, masks (unless the collator has a seed of its own) and dropout.
         eval_strategy: Evaluate each ``"epoch"``, every `eval_steps` ``"steps"``, or only before the
             first step and after the last (``"no"``).
@@ -58,11 +77,13 @@ class TrainingConfig:
         early_stopping_patience: Stop after this many evaluations without a better one.
         gradient_checkpointing: Compute activations again in the backward pass, which takes less
             memory and about a third more time.
-        logging_steps: Optimizer steps between entries of the history and the trackers.
+        logging_steps: Optimizer steps between entries of the history and the trackers, beside those
+            at each evaluation; a value below 1 is a share of all steps. The default makes 50
+            entries, of a short run as of a long one, where a fixed 500 steps may make none.
         report_to: Trackers by their names in Accelerate: ``"tensorboard"``, ``"trackio"``,
-            ``"wandb"``, several with commas, or ``"none"``.
+            ``"wandb"``, several in a list or with commas, or ``"none"``.
         dataloader_num_workers: Processes that collate ahead; 0 collates in the training process.
-        disable_tqdm: Show no progress bar.
+        disable_tqdm: Show no progress bar, and no line per evaluation.
         dataset_name: What the model card calls the training data: its name on the hub, or any
             words. The card shows only the last part of a path.
         fill_mask: Sentences with one ``[MASK]`` each; the model card shows how the model fills them
@@ -73,6 +94,7 @@ class TrainingConfig:
         hub_private_repo: Whether a new repository is private; None takes the hub's default.
 
     Raises:
+        TypeError: If a setting is not one of these; ours is named where it has another name.
         ValueError: If a value is of another type or out of range, or `load_best_model_at_end` lacks
             its checkpoints.
 
@@ -100,6 +122,7 @@ class TrainingConfig:
     lr_scheduler_kwargs: _Arguments = None
     warmup_steps: float = 0
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
     seed: int = 42
     eval_strategy: Literal["no", "epoch", "steps"] = "epoch"
     eval_steps: int = 500
@@ -109,8 +132,8 @@ class TrainingConfig:
     load_best_model_at_end: bool = False
     early_stopping_patience: int | None = None
     gradient_checkpointing: bool = False
-    logging_steps: int = 500
-    report_to: str = "none"
+    logging_steps: float = 0.02
+    report_to: _Names = "none"
     dataloader_num_workers: int = 0
     disable_tqdm: bool = False
     dataset_name: str | None = None
@@ -120,6 +143,8 @@ class TrainingConfig:
     hub_private_repo: bool | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.report_to, list | tuple):
+            object.__setattr__(self, "report_to", ",".join(self.report_to) or "none")
         # Not those of `fields`, which HfArgumentParser changes.
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
@@ -137,7 +162,6 @@ class TrainingConfig:
             "gradient_accumulation_steps",
             "eval_steps",
             "save_steps",
-            "logging_steps",
         )
         for name in at_least_one:
             self._require(name, getattr(self, name) >= 1, "1 or more")
@@ -147,6 +171,7 @@ class TrainingConfig:
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
             value = getattr(self, name)
             self._require(name, 0 <= value < math.inf, "a finite number, 0 or more")
+        self._require("logging_steps", 0 < self.logging_steps < math.inf, "a finite number above 0")
         self._require("dataloader_num_workers", self.dataloader_num_workers >= 0, "0 or more")
         self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
         is_count = self.max_steps == -1 or self.max_steps > 0
@@ -178,6 +203,36 @@ class TrainingConfig:
     def _require(self, name: str, holds: bool, requirement: str) -> None:  # noqa: FBT001
         if not holds:
             raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {requirement}")
+
+
+def _describe(settings: Any) -> None:
+    """Have `HfArgumentParser` say of each option what the docstring says."""
+    text = inspect.getdoc(settings) or ""
+    told = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", text, re.MULTILINE))
+    for each in fields(settings):
+        plain = " ".join(told.get(each.name, "").replace("`", "").replace("%", "%%").split())
+        each.metadata = {"help": plain}  # type: ignore[assignment]
+
+
+def _name_ours(settings: Any) -> None:
+    """Have a class of settings name its own where it is given another one."""
+    make, names = settings.__init__, [each.name for each in fields(settings)]
+
+    @wraps(make)
+    def init(self: Any, **given: Any) -> None:
+        for name in [each for each in given if each not in names]:
+            ours = _OTHERWISE_HERE.get(name) or " or ".join(get_close_matches(name, names))
+            raise TypeError(
+                f"{name} is {given[name]!r}, but {settings.__name__} has no {name}; "
+                f"pass {ours or 'one of ' + ', '.join(names)}"
+            )
+        make(self, **given)
+
+    settings.__init__ = init
+
+
+_describe(TrainingConfig)
+_name_ours(TrainingConfig)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -34,18 +35,25 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         ValueError: If a tracker is not installed, or this process has an accelerator of another
             precision.
     """
-    trackers = [] if config.report_to == "none" else config.report_to.split(",")
+    trackers = [name.strip() for name in str(config.report_to).split(",") if name != "none"]
+    # Told nothing, it takes the precision of an earlier one in this process.
+    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if is_initialized() and AcceleratorState().mixed_precision != precision:
+        raise ValueError(
+            f"mixed_precision is {config.mixed_precision!r}, but this process began with "
+            f"{AcceleratorState().mixed_precision!r}, and a process has one; pass that here too, "
+            "or train in a new process (restart the notebook)"
+        )
     accelerator = Accelerator(
-        # Told nothing, it takes the precision of an earlier one in this process.
-        mixed_precision=config.mixed_precision
-        or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        mixed_precision=precision,
         log_with=trackers or None,
         project_dir=config.output_dir,
     )
     missing = set(trackers) - {getattr(each, "value", each) for each in accelerator.log_with}
     if missing:
         raise ValueError(
-            f"report_to is {config.report_to!r}, but {sorted(missing)} is not installed"
+            f"report_to is {config.report_to!r}, but {sorted(missing)} is not installed; pip "
+            "install it, or leave it out"
         )
     return accelerator
 

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from mlmadapt._types import Model, Tokenizer
+from mlmadapt.masking.rates import sample_rates
 from mlmadapt.model.checks import unwrap
 from mlmadapt.training.config import TrainingConfig
 
@@ -120,6 +121,11 @@ def _describe_collator(data_collator: Any) -> str:
         return f"{name} {json.dumps({'settings': _digest(public)})}" if public else str(name)
     settings = {each.name: getattr(data_collator, each.name) for each in fields(data_collator)}
     settings.pop("tokenizer", None)
+    schedule = settings.get("wwm_probability")
+    if isinstance(schedule, Mapping):
+        settings["wwm_probability"] = str(dict(schedule))
+    elif callable(schedule):  # by its rates, since all lambdas have one name
+        settings["wwm_probability"] = f"{_in_json(schedule)} {_digest(sample_rates(schedule))}"
     for field, value in settings.items():
         if not isinstance(value, int | float | str | None):
             settings[field] = f"{type(value).__name__} {_digest(value)}"

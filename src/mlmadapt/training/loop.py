@@ -26,7 +26,7 @@ from mlmadapt.training.result import TrainingResult
 from mlmadapt.training.run import Run, waits_for_metric
 from mlmadapt.training.signals import Signals
 from mlmadapt.training.step import take_step
-from mlmadapt.training.tracking import log, log_loss
+from mlmadapt.training.tracking import log, log_loss, show_metrics, show_step
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,9 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
 
     The same call runs under ``python``, ``torchrun`` and ``accelerate launch``. The masks of an
     epoch are a function of the seed, the epoch and the row, so batch size, workers and processes
-    change the speed and never what is learned from. (With our collator; those of transformers draw
-    per batch, so that their masks depend on which rows share a batch.)
+    change the speed and never what is learned from; only dropout depends on them. (With our
+    collator; those of transformers draw per batch, so that their masks depend on which rows share a
+    batch.)
 
     SIGTERM and Ctrl-C finish the step, write a checkpoint and leave; with
     ``resume_from_checkpoint=True`` the same call goes on and ends, bit for bit on one machine,
@@ -79,8 +80,8 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
         ValueError: If rows, tokenizer and model do not fit together, a checkpoint is of another
             run, or `push_to_hub` lacks a token.
         TypeError: If a dataset is a dict of splits, or an evaluation set has no length.
-        OSError: If `output_dir` cannot be used, is in use, or a checkpoint cannot be written; if
-            the hub refuses, before the first step or when all is saved.
+        OSError: If `output_dir` cannot be used, is in use, or a checkpoint cannot be written or is
+            not there; if the hub refuses, before the first step or when all is saved.
         RuntimeError: If a launcher started several processes and each trains alone.
         FloatingPointError: If the loss or the gradient is not finite; raised before the update that
             it would spoil.
@@ -111,7 +112,13 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
     join_group(accelerator)
     eval_sets = name_sets(eval_dataset)
     check_run(
-        model, train_dataset, eval_sets, tokenizer=tokenizer, config=config, accelerator=accelerator
+        model,
+        train_dataset,
+        eval_sets,
+        tokenizer=tokenizer,
+        data_collator=data_collator,
+        config=config,
+        accelerator=accelerator,
     )
     if config.push_to_hub:
         on_main_process(accelerator, lambda: make_repository(config))
@@ -139,7 +146,7 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
                 stop_signal = take_step(run, batches, stop_signal=signals.noted)
                 if accelerator.num_processes == 1:  # several agree within the next step
                     stop_signal = signals.noted
-                run.progress.update()
+                show_step(run)
                 logs, evaluates, saves = run.due(ends_epoch=ends_epoch)
                 if logs:
                     log_loss(run)
@@ -179,9 +186,10 @@ def resume(run: Run) -> bool:
 
 def evaluate(run: Run) -> None:
     """Evaluate every set; the first is the one that the result reports."""
+    found = {}
     for place, (name, rows) in enumerate(run.eval_sets.items()):
         collator = None if is_frozen(rows) else run.data_collator
-        metrics = evaluate_rows(
+        metrics = found[name] = evaluate_rows(
             run.model,
             rows,
             collate=FrozenCollator(run.tokenizer, collator, run.config.seed),
@@ -194,6 +202,7 @@ def evaluate(run: Run) -> None:
             run.state.evaluations.append((run.state.step, metrics))
             if run.state.step and waits_for_metric(run.scheduler):
                 run.scheduler.step(metrics.loss)  # type: ignore[arg-type]
+    show_metrics(run, found)
     if not run.state.step:
         run.state.filled = fill_in(run)
 

@@ -63,8 +63,8 @@ def write_model_card(run: Run, *, filled: Mapping[str, str]) -> None:
             EvalResult(
                 task_type="fill-mask",
                 # Of several sets, only the caller knows which one is from this data.
-                dataset_type=dataset if dataset and len(evaluations) == 1 else each,
-                dataset_name=each,
+                dataset_type=(dataset if len(evaluations) == 1 else None) or each,
+                dataset_name=(name if len(evaluations) == 1 else None) or each,
                 metric_type="perplexity",
                 metric_value=after[f"{each}_perplexity"],
             )

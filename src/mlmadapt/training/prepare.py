@@ -20,7 +20,10 @@ from torch import nn
 from transformers import get_scheduler
 
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
-from mlmadapt.model.checks import check_model, check_rows
+from mlmadapt.data.rows import dataset_lengths
+from mlmadapt.masking.collator import WholeWordMaskingCollator
+from mlmadapt.model.checks import check_collator, check_model, check_rows
+from mlmadapt.model.evaluation import is_frozen
 from mlmadapt.model.fill_mask import read_sentences
 from mlmadapt.model.isolation import set_hooks
 from mlmadapt.model.sparse_head import SparsePrediction, masked_logits, predict_at
@@ -41,6 +44,7 @@ def check_run(
     eval_sets: Mapping[str, Any],
     *,
     tokenizer: Tokenizer,
+    data_collator: DataCollator,
     config: TrainingConfig,
     accelerator: Accelerator,
 ) -> None:
@@ -56,6 +60,7 @@ def check_run(
             f"{device!r}; leave it at None or make both equal, on a CPU to 'bf16' or 'no'"
         )
     check_model(model)
+    check_collator(data_collator, tokenizer)
     sets = dict(eval_sets)
     if hasattr(train_dataset, "__len__"):
         sets["train_dataset"] = train_dataset
@@ -70,6 +75,13 @@ def check_run(
         sets["fill_mask"] = read_sentences(config.fill_mask, tokenizer)
     for name, rows in sets.items():
         check_rows(name, rows, model=model, tokenizer=tokenizer)
+        has_masks = name == "fill_mask" or (name in eval_sets and is_frozen(rows))
+        needs_words = isinstance(data_collator, WholeWordMaskingCollator) and not has_masks
+        if needs_words and "word_ids" not in rows[0]:
+            raise ValueError(
+                f"{name} has {list(rows[0])}, without 'word_ids', which WholeWordMaskingCollator "
+                "goes by; make the rows with tokenize_with_word_ids"
+            )
     if (config.early_stopping_patience or config.load_best_model_at_end) and not eval_sets:
         raise ValueError(
             "early_stopping_patience and load_best_model_at_end go by an evaluation, but "
@@ -123,7 +135,8 @@ def prepare(
     Arguments are those of `accelerate_train`, checked.
 
     Raises:
-        ValueError: If there are no rows, or the schedule would have no effect.
+        ValueError: If there are no rows, their lengths are not known though they are to be grouped,
+            or the schedule would have no effect.
     """
     started = time.perf_counter()
     plan = BatchPlan(
@@ -133,6 +146,7 @@ def prepare(
         seed=config.seed,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
+        lengths=lengths_to_group_by(train_dataset, config),
     )
     total_steps = config.max_steps
     if config.max_steps < 1:
@@ -218,6 +232,29 @@ def prepare(
             progress=progress,
             started=started,
         )
+
+
+def lengths_to_group_by(train_dataset: Any, config: TrainingConfig) -> torch.Tensor | None:
+    """Return the rows' lengths if they are to be grouped and differ.
+
+    Raises:
+        ValueError: If they are to be grouped and their lengths are not known.
+
+    Examples:
+        >>> config = TrainingConfig(train_sampling_strategy="group_by_length")
+        >>> lengths_to_group_by([{"input_ids": [7, 8]}, {"input_ids": [9]}], config)
+        tensor([2, 1])
+    """
+    if config.train_sampling_strategy == "random":
+        return None
+    lengths = dataset_lengths(train_dataset)
+    if lengths is None:
+        raise ValueError(
+            f"train_sampling_strategy is {config.train_sampling_strategy!r}, but the lengths of a "
+            f"{type(train_dataset).__name__} are not known before its rows are read; pass "
+            "train_dataset as a Dataset with input_ids or a list of rows, or leave it at 'random'"
+        )
+    return torch.from_numpy(lengths) if (lengths != lengths[0]).any() else None
 
 
 def check_same_everywhere(given: Mapping[str, Any]) -> None:

@@ -15,8 +15,10 @@ class TrainingResult:
 
     Attributes:
         initial: Metrics of the first evaluation set before the first step; None without one.
-        final: The same after the last step.
-        best: The same at the evaluation with the lowest loss.
+        final: The same of the model that is saved: after the last step or, with
+            ``load_best_model_at_end``, at the evaluation whose model was loaded.
+        best: The same at the evaluation with the lowest loss, the one before the first step
+            included.
         history: What was logged, in order: ``step``, ``epoch``, and ``loss``, ``learning_rate``,
             ``grad_norm`` or ``eval_loss``, ``eval_perplexity``, ... as `Trainer` names them.
         global_step: Optimizer steps taken.

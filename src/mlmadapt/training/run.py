@@ -140,6 +140,8 @@ class Run:
             self.data_collator,
             epoch=self.state.epoch,
             start=self.state.epoch_step,
+            done=self.state.step,
+            total_steps=self.total_steps,
             num_workers=self.config.dataloader_num_workers,
         )
 
@@ -150,21 +152,23 @@ class Run:
         def is_due(strategy: str, every: int) -> bool:
             return ends_epoch if strategy == "epoch" else not self.state.step % every
 
+        every = config.logging_steps
+        every = max(int(every if every >= 1 else every * self.total_steps), 1)
+
         evaluates = is_last or (
             config.eval_strategy != "no" and is_due(config.eval_strategy, config.eval_steps)
         )
         saves = config.save_strategy != "no" and (
             is_last or is_due(config.save_strategy, config.save_steps)
         )
-        return evaluates or is_due("steps", config.logging_steps), evaluates, saves
+        return evaluates or is_due("steps", every), evaluates, saves
 
     def result(self) -> TrainingResult:
         """Sum up."""
-        metrics = [metrics for _, metrics in self.state.evaluations]
-        best = self.state.best()
+        evaluations, best = self.state.evaluations, self.state.best()
         return TrainingResult(
-            initial=metrics[0] if metrics else None,
-            final=metrics[-1] if metrics else None,
+            initial=evaluations[0][1] if evaluations else None,
+            final=dict(evaluations).get(self.saved_step),
             best=None if best is None else best[1],
             history=self.state.history,
             global_step=self.state.step,

@@ -1,8 +1,11 @@
 """What a run tells while it runs: its history, its trackers and its progress bar.
 
 A tracker is one of Accelerate's, by its name in ``report_to``; it gets what the history gets.
+People get a bar and a line per evaluation, so that nobody waits for the end to see that a run goes
+wrong.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,8 +14,11 @@ from dataclasses import asdict
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from mlmadapt.model.evaluation import MaskedLMMetrics
 from mlmadapt.training.config import TrainingConfig
 from mlmadapt.training.run import Run
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -42,6 +48,35 @@ def log_loss(run: Run) -> None:
     loss = sum(gather_object([state.loss_sum])) / max(state.loss_tokens, 1)
     lr = float(run.scheduler.get_last_lr()[0])
     log(run, {"loss": loss, "grad_norm": state.grad_norm, "learning_rate": lr})
-    speed = state.tokens_seen / run.seconds
-    run.progress.set_postfix_str(f"loss={loss:.3f}, lr={lr:.1e}, {speed:,.0f} tokens/s")
     state.loss_sum, state.loss_tokens = 0.0, 0
+
+
+def show_step(run: Run) -> None:
+    """Move the bar by a step, with the mean loss since the last entry of the history.
+
+    Of several processes, the first stands for all: to ask them would take a wait in each step.
+    """
+    state, lr = run.state, float(run.scheduler.get_last_lr()[0])
+    loss = state.loss_sum * run.plan.world / max(state.loss_tokens, 1)
+    speed = state.tokens_seen / run.seconds
+    is_first = not getattr(run.progress, "postfix", True)  # which a bar that is off lacks
+    text = f"loss={loss:.3f}, lr={lr:.1e}, {speed:,.0f} tokens/s"
+    run.progress.set_postfix_str(text, refresh=False)
+    run.progress.update()
+    if is_first:  # and not a tenth of a second later, or after many slow steps
+        run.progress.refresh()
+
+
+def show_metrics(run: Run, metrics: Mapping[str, MaskedLMMetrics]) -> None:
+    """Say on a line what an evaluation found: above the bar or, where there is none, in the log."""
+    if run.config.disable_tqdm or not metrics or not run.accelerator.is_main_process:
+        return
+    told = "  ".join(
+        f"{name.removeprefix('eval_')}: perplexity {each.perplexity:.1f}, right {each.accuracy:.0%}"
+        for name, each in metrics.items()
+    )
+    line = f"step {run.state.step} of {run.total_steps}  {told}"
+    if run.progress.disable:
+        logger.info(line)
+    else:
+        run.progress.write(line, file=run.progress.fp)

@@ -66,7 +66,12 @@ def slow_words(
             right += [scores[place].argmax().item() for place in places] == pieces
             size += len(tokenizer.decode(pieces).strip().encode())
             count += 1
-    return MaskedWordMetrics(total / count, right / count, total / math.log(2) / size, count)
+    return MaskedWordMetrics(
+        loss=total / count,
+        accuracy=right / count,
+        bits_per_byte=total / math.log(2) / size,
+        masked_words=count,
+    )
 
 
 def assert_same(found: MaskedWordMetrics, expected: MaskedWordMetrics) -> None:

@@ -191,3 +191,12 @@ def test_the_picture_takes_the_color_of_its_page(folder: Path) -> None:
         "#0d9488",
         "#888888",
     }
+
+
+def test_the_session_runs_every_study() -> None:
+    """In an order of its own, so that a new study has to be put in its place."""
+    text = (FOLDER.parents[1] / "noxfile.py").read_text(encoding="utf-8")
+    lists = re.findall(r"^STUDIES \+?= \[(.*)\]$", text, re.MULTILINE)
+    listed = [name for each in lists for name in re.findall(r"\w+", each)]
+    scripts = {path.stem for path in FOLDER.glob("[a-z]*.py")}
+    assert sorted(listed) == sorted(scripts)

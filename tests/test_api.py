@@ -242,8 +242,8 @@ def test_source(path: Path) -> None:
 def test_source_stays_small() -> None:
     """The library can be read in an afternoon, and its help for tests in a coffee break."""
     for_tests = {path for path in FILES if room_of(path) in {"testing", "_pytest_plugin"}}
-    assert sum(map(lines_of_code, set(FILES) - for_tests)) <= 4527
-    assert sum(map(lines_of_code, for_tests)) <= 809
+    assert sum(map(lines_of_code, set(FILES) - for_tests)) <= 4640
+    assert sum(map(lines_of_code, for_tests)) <= 802
 
 
 ROOMS = ["_types", "data", "masking", "model", "training", "testing", "_pytest_plugin"]
@@ -344,7 +344,7 @@ def test_extras_are_what_is_asked_for() -> None:
     told = {
         name for path in pages for name in re.findall(r"mlmadapt\[(\w+)\]", path.read_text("utf-8"))
     }
-    assert told <= extras.keys()
+    assert told == extras.keys()
 
 
 def test_the_forward_pass_is_two_calls_from_the_function_that_is_called() -> None:

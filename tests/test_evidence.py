@@ -20,6 +20,8 @@ STUDIES = {
     "forgetting": [],
     "mask_rate": [],
     "perplexity_by_step": [],
+    "vocabulary": ["--corpora", "abstracts"],
+    "short_documents": [],
     "sentiment": ["--labels", 8, 16, "--test_reviews", 10, "--steps", 2],
     "whole_word_or_token": [],
 }
@@ -56,6 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         saved.save_pretrained(folder / "data" / "models" / "bert-tiny-mlm")
     write_texts(folder / "data" / "imdb", seed=0)
     write_texts(folder / "data" / "corpora" / "general_wikisplit", seed=1)
+    write_texts(folder / "data" / "corpora" / "biomed_abstracts", seed=2)
     common = ["--data", folder / "data", "--models", folder / "models", "--pictures", folder]
     common += ["--output", folder / "figures.jsonl", "--seeds", 0, 1]
     common += ["--train_rows", 96, "--held_out_rows", 8]
@@ -115,6 +118,18 @@ def read_table(folder: Path, name: str) -> list[list[str]]:
                 "fine-tuned, 16 labels",
             ],
         ),
+        ("short_documents", ["sentences", "reviews"], ["before", "joined", "packed", "padded"]),
+        (
+            "vocabulary",
+            [
+                *("added words", "other words", "general text", "bits per byte"),
+                *("tokens per document", "steps", "seconds"),
+            ],
+            [
+                *("before", "before, new words", "old words"),
+                *("new words, same documents", "new words, same steps"),
+            ],
+        ),
         (
             "whole_word_or_token",
             ["whole words masked", "single tokens masked"],
@@ -139,7 +154,15 @@ def test_models_are_shared(folder: Path) -> None:
     """A model that several studies need is trained once."""
     kinds = ["imdb-words", "imdb-tokens", "mix-words"]
     kinds += ["imdb-30-then-15-words", "imdb-30-to-15-words"]
-    expected = {f"{kind}-96-rows-2-steps-seed-{seed}" for kind in kinds for seed in (0, 1)}
+    expected = {"vocabulary"} | {
+        f"{kind}-96-rows-2-steps-seed-{seed}" for kind in kinds for seed in (0, 1)
+    }
+    expected |= {
+        f"{corpus}-{way}-6-steps-{seed}"
+        for corpus in ("general_wikisplit", "imdb")
+        for way in ("joined", "packed", "padded")
+        for seed in (0, 1)
+    }
     assert {path.name for path in (folder / "models").iterdir()} == expected
 
 

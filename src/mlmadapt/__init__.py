@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mlmadapt.model.isolation import isolate_documents
     from mlmadapt.model.loss import masked_lm_loss
     from mlmadapt.model.sparse_head import sparse_prediction
+    from mlmadapt.model.word_evaluation import MaskedWordMetrics, evaluate_words
     from mlmadapt.training.config import TrainingConfig
     from mlmadapt.training.loop import accelerate_train
     from mlmadapt.training.result import TrainingResult
@@ -36,12 +37,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MaskedLMMetrics",
+    "MaskedWordMetrics",
     "MaskingCallback",
     "TrainingConfig",
     "TrainingResult",
     "WholeWordMaskingCollator",
     "accelerate_train",
     "evaluate_mlm",
+    "evaluate_words",
     "extend_vocabulary",
     "find_domain_words",
     "group_texts",
@@ -57,12 +60,14 @@ __all__ = [
 
 _HOME = {
     "MaskedLMMetrics": "model.evaluation",
+    "MaskedWordMetrics": "model.word_evaluation",
     "MaskingCallback": "masking.callback",
     "TrainingConfig": "training.config",
     "TrainingResult": "training.result",
     "WholeWordMaskingCollator": "masking.collator",
     "accelerate_train": "training.loop",
     "evaluate_mlm": "model.evaluation",
+    "evaluate_words": "model.word_evaluation",
     "extend_vocabulary": "model.embeddings",
     "find_domain_words": "data.vocabulary",
     "group_texts": "data.chunking",

@@ -132,6 +132,18 @@ def test_what_a_proposal_leaves_out() -> None:
     assert find(["electroencephalography"], min_count=1, size=1).words == ["electroencephalography"]
 
 
+@kinds
+def test_words_that_begin_texts_too(kind: str) -> None:
+    """Where a word without a space before it is another word, it is not counted, nor in the way."""
+    found = find_domain_words(["goodness of goodness"] * 10, shared(kind))
+    if kind == "wordlevel":
+        assert found.words == []  # unknown words are one token each
+    else:
+        assert [(each.word, each.count) for each in found.found] == [
+            ("goodness", 10 if kind == "byte_bpe" else 20)
+        ]
+
+
 def test_texts_may_be_a_column_or_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lists, columns and streams count the same, in one part or in many."""
     corpus = tiny_corpus(60)

@@ -26,6 +26,8 @@ from mlmadapt import (
     masked_lm_loss,
     tokenize_with_word_ids,
 )
+from mlmadapt.masking.callback import _CountedBatches
+from mlmadapt.masking.clock import Clock
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -164,6 +166,20 @@ def test_an_epoch_is_the_one_that_begins_or_goes_on(epoch: float | None, expecte
     state = TrainerState(epoch=epoch, global_step=3, max_steps=4)
     MaskingCallback(collator).on_epoch_begin(TrainingArguments(), state, TrainerControl())
     assert (collator._clock.epoch, collator._clock.progress) == (expected, 0.75)
+
+
+def test_a_step_has_one_progress_wherever_the_count_began() -> None:
+    """To the last bit, so that a step at which the rate changes is the same after a resume."""
+    seen: list[float] = []
+    clock = Clock()
+    for total in range(1, 120):
+        for step in range(total):
+            clock.set(progress=step / total)
+            counted = _CountedBatches(lambda _: seen.append(clock.progress), clock, 1, total)
+            counted([])
+            counted([])
+            assert seen[-2:] == [step / total, (step + 1) / total]
+    assert clock.progress_here is None
 
 
 def test_a_number_leaves_the_loader_alone(tmp_path: Path, rows: Dataset) -> None:

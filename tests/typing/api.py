@@ -16,12 +16,14 @@ from transformers import (
 import mlmadapt
 from mlmadapt import (
     MaskedLMMetrics,
+    MaskedWordMetrics,
     MaskingCallback,
     TrainingConfig,
     TrainingResult,
     WholeWordMaskingCollator,
     accelerate_train,
     evaluate_mlm,
+    evaluate_words,
     extend_vocabulary,
     find_domain_words,
     group_texts,
@@ -167,6 +169,7 @@ def evaluate(
         model, rows, tokenizer=tokenizer, batch_size=32, accelerator=Accelerator()
     )
     assert_type(metrics, MaskedLMMetrics)
+    assert_type(evaluate_words(model, rows, tokenizer=tokenizer), MaskedWordMetrics)
     return (
         metrics.loss,
         metrics.perplexity,

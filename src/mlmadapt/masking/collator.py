@@ -13,13 +13,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from mlmadapt._types import Features, Ints, Tokenizer
+from mlmadapt._types import Features, Hashes, Ints, Tokenizer
 from mlmadapt.data.rows import check_count, document_bounds, join_rows, pad_rows, to_columns
 from mlmadapt.data.tokenization import ordinary_token_ids, special_token_ids
 from mlmadapt.masking.clock import Clock
@@ -27,6 +27,8 @@ from mlmadapt.masking.packed import PackedAttentionMask
 from mlmadapt.masking.rates import RateSchedule, is_share, rate_at, sample_rates
 from mlmadapt.masking.seeding import check_whole, derive_key, hash_counters, hash_rows
 from mlmadapt.masking.selection import WordWeights, choose_words, find_words, split_blocks
+
+_Key: TypeAlias = int | Hashes
 
 
 @dataclass(eq=False)  # weights may be an array, which has no one truth
@@ -272,13 +274,13 @@ class WholeWordMaskingCollator:
         return pad_rows(masked, lengths, self.tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
 
     def mask(
-        self, columns: Mapping[str, Any], *, key: int, progress: float = 1.0
+        self, columns: Mapping[str, Any], *, key: _Key, progress: float = 1.0
     ) -> tuple[dict[str, Ints], Ints]:
         """Mask rows given as columns, without padding them.
 
         Args:
             columns: Lists of rows by name, as a batch of `map` has them.
-            key: As for `collate`.
+            key: As for `collate`; or a key per row, of shape ``(rows,)``, in place of its tokens.
             progress: As for `collate`.
 
         Returns:
@@ -295,7 +297,8 @@ class WholeWordMaskingCollator:
             >>> masked["input_ids"], lengths
             (array([2, 4, 3]), array([3]))
         """
-        key = check_whole("key", key, range(2**64))
+        if not isinstance(key, np.ndarray):
+            key = check_whole("key", key, range(2**64))
         rate = rate_at(self.wwm_probability, progress)
         for row, words in enumerate(columns.get("word_ids", [None])):
             if words is None:
@@ -334,22 +337,24 @@ class WholeWordMaskingCollator:
         return {**masked, "input_ids": inputs, "labels": labels}, lengths
 
     def _mask_blocks(
-        self, tokens: Ints, words: Ints, bounds: Ints, key: int, labels: Ints, *, rate: float
+        self, tokens: Ints, words: Ints, bounds: Ints, key: _Key, labels: Ints, *, rate: float
     ) -> Ints:
         """Return the tokens with masks, and write the targets into `labels`."""
-        inputs = tokens.copy()
+        inputs, done = tokens.copy(), 0
         for rows in split_blocks(bounds):
-            block = slice(rows[0], rows[-1])
+            block, count = slice(rows[0], rows[-1]), len(rows) - 1
+            own_key = key if isinstance(key, int) else key[done : done + count]
             targets, instead = self._choose_tokens(
-                tokens[block], words[block], rows - rows[0], key, rate=rate
+                tokens[block], words[block], rows - rows[0], own_key, rate=rate
             )
+            done += count
             targets += rows[0]
             labels[targets] = tokens[targets]
             inputs[targets] = instead
         return inputs
 
     def _choose_tokens(
-        self, tokens: Ints, words: Ints, bounds: Ints, key: int, *, rate: float
+        self, tokens: Ints, words: Ints, bounds: Ints, key: _Key, *, rate: float
     ) -> tuple[Ints, Ints]:
         """Return which tokens of some rows are targets, and what stands there instead."""
         first, size = find_words(words, bounds)
@@ -358,9 +363,8 @@ class WholeWordMaskingCollator:
         weights = None
         if self._weights is not None:
             weights = self._weights.weigh(tokens[words >= 0], size, np.diff(words_before))
-        row_keys = hash_rows(tokens, bounds, key)
+        row_keys = hash_rows(tokens, bounds, key) if isinstance(key, int) else key
         chosen, fate = choose_words(words_before, row_keys, weights, rate=rate, budget=self.budget)
-
         size = size[chosen]
         targets = np.arange(size.sum()) + np.repeat(first[chosen] - np.cumsum(size) + size, size)
         fate = np.repeat(fate, size)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 
-from mlmadapt._types import Columns, DataCollator, Ints
+from mlmadapt._types import Columns, DataCollator, Hashes, Ints
 from mlmadapt.data.rows import (
     document_bounds,
     join_column,
@@ -32,6 +32,7 @@ def insert_random_mask(
     *,
     seed: int = 0,
     prefix: str = "masked_",
+    key_column: str | None = None,
 ) -> Columns:
     """Mask a batch of rows once and for all.
 
@@ -48,6 +49,9 @@ def insert_random_mask(
             restored; threads that do so take turns.
         seed: Seed of the masks, a whole number.
         prefix: Put before the names of the new columns; ``""`` keeps the names.
+        key_column: A column that numbers or names the documents. A mask then depends on seed,
+            document and the words' places in place of tokens: two vocabularies mask the same words
+            of the same documents, if rows are whole documents and their words are the same.
 
     Returns:
         The model's inputs and ``labels`` by their new names, rows of shape ``(sequence,)``. A
@@ -57,9 +61,10 @@ def insert_random_mask(
 
     Raises:
         ValueError: If there are no ``input_ids``, the collator returns no ``labels`` or rows of
-            another length, labels are not the row's tokens, or nothing is hidden; and as the
+            another length, labels are not the row's tokens, or nothing is hidden; if `key_column`
+            is not there, the rows are packed or the collator is not ours; and as the collator does.
+        TypeError: If `seed` is not a whole number, or a key neither that nor a string; and as the
             collator does.
-        TypeError: If `seed` is not a whole number, and as the collator does.
 
     Source:
         The recipe's function of this name: the Hugging Face course, chapter 7.3.
@@ -78,8 +83,11 @@ def insert_random_mask(
     is_table = isinstance(batch, pa.Table)
     if is_table:
         batch = {name: batch[name].to_numpy() for name in batch.column_names}
+    key: Any = derive_key(seed, "frozen")
+    if key_column is not None:
+        batch, key = _take_keys(batch, key_column, seed, data_collator)
     if isinstance(data_collator, WholeWordMaskingCollator):
-        joined, lengths = data_collator.mask(batch, key=derive_key(seed, "frozen"))
+        joined, lengths = data_collator.mask(batch, key=key)
         frozen: dict[str, Any] = {
             name: split_rows(values, lengths) for name, values in joined.items()
         }
@@ -89,6 +97,22 @@ def insert_random_mask(
     if is_table:
         return cast("Columns", pa.table({name: list(named[name]) for name in named}))
     return cast("Columns", named)
+
+
+def _take_keys(
+    examples: Mapping[str, Any], column: str, seed: int, data_collator: DataCollator
+) -> tuple[dict[str, Any], Hashes]:
+    """Return the columns without that of documents, and a key for each row."""
+    is_ours = isinstance(data_collator, WholeWordMaskingCollator)
+    if column not in examples or "document_ids" in examples or not is_ours:
+        raise ValueError(
+            f"key_column is {column!r}, the columns are {list(examples)} and data_collator is "
+            f"{type(data_collator).__name__}; it must be a column of numbers or strings, of rows "
+            "that are a document each (without document_ids), for WholeWordMaskingCollator"
+        )
+    keys = [derive_key(seed, "frozen", each) for each in examples[column]]
+    others = {name: rows for name, rows in examples.items() if name != column}
+    return others, np.array(keys, np.uint64)
 
 
 def collate_seeded(

@@ -7,7 +7,7 @@ where 251.7 is exact. Here sums are carried over all batches and processes and d
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -133,16 +133,7 @@ def evaluate_mlm(
         >>> evaluate_mlm(tiny_model(tokenizer), rows, tokenizer=tokenizer).masked_tokens
         1
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
-    check_model(model)
-    check_rows("dataset", dataset, model=model, tokenizer=tokenizer)
-    if not is_frozen(dataset):
-        raise ValueError(
-            f"dataset is not frozen: its rows have {list(dataset[0])}, without labels that differ "
-            "from the tokens or the prefix 'masked_'; mask it with dataset.map(insert_random_mask, "
-            "batched=True, fn_kwargs={'data_collator': ...}, remove_columns=dataset.column_names)"
-        )
+    check_frozen(model, dataset, tokenizer=tokenizer, batch_size=batch_size)
     collate = FrozenCollator(tokenizer)
     probe = collate([dataset[row] for row in range(min(4, len(dataset)))])
     with set_hooks(model, probe, is_packed="document_ids" in probe) as sparse:
@@ -153,6 +144,24 @@ def evaluate_mlm(
             batch_size=batch_size,
             sparse=sparse,
             accelerator=accelerator,
+        )
+
+
+def check_frozen(model: Model, dataset: Rows, *, tokenizer: Tokenizer, batch_size: int) -> None:
+    """Check that a model can be evaluated on a dataset.
+
+    Raises:
+        ValueError: If not.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+    check_model(model)
+    check_rows("dataset", dataset, model=model, tokenizer=tokenizer)
+    if not is_frozen(dataset):
+        raise ValueError(
+            f"dataset is not frozen: its rows have {list(dataset[0])}, without labels that differ "
+            "from the tokens or the prefix 'masked_'; mask it with dataset.map(insert_random_mask, "
+            "batched=True, fn_kwargs={'data_collator': ...}, remove_columns=dataset.column_names)"
         )
 
 
@@ -221,16 +230,25 @@ class FrozenCollator:
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def evaluate_rows(
+def evaluate_rows(model: Model, dataset: Rows, **options: Any) -> MaskedLMMetrics:
+    """Evaluate a dataset; the options are those of `sum_rows`."""
+    loss, correct, top5_correct, count = sum_rows(model, dataset, measure=_sum_metrics, **options)
+    return MaskedLMMetrics.from_sums(
+        loss=loss, correct=correct, top5_correct=top5_correct, masked_tokens=int(count)
+    )
+
+
+def sum_rows(
     model: Model,
     dataset: Rows,
     *,
-    collate: "FrozenCollator",
+    collate: Callable[[list[Row]], Batch],
+    measure: Callable[..., torch.Tensor],
     batch_size: int,
     sparse: SparsePrediction | None,
     accelerator: "Accelerator | None" = None,
-) -> MaskedLMMetrics:
-    """Sum over the batches that `collate` makes of a dataset, and over the processes."""
+) -> list[float]:
+    """Sum what is measured at the targets of all batches that `collate` makes, of all processes."""
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = model.device
     # The longest first: little is padded, and what memory does not hold shows at once.
@@ -248,7 +266,7 @@ def evaluate_rows(
     filler = collate([dataset[0]])
     filler["labels"].fill_(-100)
     # In 64 bits, so that the order of the batches makes no difference.
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros((), dtype=torch.float64)
     with evaluation_mode(model):
         while True:
             part = next(parts, None)
@@ -259,17 +277,18 @@ def evaluate_rows(
             if not is_left:
                 break
             inputs = {name: values.to(device) for name, values in (part or filler).items()}
-            labels = inputs.pop("labels")
-            positions = labels != -100
+            positions = inputs["labels"] != -100
+            targets = {name: inputs.pop(name)[positions] for name in _TARGETS if name in inputs}
             with predict_at(sparse, positions):
                 logits = masked_logits(model(**inputs), positions)
-            sums += _sum_metrics(logits, labels[positions])
+            sums = sums + measure(logits, **targets)
     if accelerator is not None and world > 1:
         sums = accelerator.reduce(sums.to(device), "sum").cpu()
-    loss, correct, top5_correct, count = sums.tolist()
-    return MaskedLMMetrics.from_sums(
-        loss=loss, correct=correct, top5_correct=top5_correct, masked_tokens=int(count)
-    )
+    return list(sums.tolist())
+
+
+# Columns of a batch that are not the model's.
+_TARGETS = ("labels", "words", "sizes")
 
 
 def _split(batches: Iterable[Batch], model: Model, *, is_sparse: bool) -> Iterator[Batch]:
@@ -284,16 +303,21 @@ def _split(batches: Iterable[Batch], model: Model, *, is_sparse: bool) -> Iterat
 
 
 def _sum_metrics(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    losses, guessed_before = rank_targets(logits, labels)
+    correct, top5_correct = (guessed_before < 1).sum(), (guessed_before < 5).sum()
+    return torch.stack([losses.sum(), correct, top5_correct, torch.tensor(len(labels))])
+
+
+def rank_targets(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of each target, and how many tokens are guessed before it; on the CPU."""
     true = logits.gather(1, labels[:, None])
     losses = logits.logsumexp(1) - true[:, 0]
     # Among equal logits the lower id comes first, as in argmax and a stable sort. The comparison is
     # not "greater", since nothing is greater than NaN.
     is_lower_id = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
     guessed_before = (~(logits <= true) | ((logits == true) & is_lower_id)).sum(1)
-    correct, top5_correct = (guessed_before < 1).sum(), (guessed_before < 5).sum()
     # On the CPU, since not every device has 64 bits.
-    sums = [losses.cpu().double().sum(), correct.cpu(), top5_correct.cpu()]
-    return torch.stack([*sums, torch.tensor(len(labels))])
+    return losses.cpu().double(), guessed_before.cpu()
 
 
 def as_log(metrics: MaskedLMMetrics, name: str) -> Mapping[str, float]:

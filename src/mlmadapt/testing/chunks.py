@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -62,9 +63,7 @@ max_dropped is 1
     total, left = len(before["input_ids"]), len(after["input_ids"])
     kept = min(total, left)
 
-    def name(kind: str, columns: Columns, place: int) -> str:
-        return _name(kind, columns, place, tokenizer)
-
+    name = partial(_name, tokenizer=tokenizer)
     for column in sorted({"input_ids", "token_type_ids"} & before.keys() & after.keys()):
         differ = before[column][:kept] != after[column][:kept]
         if differ.any():
@@ -125,8 +124,8 @@ def assert_documents_kept(
         >>> assert_documents_kept(documents, rows)
         >>> assert_documents_kept(documents, rows | {"document_ids": [[0, 0, 0, 0], [0, 0]]})
         Traceback (most recent call last):
-        AssertionError: example 2, position 0, token 4 on: 1 tokens that are a document in \
-no row
+        AssertionError: example 2, position 0, token 4 on: 1 tokens are a document in no \
+row
     """
     __tracebackhide__ = True
     import numpy as np
@@ -136,16 +135,15 @@ no row
         raise ValueError("rows have no 'document_ids', which tell the documents of a row apart")
     names = before.keys() & after.keys() & {"token_type_ids", "word_ids"}
     told, packed = _tell(before, names), _tell(after, names)
+    name = partial(_name, tokenizer=tokenizer)
     steps = np.diff(after["document_ids"], prepend=0, append=0)
     begins_row = np.diff(after["row"], prepend=-1, append=-1) != 0
     bounds = np.flatnonzero(begins_row | (steps != 0))
     for place in bounds[~begins_row[bounds]]:
-        for is_wrong, fault in (
-            (steps[place] < 0, "has a lower number than the document before it"),
-            (packed[place, -1] == 2, "is of one word with the document before it"),
-        ):
-            if is_wrong:
-                raise AssertionError(f"{_name('row', after, place, tokenizer)}, {fault}")
+        if steps[place] < 0:
+            raise AssertionError(f"{name('row', after, place)}, has a lower number than before it")
+        if packed[place, -1] == 2:  # `_ROLES`
+            raise AssertionError(f"{name('row', after, place)}, is of a word with another document")
     parts = [(start, _part(packed, start, end)) for start, end in pairwise(bounds.tolist())]
     left = Counter(part for _, part in parts)
     sizes = np.unique(np.diff(bounds))[::-1].tolist()
@@ -158,18 +156,14 @@ no row
             fitting = (_part(told, place, place + size) for size in allowed if size <= end - place)
             part = next((part for part in fitting if left[part]), None)
             if part is None:
-                raise AssertionError(
-                    f"{_name('example', before, place, tokenizer)} on: {end - place} "
-                    "tokens that are a document in no row"
-                )
+                where = name("example", before, place)
+                raise AssertionError(f"{where} on: {end - place} tokens are a document in no row")
             left[part] -= 1
             place += len(part) // told[0].nbytes
     for place, part in parts:
         if left[part]:
-            raise AssertionError(
-                f"{_name('row', after, place, tokenizer)} on: a document that is in "
-                "rows more often than in examples"
-            )
+            where = name("row", after, place)
+            raise AssertionError(f"{where} on: a document that is in rows more than in examples")
 
 
 def _tell(columns: Columns, names: Collection[str]) -> npt.NDArray[np.int64]:
@@ -188,9 +182,7 @@ def _part(told: npt.NDArray[np.int64], start: int, end: int) -> bytes:
     return part.tobytes()
 
 
-def _name(
-    kind: str, columns: Columns, place: int, tokenizer: PreTrainedTokenizerBase | None
-) -> str:
+def _name(kind: str, columns: Columns, place: int, tokenizer: Any) -> str:
     token = name_token(columns["input_ids"][place], tokenizer)
     return f"{kind} {columns['row'][place]}, position {columns['position'][place]}, {token}"
 

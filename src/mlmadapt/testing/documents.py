@@ -71,9 +71,9 @@ those that it has alone; at most 1e-05 is allowed
                 worst = int(differences.argmax())
                 if not differences[worst] <= atol:
                     raise AssertionError(
-                        f"row {number}, document {place} of {len(numbers)}: the logits at its position "
-                        f"{worst} differ by {float(differences[worst]):.3g} from those that it has "
-                        f"alone; at most {atol:g} is allowed"
+                        f"row {number}, document {place} of {len(numbers)}: the logits at its "
+                        f"position {worst} differ by {float(differences[worst]):.3g} from those "
+                        f"that it has alone; at most {atol:g} is allowed"
                     )
     if not is_packed:
         raise ValueError("no row holds several documents; take rows from pack_texts")

@@ -128,7 +128,8 @@ def draw_settings(draw: Random) -> dict[str, Any]:
         "gradient_checkpointing": draw.random() < 0.1,
         "world": draw.choice([1, 1, 2]),
         "lr_scheduler_type": draw.choice(["linear", "cosine", "cosine_with_restarts"]),
-        "collator": draw.choice(["ours", "transformers", None, None]),
+        "collator": draw.choice(["ours", "ours, by schedule", "transformers", None, None]),
+        "packed": draw.random() < 0.15,
     }
     if settings["collator"] is None:
         settings["collator"] = {
@@ -138,6 +139,8 @@ def draw_settings(draw: Random) -> dict[str, Any]:
             "budget": draw.choice(["bernoulli", "exact"]),
             "seed": draw.choice([None, 7]),
         }
+    if settings["packed"]:  # DeBERTa cannot keep documents apart
+        settings["architecture"] = draw.choice(["bert", "distilbert"])
     if draw.random() < 0.15:
         settings |= {"stream": draw.choice(["plain", "shuffled"]), "dataloader_num_workers": 0}
         settings["max_steps"] = draw.randint(1, 8)

@@ -299,8 +299,9 @@ def test_a_pipe_in_place_of_a_file_is_damage(finished: Path, name: str, tmp_path
     writer = threading.Thread(target=path.write_text, args=("{}",))
     writer.start()
     damage = next(find_damage(folder / "checkpoint-3"))
-    os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # for a writer that nobody heard
     writer.join(SECONDS)
+    os.close(reader)
     assert damage.strip("'").startswith(name)
     assert damage.endswith("is not a plain file of the checkpoint")
 

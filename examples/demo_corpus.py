@@ -50,8 +50,10 @@ DEFAULTS: dict[str, Any] = {
 """Where the demonstration differs from the recipe, which begins with a well-trained model."""
 
 
-def starting_point(config: TrainingConfig, chunk_size: int) -> tuple[Any, BertTokenizer, Dataset]:
-    """Train a tiny model on general text, and return it with its tokenizer and the domain."""
+def starting_point(
+    config: TrainingConfig, chunk_size: int
+) -> tuple[Any, BertTokenizer, Dataset, list[str]]:
+    """Train a tiny model on general text; return it, its tokenizer, the domain and that text."""
     say = PartialState().print
     # The same figures on any number of cores; more threads hardly help a model of this size, and
     # beside other work they take three times as long.
@@ -103,7 +105,7 @@ def starting_point(config: TrainingConfig, chunk_size: int) -> tuple[Any, BertTo
             ),
         )
     say(f"  trained for {result.global_step} steps in {result.seconds:.0f} s")
-    return model, tokenizer, Dataset.from_dict({"text": domain})
+    return model, tokenizer, Dataset.from_dict({"text": domain}), general
 
 
 def read_domain() -> list[str]:
@@ -195,49 +197,78 @@ class Gap(NamedTuple):
     place: int
 
 
-def choose_gaps(documents: Dataset, tokenizer: BertTokenizer, *, count: int = 5) -> list[Gap]:
-    """Choose sentences at random, and in each a word of one token, which has one probability."""
-    generator = random.Random(0)  # noqa: S311  # nothing secret
-    gaps: list[Gap] = []
-    for text in documents["text"]:
-        sentences = [each for each in split_sentences(text) if 7 <= len(each.split()) <= 14]
-        if not sentences or len(gaps) == count:
-            continue
-        sentence = generator.choice(sentences)
+class Guess(NamedTuple):
+    """What a model makes of a gap: the true word's chance and rank, and the likeliest five."""
+
+    chance: float
+    rank: int
+    likeliest: list[str]
+
+
+def find_domain_words(domain: list[str], general: list[str]) -> set[str]:
+    """Find words of the domain: 4 letters, 5 occurrences, 4 times the share of general text."""
+    counts, others = (
+        Counter(chain.from_iterable(re.findall(r"[a-z]{4,}", text.lower()) for text in texts))
+        for texts in (domain, general)
+    )
+    usual = counts.total() / others.total()
+    return {
+        word for word, count in counts.items() if count >= 5 and count >= 4 * usual * others[word]
+    }
+
+
+def choose_gaps(
+    documents: list[str], words: set[str], tokenizer: BertTokenizer, *, count: int = 400
+) -> list[Gap]:
+    """Draw gaps at random out of all: places of `words` that are one token, in whole sentences."""
+    sentences = [
+        each for text in documents for each in split_sentences(text) if each.count(" ") > 5
+    ]
+    gaps = []
+    for sentence in sentences:
         encoding = tokenizer(sentence, return_offsets_mapping=True)
-        words = tokenize_with_word_ids({"text": [sentence]}, tokenizer)["word_ids"][0].tolist()
-        spans = encoding["offset_mapping"]
-        places = [
-            place
-            for place, (start, end) in enumerate(spans)
-            if words.count(words[place]) == 1 and end - start > 3
-        ]
-        if places:
-            place = generator.choice(places)
-            start, end = spans[place]
-            blank = f"{sentence[:start]}____{sentence[end:]}"
-            gaps.append(Gap(blank, sentence[start:end], encoding["input_ids"], place))
-    return gaps
+        whole = tokenize_with_word_ids({"text": [sentence]}, tokenizer)["word_ids"][0].tolist()
+        for place, (start, end) in enumerate(encoding["offset_mapping"]):
+            if sentence[start:end].lower() in words and whole.count(whole[place]) == 1:
+                blank = f"{sentence[:start]}____{sentence[end:]}"
+                gaps.append(Gap(blank, sentence[start:end], encoding["input_ids"], place))
+    generator = random.Random(0)  # noqa: S311  # nothing secret
+    return generator.sample(gaps, min(count, len(gaps)))
 
 
-def fill_gaps(gaps: list[Gap], model: Any, tokenizer: BertTokenizer) -> list[str]:
-    """Say how likely the model finds the true word, and which five it finds likeliest."""
+def fill_gaps(gaps: list[Gap], model: Any, tokenizer: BertTokenizer) -> list[Guess]:
+    """Ask the model for each gap, one gap in a sentence at a time."""
     model.eval()
     guesses = []
-    for gap in gaps:
-        token_ids = torch.tensor([gap.token_ids], device=model.device)
-        token_ids[0, gap.place] = tokenizer.mask_token_id
+    for start in range(0, len(gaps), 50):
+        batch = gaps[start : start + 50]
+        inputs = tokenizer.pad({"input_ids": [gap.token_ids for gap in batch]}, return_tensors="pt")
+        inputs = inputs.to(model.device)
+        rows, places = range(len(batch)), [gap.place for gap in batch]
+        true = inputs["input_ids"][rows, places]
+        inputs["input_ids"][rows, places] = tokenizer.mask_token_id
         with torch.no_grad():
-            chances = model(input_ids=token_ids).logits[0, gap.place].softmax(-1)
-        top = tokenizer.convert_ids_to_tokens(chances.topk(5).indices.tolist())
-        guesses.append(f"{chances[gap.token_ids[gap.place]]:6.1%}   {', '.join(top)}")
+            chances = model(**inputs).logits[rows, places].softmax(-1)
+        for each, token in zip(chances, true, strict=True):
+            rank = int((each > each[token]).sum())
+            likeliest = tokenizer.convert_ids_to_tokens(each.topk(5).indices.tolist())
+            guesses.append(Guess(float(each[token]), rank, likeliest))
     return guesses
 
 
-def show_gaps(gaps: list[Gap], before: list[str], after: list[str]) -> None:
-    """Show each gap's true word, its probability, and the five likeliest words."""
+def show_gaps(gaps: list[Gap], before: list[Guess], after: list[Guess]) -> None:
+    """Show how many gaps are filled with the true word, and a few of them."""
     say = PartialState().print
-    say("\n  Held-out sentences, drawn at random: how likely the true word, and the likeliest five")
-    for gap, guess_before, guess_after in zip(gaps, before, after, strict=True):
+    say(f"\n  {len(gaps)} gaps in held-out sentences, one at a time, drawn at random. Each is a")
+    say("  word of the domain: of 4 letters or more, 5 times or more in the training text, and 4")
+    say("  times or more as frequent there as in the general text. The true word is")
+    say("\n           the first guess   among five   given a chance of, on average")
+    for name, guesses in (("before", before), ("after", after)):
+        first, five = (sum(each.rank < n for each in guesses) / len(gaps) for n in (1, 5))
+        chance = sum(each.chance for each in guesses) / len(gaps)
+        say(f"  {name:6} {first:17.1%} {five:12.1%} {chance:15.1%}")
+    say("\n  The first five of them: the chance of the true word, and the likeliest five words")
+    for gap, guess_before, guess_after in list(zip(gaps, before, after, strict=True))[:5]:
         say(f"\n  {gap.sentence}   ({gap.word})")
-        say(f"    before {guess_before}\n    after  {guess_after}")
+        for name, guess in (("before", guess_before), ("after", guess_after)):
+            say(f"    {name:6} {guess.chance:6.1%}   {', '.join(guess.likeliest)}")

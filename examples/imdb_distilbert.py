@@ -3,6 +3,7 @@
     python examples/imdb_distilbert.py                                 # the recipe, from the hub
     python examples/imdb_distilbert.py --model FOLDER --dataset FILE   # your own model and text
     python examples/imdb_distilbert.py --loop trainer --masking token  # its other loop and masking
+    python examples/imdb_distilbert.py --rows packed                   # short documents, each alone
     python examples/imdb_distilbert.py --demo                          # no download, 3 minutes
     accelerate launch examples/imdb_distilbert.py                      # on all devices
 
@@ -43,7 +44,9 @@ from mlmadapt import (
     evaluate_mlm,
     group_texts,
     insert_random_mask,
+    isolate_documents,
     masked_lm_loss,
+    pack_texts,
     show_masks,
     sparse_prediction,
     tokenize_with_word_ids,
@@ -72,6 +75,11 @@ class Arguments:
     )
     text_column: str = HfArg(default="text", help="The column with the documents.")
     chunk_size: int = HfArg(default=128, help="Tokens per row.")
+    rows: Literal["grouped", "packed"] = HfArg(
+        default="grouped",
+        help="Join all documents and cut them, or lay whole ones side by side, each of which sees "
+        "itself alone: for documents shorter than a row.",
+    )
     train_size: int = HfArg(default=10_000, help="Rows to train on, at most.")
     test_size: int = HfArg(default=1_000, help="Held-out rows to evaluate on, at most.")
     masking: Literal["whole-word", "token"] = HfArg(
@@ -105,7 +113,7 @@ def main() -> None:
         import demo_corpus  # noqa: PLC0415  # beside this file, which goes without it
 
         datasets.disable_progress_bars()
-        model, tokenizer, documents = demo_corpus.starting_point(config, args.chunk_size)
+        model, tokenizer, documents, general = demo_corpus.starting_point(config, args.chunk_size)
     else:
         # The first process downloads and maps, the others find it all in the cache.
         with PartialState().main_process_first():
@@ -137,7 +145,11 @@ def main() -> None:
     say("  a held-out row, {as it is -> as the model sees it}:")
     say(textwrap.indent(str(show_masks(frozen[:1], tokenizer)), "  "))
     if args.demo:
-        gaps = demo_corpus.choose_gaps(parts["test"], tokenizer)
+        gaps = demo_corpus.choose_gaps(
+            parts["test"]["text"][:],
+            demo_corpus.find_domain_words(parts["train"]["text"][:], general),
+            tokenizer,
+        )
         guesses = demo_corpus.fill_gaps(gaps, model, tokenizer)
 
     title(f"Training: {args.masking} masking, {args.loop} loop")
@@ -189,6 +201,10 @@ def parse_arguments() -> tuple[Arguments, TrainingConfig]:
     for name in ("chunk_size", "train_size", "test_size"):
         if getattr(args, name) < 1:
             parser.error(f"{name} is {getattr(args, name)}; it must be 1 or more")
+    if (args.rows, args.masking) == ("packed", "token"):
+        parser.error(
+            "rows packed takes masking whole-word: transformers' collator keeps no documents"
+        )
     folder = Path(config.output_dir)
     known = config.overwrite or config.resume_from_checkpoint
     # A run that failed early leaves a lock and nothing to lose.
@@ -291,14 +307,25 @@ def cut_into_rows(
         remove_columns=documents.column_names,
         desc="tokenizing",
     )
-    rows = tokens.map(
-        group_texts,
-        batched=True,
-        fn_kwargs={"chunk_size": args.chunk_size, "labels": False},
-        desc="chunking",
-    ).with_format(None)
-    total = pc.sum(pc.list_value_length(tokens[:]["input_ids"])).as_py()
-    kept = len(rows) * args.chunk_size
+    if args.rows == "packed":
+        rows = tokens.map(
+            pack_texts,
+            batched=True,
+            batch_size=None,
+            fn_kwargs={"chunk_size": args.chunk_size},
+            desc="packing",
+        )
+    else:
+        rows = tokens.map(
+            group_texts,
+            batched=True,
+            fn_kwargs={"chunk_size": args.chunk_size, "labels": False},
+            desc="chunking",
+        )
+    total, kept = (
+        pc.sum(pc.list_value_length(each[:]["input_ids"])).as_py() or 0 for each in (tokens, rows)
+    )
+    rows = rows.with_format(None)
     used = rows.select(range(min(size, len(rows))))
     say(
         f"  {name}: {len(documents):,} documents, {total:,} tokens in, {kept:,} kept, "
@@ -354,7 +381,11 @@ def train_with_trainer(
         compute_loss_func=masked_lm_loss if several else None,
         callbacks=callbacks,
     )
-    with nullcontext() if several else sparse_prediction(model):
+    is_packed = "document_ids" in train_rows.column_names
+    with (
+        isolate_documents(model) if is_packed else nullcontext(),
+        nullcontext() if several else sparse_prediction(model),
+    ):
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
     return trainer.state.log_history

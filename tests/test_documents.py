@@ -31,6 +31,9 @@ DOCUMENTS = [
     *sorted(ROOT.glob("*.md")),
     *(path for path in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in path.parts),
 ]
+REPOSITORY = (
+    r"https://(?:github|raw\.githubusercontent)\.com/mlmadapt/mlmadapt/(?:(?:blob|tree)/)?main/"
+)
 documents = pytest.mark.parametrize(
     "document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix()
 )
@@ -56,6 +59,8 @@ def blocks(document: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
 
 
+# PEFT asks for it.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @documents
 def test_blocks_run_and_print_what_they_say(document: Path, hub_like_folder: Path) -> None:
     """Each Python block of a document runs after those above it, and the tests in it pass."""
@@ -79,12 +84,14 @@ def test_documents_are_read_from_the_tree() -> None:
 
 @documents
 def test_links_and_tests_are_there(document: Path) -> None:
-    """Each relative link leads to a file, and each test that is named is in the file linked to."""
+    """Each link into the project leads to a file, in which each test that it names is."""
     text = document.read_text(encoding="utf-8")
     for label, target in re.findall(r"\[([^\]]+)\]\(([^)]+)\)", text):
-        if target.startswith(("https://", "#")):
+        inside = re.match(REPOSITORY, target)
+        if target.startswith(("https://", "#")) and not inside:
             continue
-        path = document.parent / target.partition("#")[0]
+        place = re.split("[#?]", target)[0]
+        path = ROOT / place[inside.end() :] if inside else document.parent / place
         assert path.exists(), f"{label} leads to {target}"
         for name in re.findall(r"\btest_\w+(?!\.py)\b", label):
             assert f"def {name}(" in path.read_text(encoding="utf-8"), f"{name} is not in {target}"
@@ -101,7 +108,25 @@ def test_what_dropout_changes_is_said_in_one_place(page: str) -> None:
         assert untrue not in text
 
 
-def test_every_file_is_in_the_readme() -> None:
+def test_the_readme_reads_the_same_on_a_package_index() -> None:
+    """No link is relative, each is into the repository of the metadata, and it is a short read."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert target.startswith("https://"), target
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for url in project["urls"].values():
+        assert url.startswith("https://github.com/mlmadapt/mlmadapt")
+    assert 90 <= len(text.splitlines()) <= 150
+    glance = text.partition("## The API at a glance")[2].partition("\n## ")[0]
+    named = {
+        name
+        for row in re.findall(r"^\| (`.+?) \|", glance, re.MULTILINE)
+        for name in re.findall(r"`([\w.]+)`", row)
+    }
+    assert named == {*mlmadapt.__all__, "mlmadapt.testing"}
+
+
+def test_every_file_is_in_the_tour() -> None:
     """The tour of the source names each file by its path, and no document names a missing one."""
     source = Path(mlmadapt.__file__).parent
     files = {path.relative_to(source).as_posix() for path in source.rglob("*.py")}
@@ -110,7 +135,9 @@ def test_every_file_is_in_the_readme() -> None:
     named = {
         path.name: set(re.findall(pattern, path.read_text(encoding="utf-8"))) for path in DOCUMENTS
     }
-    assert {name for name in files if not Path(name).name.startswith("_")} == named["README.md"]
+    assert {name for name in files if not Path(name).name.startswith("_")} == named[
+        "CONTRIBUTING.md"
+    ]
     for names in named.values():
         assert names <= files
 
@@ -126,7 +153,8 @@ def test_the_citation_is_of_this_version() -> None:
 
 def test_every_public_name_is_in_the_reference() -> None:
     """One by one, or as a member of its module."""
-    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    pages = (ROOT / "docs" / "api").glob("*.md")
+    page = "".join(path.read_text(encoding="utf-8") for path in pages)
     named = set(re.findall(r"^\.\. auto(?:class|data|function):: (\S+)$", page, re.MULTILINE))
     wholly = re.findall(r"^\.\. automodule:: (\S+)\n   :members:$", page, re.MULTILINE)
     assert wholly in ([], ["mlmadapt.testing"])

@@ -20,6 +20,8 @@ STUDIES = {
     "forgetting": [],
     "mask_rate": [],
     "perplexity_by_step": [],
+    "vocabulary": ["--corpora", "abstracts"],
+    "short_documents": [],
     "sentiment": ["--labels", 8, 16, "--test_reviews", 10, "--steps", 2],
     "whole_word_or_token": [],
 }
@@ -56,6 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         saved.save_pretrained(folder / "data" / "models" / "bert-tiny-mlm")
     write_texts(folder / "data" / "imdb", seed=0)
     write_texts(folder / "data" / "corpora" / "general_wikisplit", seed=1)
+    write_texts(folder / "data" / "corpora" / "biomed_abstracts", seed=2)
     common = ["--data", folder / "data", "--models", folder / "models", "--pictures", folder]
     common += ["--output", folder / "figures.jsonl", "--seeds", 0, 1]
     common += ["--train_rows", 96, "--held_out_rows", 8]
@@ -97,7 +100,6 @@ def read_table(folder: Path, name: str) -> list[list[str]]:
                 "before",
                 "20 % throughout",
                 "30 %, then 15 % in the last fifth",
-                "30 % to 15 %, evenly",
             ],
         ),
         (
@@ -113,6 +115,18 @@ def read_table(folder: Path, name: str) -> list[list[str]]:
                 "fine-tuned, 8 labels",
                 "logistic regression, 16 labels",
                 "fine-tuned, 16 labels",
+            ],
+        ),
+        ("short_documents", ["sentences", "reviews"], ["before", "joined", "packed", "padded"]),
+        (
+            "vocabulary",
+            [
+                *("added words", "other words", "general text", "bits per byte"),
+                *("tokens per document", "steps", "seconds"),
+            ],
+            [
+                *("before", "before, new words", "old words"),
+                *("new words, same documents", "new words, same steps"),
             ],
         ),
         (
@@ -138,8 +152,16 @@ def test_a_study(folder: Path, name: str, columns: list[str], rows: list[str]) -
 def test_models_are_shared(folder: Path) -> None:
     """A model that several studies need is trained once."""
     kinds = ["imdb-words", "imdb-tokens", "mix-words"]
-    kinds += ["imdb-30-then-15-words", "imdb-30-to-15-words"]
-    expected = {f"{kind}-96-rows-2-steps-seed-{seed}" for kind in kinds for seed in (0, 1)}
+    kinds += ["imdb-30-then-15-words"]
+    expected = {"vocabulary"} | {
+        f"{kind}-96-rows-2-steps-seed-{seed}" for kind in kinds for seed in (0, 1)
+    }
+    expected |= {
+        f"{corpus}-{way}-6-steps-{seed}"
+        for corpus in ("general_wikisplit", "imdb")
+        for way in ("joined", "packed", "padded")
+        for seed in (0, 1)
+    }
     assert {path.name for path in (folder / "models").iterdir()} == expected
 
 
@@ -169,3 +191,12 @@ def test_the_picture_takes_the_color_of_its_page(folder: Path) -> None:
         "#0d9488",
         "#888888",
     }
+
+
+def test_the_session_runs_every_study() -> None:
+    """In an order of its own, so that a new study has to be put in its place."""
+    text = (FOLDER.parents[1] / "noxfile.py").read_text(encoding="utf-8")
+    lists = re.findall(r"^STUDIES \+?= \[(.*)\]$", text, re.MULTILINE)
+    listed = [name for each in lists for name in re.findall(r"\w+", each)]
+    scripts = {path.stem for path in FOLDER.glob("[a-z]*.py")}
+    assert sorted(listed) == sorted(scripts)

@@ -20,8 +20,10 @@ from transformers import pipeline
 from mlmadapt import (
     TrainingConfig,
     WholeWordMaskingCollator,
+    evaluate_mlm,
     group_texts,
     insert_random_mask,
+    pack_texts,
     tokenize_with_word_ids,
 )
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
@@ -184,6 +186,30 @@ def test_the_recipe(runs: dict[Any, Run], loop: str, masking: str) -> None:
         assert f" {guess['token_str'].strip()} {guess['score']:.1%}" in run.output
 
 
+def test_packed_rows_keep_every_token(inputs: tuple[object, ...], tmp_path: Path) -> None:
+    """Whole documents side by side, where joined and cut ones lose what is left at the end."""
+    run = adapt(tmp_path, *inputs, "--rows=packed", "--train_size=1000")
+    for part in run.ledger:
+        assert part["tokens"] == part["kept"]
+        assert part["dropped"] == 0
+    before, *_, last = run.perplexities
+    assert last < 0.9 * before
+
+
+@pytest.mark.parametrize("option", ["--masking=token"])
+def test_packed_rows_need_our_collator(
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+) -> None:
+    """Another would drop the column that keeps documents apart."""
+    monkeypatch.setattr(sys, "argv", ["imdb_distilbert.py", "--rows=packed", option])
+    with pytest.raises(SystemExit, match="2"):
+        script.parse_arguments()
+    assert "rows packed takes masking whole-word" in capsys.readouterr().err
+
+
 def test_both_loops_measure_the_same(runs: dict[Any, Run]) -> None:
     """The figure before the first step depends on the frozen rows, not on who trains afterwards."""
     for masking in MASKINGS:
@@ -319,6 +345,21 @@ def test_defaults_are_those_of_the_loop(
     assert {name: getattr(config, name) for name in expected} == expected
 
 
+def test_trainer_keeps_documents_apart(script: ModuleType, tmp_path: Path) -> None:
+    """Packed rows have the evaluation that their documents have alone, before the first step."""
+    tokenizer = tiny_tokenizer()
+    collator = WholeWordMaskingCollator(tokenizer, seed=0)
+    tokens = dict(tokenize_with_word_ids({"text": tiny_corpus(40)}, tokenizer))
+    packed = Dataset.from_dict(pack_texts(tokens, chunk_size=200))
+    frozen = Dataset.from_dict(insert_random_mask(packed[:], collator))
+    alone = Dataset.from_dict(insert_random_mask(tokens, collator))
+    model = tiny_model(tokenizer)
+    expected = evaluate_mlm(model, alone, tokenizer=tokenizer).loss
+    config = TrainingConfig(output_dir=str(tmp_path), max_steps=2, disable_tqdm=True)
+    history = script.train_with_trainer(model, packed, frozen, tokenizer, collator, config)
+    assert history[0]["eval_loss"] == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_trainer_is_as_exact(script: ModuleType, tmp_path: Path, accumulation: int) -> None:
     """Each epoch has its own masks; the loss is a mean over tokens, however a step is cut up."""
@@ -378,7 +419,7 @@ def test_every_option_is_described(
     assert len(lines) == len(fields(script.Arguments)) + len(fields(TrainingConfig))
     for line in lines:
         assert re.search(r"\s\s[A-Z\"].{12,}\. \(default: .+\)$", line), line
-    assert "Directory of the final model. (default: adapted-model)" in lines[10]
+    assert "Directory of the final model. (default: adapted-model)" in lines[11]
 
 
 @pytest.mark.parametrize("way", [[], ["--overwrite"], ["--resume_from_checkpoint", "True"]])
@@ -422,8 +463,13 @@ def test_the_demo(script: ModuleType, tmp_path: Path) -> None:
     run = adapt(tmp_path, "--demo", "--max_steps", 30)
     assert run.perplexities[-1] < 0.85 * run.perplexities[0]
     assert len(re.findall(r"____.*\n +before +[\d.]+%.*\n +after +[\d.]+%", run.output)) == 5
+    assert int(re.search(r"(\d+) gaps in held-out sentences", run.output)[1]) >= 300
+    shares = re.findall(r"\n  (?:before|after)  +([\d.]+)% +([\d.]+)% +([\d.]+)%(?=\n)", run.output)
+    before, after = ([float(share) for share in row] for row in shares)
+    assert all(share >= 0 for share in before)
+    assert after[2] >= before[2]  # the chance; in so few steps the guesses hardly move
     assert "Next" in run.output
-    assert len(run.output.splitlines()) < 65
+    assert len(run.output.splitlines()) < 75
     assert not (tmp_path / "cache").exists()
 
     # The tokenizer is the same in every process, so that a seed gives the same figures.
@@ -438,6 +484,35 @@ def test_the_demo(script: ModuleType, tmp_path: Path) -> None:
         sentence for text in [*domain, *general] for sentence in demo_corpus.split_sentences(text)
     ]
     assert len(sentences) == len({*sentences}) > 10_000
+
+
+def test_gaps_are_words_of_the_domain_filled_as_the_pipeline_fills_them(script: ModuleType) -> None:
+    """By the stated rule, one gap in a sentence at a time, with the pipeline's chances."""
+    import demo_corpus
+
+    general = ["the film was a story of the director and the plot was bad"] * 9
+    # Often enough and here alone; too short; too rare; as frequent in general text.
+    domain = (
+        ["the film has an unwatchable story, noir"] * 9 + ["screenplay, noir"] * 4 + ["old"] * 9
+    )
+    words = demo_corpus.find_domain_words(domain, general)
+    assert words == {"unwatchable", "noir"}
+
+    tokenizer, text = tiny_tokenizer("wordpiece"), "The story of the film was the worst plot."
+    known = {"story", "film", "unwatchable"}  # the last is several tokens, and takes no gap
+    gaps = demo_corpus.choose_gaps([f"{text}\nToo short a film.", text], known, tokenizer)
+    assert {(gap.sentence, gap.word) for gap in gaps} == {
+        ("The ____ of the film was the worst plot.", "story"),
+        ("The story of the ____ was the worst plot.", "film"),
+    }
+    model = tiny_model(tokenizer)
+    fill = pipeline("fill-mask", model=model, tokenizer=tokenizer)
+    for gap, guess in zip(gaps, demo_corpus.fill_gaps(gaps, model, tokenizer), strict=True):
+        expected = fill(gap.sentence.replace("____", "[MASK]"), top_k=len(tokenizer))
+        place = [each["token_str"] for each in expected].index(gap.word)
+        assert guess.rank == place
+        assert guess.chance == pytest.approx(expected[place]["score"], rel=1e-4)
+        assert guess.likeliest == [each["token_str"] for each in expected[:5]]
 
 
 @pytest.mark.data

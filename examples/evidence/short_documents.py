@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CORPORA = {
-    "single sentences of Wikipedia": ("corpora", "general_wikisplit"),
-    "reviews of IMDb": ("imdb",),
+    "sentences": ("corpora", "general_wikisplit"),
+    "reviews": ("imdb",),
 }
 WAYS = {
     "joined": "`group_texts`: end to end, and cut every 128 tokens",
@@ -136,21 +136,28 @@ def main() -> None:
         - {tokens:,} tokens, in {steps} steps of one epoch, learning rate {LEARNING_RATE}, linear to
           0.
         - Whole words masked, {study.MASKED:.0%}. Reviews longer than a row are cut into several.
+        - Sentences are of general_wikisplit, and reviews of IMDb.
         - Measured on {args.held_out_rows:,} documents that no model has learned from.
         - {study.tell_spread(args)}
         """,
     )
-    for corpus in CORPORA:
-        figures = measure(args, corpus)
-        study.show_table(
-            (corpus, "perplexity", "of a batch is text, %", "CPU seconds"),
-            [
-                (way, *(study.spread(each[name]) if name in each else "" for name in
-                        ("perplexity", "fill", "seconds")))
-                for way, each in figures.items()
-            ],
-        )  # fmt: skip
-        study.save(args, f"short_documents, {corpus}", figures)
+    figures = {corpus: measure(args, corpus) for corpus in CORPORA}
+    study.show_table(
+        ("perplexity", *CORPORA),
+        [
+            (way, *(study.spread(each[way]["perplexity"]) for each in figures.values()))
+            for way in ("before", *WAYS)
+        ],
+    )
+    kinds = {"fill": "of a batch is text, %", "seconds": "CPU seconds"}
+    study.show_table(
+        ("", *(f"{corpus}: {kind}" for corpus in CORPORA for kind in kinds.values())),
+        [
+            (way, *(study.spread(each[way][kind]) for each in figures.values() for kind in kinds))
+            for way in WAYS
+        ],
+    )
+    study.save(args, "short_documents", figures)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 CORPORA = {"abstracts": "corpora/biomed_abstracts", "reviews": "imdb"}
 WORDS = 60  # of a row to measure on, the same for both vocabularies
 MASKED = 0.15  # of them
-COLUMNS = ("added words", "other words", "general text")
+COLUMNS = ("added words", "other words", "general text", "bits per byte")
+COLUMNS += ("tokens per document", "steps", "seconds")
 
 
 class Measured(NamedTuple):
@@ -45,15 +46,18 @@ class Measured(NamedTuple):
 def main() -> None:
     """Adapt with the old vocabulary and with an extended one, and measure on the same words."""
     parser = study.make_parser(__doc__, train_rows=4800, held_out_rows=300)
+    parser.add_argument("--corpora", nargs="+", default=[*CORPORA], help="to adapt to")
+    parser.add_argument("--count_rows", type=int, help="to count words in; as many as are learned")
     args = parser.parse_args()
+    args.count_rows = args.count_rows or args.train_rows
     old = AutoTokenizer.from_pretrained(args.data / study.MODEL)
     _, general = study.read_documents(args.data / "corpora" / "general_wikisplit")
     study.begin(
         "Words of the domain",
         f"""
         Nats per masked word and bits per byte of the masked words, for the old vocabulary and for
-        one with the words that `find_domain_words` finds in the documents that are learned from
-        (by default a count of 10 and four letters at least).
+        one with up to 3,000 words that `find_domain_words` finds in {args.count_rows:,} rows of
+        training text (with a count of 10 and four letters at least).
 
         - Abstracts are biomed_abstracts, reviews are IMDb. {args.train_rows:,} rows of
           {study.CHUNK} tokens are learned from, {study.count_steps(args, range(args.train_rows))}
@@ -68,49 +72,45 @@ def main() -> None:
         - {study.tell_spread(args)} Seconds are those of one thread on a shared machine.
         """,
     )
-    rows: list[tuple[str, ...]] = []
-    figures: dict[str, Any] = {}
-    for name, folder in CORPORA.items():
-        texts, held_out = study.read_documents(args.data / folder)
-        texts = take(texts, old, args.train_rows)
-        found = find_domain_words(texts, old, size=3000)
-        model = AutoModelForMaskedLM.from_pretrained(args.data / study.MODEL)
-        new, larger = extend_vocabulary(old, model, found.words)
-        sets = [[*held_out][: args.held_out_rows], [*general][: 5 * args.held_out_rows]]
-        passes = {each: cut(texts, each) for each in (old, new)}
-        all_steps = study.count_steps(args, passes[old])
-        runs = {
-            "before": (old, model, 0),
-            "before, new words": (new, larger, 0),
-            "old words": (old, model, all_steps),
-            "new words, same documents": (new, larger, study.count_steps(args, passes[new])),
-            "new words, same steps": (new, larger, all_steps),
-        }
-        print(
-            f"{name.capitalize()}: {len(found.words):,} words are added, which save "
-            f"{found.share:.1%} of the tokens.\n",
-            flush=True,
-        )
-        for run, (tokenizer, start, steps) in runs.items():
-            results, seconds = [], []
-            for seed in args.seeds if steps else args.seeds[:1]:
-                trained, took = adapt(args, start, tokenizer, passes[tokenizer], steps, seed)
-                results.append(measure(trained, tokenizer, old, new, sets))
-                seconds.append(took)
-            length = np.mean([len(each) for each in new_ids(sets[0], tokenizer)])
-            cells = [study.spread(values, 3) for values in zip(*results, strict=True)]
-            rows.append(
-                (f"{name}, {run}", *cells, f"{length:.1f}", f"{steps:,}", study.spread(seconds))
-            )
-            figures[f"{name}, {run}"] = {
-                "measured": [each._asdict() for each in results],
-                "seconds": seconds,
-                "steps": steps,
-                "tokens": length,
-            }
-    header = (*COLUMNS, "bits per byte", "tokens per document", "steps", "seconds")
-    study.show_table(("nats per word", *header), rows)
+    figures = {name: study_corpus(args, name, old, [*general]) for name in args.corpora}
     study.save(args, "vocabulary", {"runs": figures})
+
+
+def study_corpus(
+    args: argparse.Namespace, name: str, old: Any, general: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Adapt to one corpus in all ways, and print a table."""
+    texts, held_out = study.read_documents(args.data / CORPORA[name])
+    documents = take(texts, old, args.train_rows)
+    found = find_domain_words(take(texts, old, args.count_rows), old, size=3000)
+    model = AutoModelForMaskedLM.from_pretrained(args.data / study.MODEL)
+    new, larger = extend_vocabulary(old, model, found.words)
+    sets = [[*held_out][: args.held_out_rows], general[: 5 * args.held_out_rows]]
+    passes = {each: cut(documents, each) for each in (old, new)}
+    steps = {each: study.count_steps(args, rows) for each, rows in passes.items()}
+    runs = {
+        "before": (old, model, 0),
+        "before, new words": (new, larger, 0),
+        "old words": (old, model, steps[old]),
+        "new words, same documents": (new, larger, steps[new]),
+        "new words, same steps": (new, larger, steps[old]),
+    }
+    rows, figures = [], {}
+    for run, (tokenizer, start, count) in runs.items():
+        results, seconds = [], []
+        for seed in args.seeds if count else args.seeds[:1]:
+            trained, took = adapt(args, start, tokenizer, passes[tokenizer], count, seed)
+            results.append(measure(trained, tokenizer, old, new, sets))
+            seconds.append(took)
+        length = float(np.mean([*map(len, tokenizer(sets[0])["input_ids"])]))
+        cells = [study.spread(values, 3) for values in zip(*results, strict=True)]
+        rows.append((run, *cells, f"{length:.1f}", f"{count:,}", study.spread(seconds)))
+        measured = [each._asdict() for each in results]
+        figures[run] = {"measured": measured, "seconds": seconds, "steps": count, "tokens": length}
+    added = f"{len(found.words):,} words, which save {found.share:.1%} of the tokens, are added"
+    print(f"{name.capitalize()}: {added}.\n")
+    study.show_table((f"{name}, nats per word", *COLUMNS), rows)
+    return figures
 
 
 def take(texts: dict[str, int], tokenizer: Any, rows: int) -> list[str]:
@@ -130,12 +130,6 @@ def cut(texts: Sequence[str], tokenizer: Any) -> Dataset:
     fitting = {"chunk_size": study.CHUNK, "labels": False}
     chunks: Dataset = tokens.map(group_texts, batched=True, batch_size=None, fn_kwargs=fitting)
     return chunks.with_format(None)
-
-
-def new_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Return the tokens of each document, with the special ones."""
-    ids: list[list[int]] = tokenizer(texts)["input_ids"]
-    return ids
 
 
 def adapt(
@@ -166,7 +160,7 @@ def adapt(
 
 def measure(model: Any, tokenizer: Any, old: Any, new: Any, sets: list[list[str]]) -> Measured:
     """Measure a model on words that are the same whatever the tokenizer."""
-    by_set = []
+    by_set, handle = [], sparse_prediction(model)
     for texts in sets:
         columns = {each: tokenize_with_word_ids({"text": texts}, each) for each in (old, new)}
         parts = []
@@ -178,11 +172,14 @@ def measure(model: Any, tokenizer: Any, old: Any, new: Any, sets: list[list[str]
             is_masked = generator.random(count) < MASKED
             if words[new].max() + 1 != count:
                 continue  # beside a symbol that BERT does not split off, there are more words
-            losses = word_losses(model, tokenizer, ids[tokenizer], words[tokenizer], is_masked)
+            losses = word_losses(
+                model, handle, tokenizer, ids[tokenizer], words[tokenizer], is_masked
+            )
             is_added = np.bincount(words[new][ids[new] >= len(old)], minlength=count) > 0
             size = word_sizes(ids[old], words[old], old)
             parts.append(np.stack([losses, is_added, size])[:, is_masked])
         by_set.append(np.concatenate(parts, axis=1))
+    handle.remove()
     (domain, added, size), (general, *_) = by_set
     bits = domain.sum() / math.log(2) / size.sum()
     means = [domain[added == 1].mean(), domain[added == 0].mean(), general.mean()]
@@ -197,7 +194,12 @@ def word_sizes(ids: np.ndarray, words: np.ndarray, tokenizer: Any) -> np.ndarray
 
 
 def word_losses(
-    model: Any, tokenizer: Any, ids: np.ndarray, words: np.ndarray, is_masked: np.ndarray
+    model: Any,
+    handle: Any,
+    tokenizer: Any,
+    ids: np.ndarray,
+    words: np.ndarray,
+    is_masked: np.ndarray,
 ) -> np.ndarray:
     """Return the nats of each masked word of a document, and 0 for the others."""
     rows, targets, owners = [], [], []
@@ -212,7 +214,7 @@ def word_losses(
     positions = batch["input_ids"] == tokenizer.mask_token_id
     losses = np.zeros(len(is_masked))
     if targets:
-        with torch.no_grad(), sparse_prediction(model) as handle, handle.at(positions):
+        with torch.no_grad(), handle.at(positions):
             logits = model(**batch).logits[0].float()
         nats = torch.nn.functional.cross_entropy(logits, torch.tensor(targets), reduction="none")
         np.add.at(losses, owners, nats.double().numpy())

@@ -259,7 +259,7 @@ def measure_steps(report: measure.Report, corpus: Corpus, rounds: int) -> list[m
 def draw_steps(
     table: pa.Table, lengths: torch.Tensor | None, batch_size: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Draw steps evenly from an epoch, as many as a turn takes, and return all of its steps too."""
+    """Draw steps evenly from an epoch, to hold the tokens of a turn; return all its steps too."""
     order = BatchPlan(rows=len(table), batch_size=batch_size, lengths=lengths).order(0)
     whole = order[: len(order) // batch_size * batch_size].view(-1, batch_size)
     count = math.ceil(TOKENS / (count_tokens(table) / len(table) * batch_size))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import functools
 import io
 import json
@@ -68,8 +69,9 @@ def start(
     server.stdin.write(json.dumps(request) + "\n")
     server.stdin.flush()
     answer = json.loads(server.stdout.readline())
-    if answer is None:
-        raise TimeoutError(f"{function} {arguments} on {world} processes took over {seconds} s")
+    if isinstance(answer, str):
+        took = f"{function} {arguments} on {world} processes took over {seconds} s"
+        raise TimeoutError(f"{took}:\n{answer}")
     return [Ended(**each) for each in answer]
 
 
@@ -161,7 +163,8 @@ def _serve() -> None:
         sys.stdout.flush()
 
 
-def _fork(function: Any, request: dict[str, Any], folder: Path) -> list[dict[str, Any]] | None:
+def _fork(function: Any, request: dict[str, Any], folder: Path) -> list[dict[str, Any]] | str:
+    """Return what came of each process or, if one was late, what they wrote and where they were."""
     world = request["world"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -176,7 +179,7 @@ def _fork(function: Any, request: dict[str, Any], folder: Path) -> list[dict[str
     kill_at = None if kill_after is None else now + kill_after
     codes = _wait(list(children), now + request["seconds"], kill_at, request["kill_by"])
     if codes is None:
-        return None
+        return "\n".join((folder / f"{rank}.log").read_text() for rank in range(world))
     answers = []
     for child, rank in children.items():
         report = folder / f"{rank}.json"
@@ -204,6 +207,9 @@ def _wait(
                     deadline = min(deadline, time.monotonic() + 30)
         time.sleep(0.005)
     late = set(children) - set(codes)
+    for child in late:
+        os.kill(child, signal.SIGUSR1)
+    time.sleep(0.5 if late else 0)
     for child in children:  # and the workers that a killed one has left
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
@@ -224,6 +230,7 @@ def _work(
     # The standard input is the server's; a run has none.
     sys.stdin = io.StringIO()
     sys.stdout = sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1, sys.stderr)  # of a process that is late
     logging.basicConfig(stream=sys.stderr, force=True)
     if world > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}

@@ -16,12 +16,14 @@ from transformers import (
 import mlmadapt
 from mlmadapt import (
     MaskedLMMetrics,
+    MaskedWordMetrics,
     MaskingCallback,
     TrainingConfig,
     TrainingResult,
     WholeWordMaskingCollator,
     accelerate_train,
     evaluate_mlm,
+    evaluate_words,
     extend_vocabulary,
     find_domain_words,
     group_texts,
@@ -115,8 +117,9 @@ def mask(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     batch = collator([{"input_ids": [2, 7, 3], "word_ids": [-1, 0, -1]}])
     assert_type(batch, dict[str, Any])
     assert_type(str(show_masks(batch, tokenizer, features=None)), str)
-    frozen = insert_random_mask({"input_ids": [[2, 7]]}, collator, seed=1, prefix="")
-    assert_type(frozen, dict[str, Any])
+    examples = {"input_ids": [[2, 7]]}
+    frozen: dict[str, Any] = insert_random_mask(examples, collator, seed=1, prefix="")
+    frozen.values()
     mapped: Dataset = rows.map(
         insert_random_mask, batched=True, fn_kwargs={"data_collator": collator}
     )
@@ -166,6 +169,7 @@ def evaluate(
         model, rows, tokenizer=tokenizer, batch_size=32, accelerator=Accelerator()
     )
     assert_type(metrics, MaskedLMMetrics)
+    assert_type(evaluate_words(model, rows, tokenizer=tokenizer), MaskedWordMetrics)
     return (
         metrics.loss,
         metrics.perplexity,

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlmadapt._types import Tokenizer
 
@@ -139,22 +139,22 @@ def find_domain_words(
     # How often a word may stand in the general text, per time that it stands here.
     ratio = general.total() / max(own.total(), 1) / 2
     decode = backend.decoder.decode if backend.decoder else "".join
-    common = {
-        decode([form]).strip(): form
+    common = [
+        (decode([form]).strip(), form)
         for form, count in own.items()
         if count >= min_count and general[form] <= count * ratio
-    }
-    words = [
-        word
-        for word, form in common.items()
+    ]
+    words = {
+        word: own[form]
+        for word, form in common
         if len(word) >= min_length
         and not (letters_only and any(unicodedata.category(c)[0] not in "LM" for c in word))
         # RoBERTa's words without a space before them are others than those with one.
         and _pre_tokens(backend, f"x {word} x")[1:-1] == [form]
-    ]
+    }
     found = [
-        DomainWord(word, own[common[word]], [*map(str, map(backend.id_to_token, pieces))])
-        for word, pieces in zip(words, _pieces(backend, words), strict=True)
+        DomainWord(word, count, [*map(str, map(backend.id_to_token, pieces))])
+        for (word, count), pieces in zip(words.items(), _pieces(backend, [*words]), strict=True)
         if len(pieces) > 1
     ]
     found.sort(key=lambda each: (-each.tokens_saved, each.word))
@@ -187,21 +187,34 @@ def add_words(
     """
     backend = _splitting_backend(tokenizer)
     forms = _check_words(words, tokenizer, backend)
-    pieces = _pieces(backend, [*forms])
     ids = _unused_ids(tokenizer) if reuse_unused else []
     first_free = max(tokenizer.get_vocab().values()) + 1
     ids = [*ids, *range(first_free, first_free + len(forms))][: len(forms)]
-    old = dict(zip(ids, pieces, strict=True))
-    new = dict(zip(ids, forms.values(), strict=True))
+    new = dict(zip(ids, forms, strict=True))
+    pieces = dict(zip(ids, _pieces(backend, [*forms.values()]), strict=True))
     kind = type(backend.model).__name__
     if kind == "WordPiece":
         extended = _extend_wordpiece(tokenizer, new)
     elif kind == "Unigram":
-        extended = _extend_unigram(tokenizer, new, old)
+        extended = _extend_unigram(tokenizer, new, pieces)
     else:
         extended = _extend_whole_words(tokenizer, new)
-    _check_extended(extended, tokenizer, forms, old)
-    return extended, old
+
+    texts = [f"x {word} x" for word in forms.values()]
+    read_back = [
+        each.batch_decode(each(texts, add_special_tokens=False)["input_ids"])
+        for each in (tokenizer, extended)
+    ]
+    now = _pieces(extended.backend_tokenizer, [*forms.values()])
+    rows = zip(forms.values(), pieces.items(), now, *read_back, strict=True)
+    # What had an unknown token in it was not read back before.
+    failed = [
+        word
+        for word, (i, old), own, was, text in rows
+        if own != [i] or (was != text and tokenizer.unk_token_id not in old)
+    ]
+    _refuse(dict.fromkeys(failed, f"does not become one token of this {kind} tokenizer"))
+    return extended, pieces
 
 
 def _count(texts: Iterable[str], backend: "Backend", *, name: str) -> Counter[str]:
@@ -282,7 +295,7 @@ def _pieces(backend: "Backend", words: Sequence[str]) -> list[list[int]]:
 
 
 def _check_words(words: Iterable[str], tokenizer: Tokenizer, backend: "Backend") -> dict[str, str]:
-    """Return the words, each with what the pre-tokenizer makes of it."""
+    """Return the words by what the pre-tokenizer makes of each."""
     if isinstance(words, str) or not isinstance(words, Iterable):
         raise TypeError(f"words is {words!r:.40}; it must be a list of words, such as ['placebo']")
     words = list(words)
@@ -304,10 +317,10 @@ def _check_words(words: Iterable[str], tokenizer: Tokenizer, backend: "Backend")
             problems[word] = f"is {len(form)} words to this tokenizer"
         elif len(pieces) == 1 and pieces != [tokenizer.unk_token_id]:
             problems[word] = "is one token already"
-        elif form[0] in forms.values():
+        elif form[0] in forms:
             problems[word] = "comes twice"
         else:
-            forms[word] = form[0]
+            forms[form[0]] = word
     _refuse(problems)
     return forms
 
@@ -333,14 +346,13 @@ def _extend_wordpiece(tokenizer: Tokenizer, new: dict[int, str]) -> Tokenizer:
     from tokenizers import AddedToken  # noqa: PLC0415  # loaded by what made the tokenizer
 
     extended = copy.deepcopy(tokenizer)
-    model = extended.backend_tokenizer.model
-    names = {i: token for token, i in _read(tokenizer)["model"]["vocab"].items()}
-    if names.keys() & new.keys():
-        names |= {i: form for i, form in new.items() if i in names}
-        vocab = {token: i for i, token in names.items()}
+    vocab = extended.backend_tokenizer.get_vocab(with_added_tokens=False)
+    if not new.keys().isdisjoint(vocab.values()):
+        model = extended.backend_tokenizer.model
         options = ("unk_token", "max_input_chars_per_word", "continuing_subword_prefix")
         extended.backend_tokenizer.model = type(model)(
-            vocab, **{name: getattr(model, name) for name in options}
+            {new.get(i, token): i for token, i in vocab.items()},
+            **{name: getattr(model, name) for name in options},
         )
     extended.add_tokens(
         [AddedToken(form, single_word=True, normalized=True) for form in new.values()]
@@ -351,7 +363,7 @@ def _extend_wordpiece(tokenizer: Tokenizer, new: dict[int, str]) -> Tokenizer:
 def _extend_unigram(
     tokenizer: Tokenizer, new: dict[int, str], pieces: dict[int, list[int]]
 ) -> Tokenizer:
-    spec = _read(tokenizer)
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
     model, extended = spec["model"], copy.deepcopy(tokenizer)
     scores = [score for _, score in model["vocab"]]
     lowest = min(scores)
@@ -375,7 +387,7 @@ def _extend_whole_words(tokenizer: Tokenizer, new: dict[int, str]) -> Tokenizer:
     """Extend BPE and WordLevel, which look whole words up in the vocabulary."""
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415  # a second to load
 
-    spec = _read(tokenizer)
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
     names = {i: token for token, i in spec["model"]["vocab"].items()}
     # Added tokens too: those in no vocabulary are numbered behind it when the file is read.
     names |= {each["id"]: each["content"] for each in spec["added_tokens"]} | new
@@ -392,27 +404,3 @@ def _extend_whole_words(tokenizer: Tokenizer, new: dict[int, str]) -> Tokenizer:
     backend = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
     settings |= tokenizer.special_tokens_map
     return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)  # type: ignore[no-untyped-call]
-
-
-def _read(tokenizer: Tokenizer) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    return read
-
-
-def _check_extended(
-    extended: Tokenizer, tokenizer: Tokenizer, words: Iterable[str], pieces: dict[int, list[int]]
-) -> None:
-    """Check that each new word is one token in the middle of a text, and is read back as before."""
-    texts = [f"x {word} x" for word in words]
-    before = tokenizer.batch_decode(tokenizer(texts, add_special_tokens=False)["input_ids"])
-    after = extended.batch_decode(extended(texts, add_special_tokens=False)["input_ids"])
-    now = _pieces(extended.backend_tokenizer, [*words])
-    kind = type(tokenizer.backend_tokenizer.model).__name__
-    problem = f"does not become one token of this {kind} tokenizer"
-    failed = {}
-    for word, (i, old), own, *texts in zip(words, pieces.items(), now, before, after, strict=True):
-        # What had an unknown token in it was not read back before.
-        is_read_back = tokenizer.unk_token_id in old or texts[0] == texts[1]
-        if own != [i] or not is_read_back:
-            failed[word] = problem
-    _refuse(failed)

@@ -230,25 +230,9 @@ class FrozenCollator:
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def evaluate_rows(
-    model: Model,
-    dataset: Rows,
-    *,
-    collate: "FrozenCollator",
-    batch_size: int,
-    sparse: SparsePrediction | None,
-    accelerator: "Accelerator | None" = None,
-) -> MaskedLMMetrics:
-    """Evaluate the batches that `collate` makes of a dataset."""
-    loss, correct, top5_correct, count = sum_rows(
-        model,
-        dataset,
-        collate=collate,
-        measure=_sum_metrics,
-        batch_size=batch_size,
-        sparse=sparse,
-        accelerator=accelerator,
-    )
+def evaluate_rows(model: Model, dataset: Rows, **options: Any) -> MaskedLMMetrics:
+    """Evaluate a dataset; the options are those of `sum_rows`."""
+    loss, correct, top5_correct, count = sum_rows(model, dataset, measure=_sum_metrics, **options)
     return MaskedLMMetrics.from_sums(
         loss=loss, correct=correct, top5_correct=top5_correct, masked_tokens=int(count)
     )
@@ -264,7 +248,7 @@ def sum_rows(
     sparse: SparsePrediction | None,
     accelerator: "Accelerator | None" = None,
 ) -> list[float]:
-    """Sum what is measured on batches, from their logits and targets, also over processes."""
+    """Sum what is measured at the targets of all batches that `collate` makes, of all processes."""
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = model.device
     # The longest first: little is padded, and what memory does not hold shows at once.

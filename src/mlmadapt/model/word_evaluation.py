@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MaskedWordMetrics:
     """What a model gets right on the masked words of a set.
 
@@ -101,8 +101,12 @@ def evaluate_words(
         )
     if not count:
         raise ValueError("dataset has no masked word; freeze masks into it by insert_random_mask")
-    bits = loss / math.log(2)
-    return MaskedWordMetrics(loss / count, right / count, bits / max(size, 1), int(count))
+    return MaskedWordMetrics(
+        loss=loss / count,
+        accuracy=right / count,
+        bits_per_byte=loss / math.log(2) / max(size, 1),
+        masked_words=int(count),
+    )
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ napoleon_use_rtype = False
 
 # Names of other libraries lead nowhere: without a network there are no inventories to look them up.
 # And an object that is only looked at, such as a `MaskView`, is described in the text.
-nitpick_ignore_regex = [("py:.*", r"(?!mlmadapt).*"), ("py:class", r".*\.(?:MaskView|DomainWords)")]
+nitpick_ignore_regex = [("py:.*", r"(?!mlmadapt).*"), ("py:class", r".*\.(DomainWords|MaskView)")]
 
 # Sphinx spells types out where it can evaluate them, and leaves the names of mlmadapt._types where
 # it cannot. The pages show these for either; docs/api.md explains the names.

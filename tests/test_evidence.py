@@ -100,7 +100,6 @@ def read_table(folder: Path, name: str) -> list[list[str]]:
                 "before",
                 "20 % throughout",
                 "30 %, then 15 % in the last fifth",
-                "30 % to 15 %, evenly",
             ],
         ),
         (
@@ -153,7 +152,7 @@ def test_a_study(folder: Path, name: str, columns: list[str], rows: list[str]) -
 def test_models_are_shared(folder: Path) -> None:
     """A model that several studies need is trained once."""
     kinds = ["imdb-words", "imdb-tokens", "mix-words"]
-    kinds += ["imdb-30-then-15-words", "imdb-30-to-15-words"]
+    kinds += ["imdb-30-then-15-words"]
     expected = {"vocabulary"} | {
         f"{kind}-96-rows-2-steps-seed-{seed}" for kind in kinds for seed in (0, 1)
     }

@@ -59,6 +59,8 @@ def compare(draw: Random, settings: dict[str, Any], folder: Path, plan: list[str
         if settings["world"] == 2 and how.get("kill_by") == signal.SIGINT:
             # Torch does not hear Ctrl-C while processes look for each other; their launcher does.
             how, name = {**how, "kill_by": signal.SIGTERM}, "term"
+        if settings["world"] == 2 and "at_event" in how:  # the first ones come before its handlers
+            how, name = {"at_event": [how["at_event"][0], "kill", 0]}, "kill"
         plan.append(f"{how}{' under torchrun' if by_torchrun else ''}")
         before = last_step(cut)
         arguments = {**settings, "folder": str(cut), "resume_from_checkpoint": True}

@@ -144,7 +144,7 @@ def test_options_are_keyword_only() -> None:
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         ]
         for name, value in PUBLIC.items()
-        if name != "MaskedLMMetrics"  # a record, in the order in which it is printed
+        if not name.startswith("Masked")  # records, in the order in which they are printed
     }
     assert {name: names for name, names in positional.items() if len(names) > 2} == {
         "accelerate_train": ["model", "train_dataset", "eval_dataset"],
@@ -242,7 +242,7 @@ def test_source(path: Path) -> None:
 def test_source_stays_small() -> None:
     """The library can be read in an afternoon, and its help for tests in a coffee break."""
     for_tests = {path for path in FILES if room_of(path) in {"testing", "_pytest_plugin"}}
-    assert sum(map(lines_of_code, set(FILES) - for_tests)) <= 4602
+    assert sum(map(lines_of_code, set(FILES) - for_tests)) <= 4640
     assert sum(map(lines_of_code, for_tests)) <= 802
 
 

@@ -59,6 +59,8 @@ def compare(draw: Random, settings: dict[str, Any], folder: Path, plan: list[str
         if settings["world"] == 2 and how.get("kill_by") == signal.SIGINT:
             # Torch does not hear Ctrl-C while processes look for each other; their launcher does.
             how, name = {**how, "kill_by": signal.SIGTERM}, "term"
+        if settings["world"] == 2 and "at_event" in how:  # the first ones come before its handlers
+            how, name = {"at_event": [how["at_event"][0], "kill", 0]}, "kill"
         plan.append(f"{how}{' under torchrun' if by_torchrun else ''}")
         before = last_step(cut)
         arguments = {**settings, "folder": str(cut), "resume_from_checkpoint": True}
@@ -126,7 +128,8 @@ def draw_settings(draw: Random) -> dict[str, Any]:
         "gradient_checkpointing": draw.random() < 0.1,
         "world": draw.choice([1, 1, 2]),
         "lr_scheduler_type": draw.choice(["linear", "cosine", "cosine_with_restarts"]),
-        "collator": draw.choice(["ours", "transformers", None, None]),
+        "collator": draw.choice(["ours", "ours, by schedule", "transformers", None, None]),
+        "packed": draw.random() < 0.15,
     }
     if settings["collator"] is None:
         settings["collator"] = {
@@ -136,6 +139,8 @@ def draw_settings(draw: Random) -> dict[str, Any]:
             "budget": draw.choice(["bernoulli", "exact"]),
             "seed": draw.choice([None, 7]),
         }
+    if settings["packed"]:  # DeBERTa cannot keep documents apart
+        settings["architecture"] = draw.choice(["bert", "distilbert"])
     if draw.random() < 0.15:
         settings |= {"stream": draw.choice(["plain", "shuffled"]), "dataloader_num_workers": 0}
         settings["max_steps"] = draw.randint(1, 8)

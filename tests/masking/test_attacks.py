@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
+import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -26,6 +31,7 @@ from mlmadapt import (
     show_masks,
     tokenize_with_word_ids,
 )
+from mlmadapt.data.tokenization import _unlimited
 from mlmadapt.masking.seeding import seeded
 from mlmadapt.testing import tiny_corpus, tiny_tokenizer
 
@@ -198,8 +204,35 @@ def test_record_batches_are_rows() -> None:
     table = pa.table({name: [list(row) for row in values] for name, values in columns.items()})
     (batch,) = table.to_batches()
     collator = WholeWordMaskingCollator(tokenizer)
-    for name, values in insert_random_mask(table, collator).items():
-        assert all(map(np.array_equal, insert_random_mask(batch, collator)[name], values))
+    assert insert_random_mask(batch, collator) == insert_random_mask(table, collator)
+
+
+def draw_a_mask(features: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mask by a collator of another library."""
+    return DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5)(
+        [{"input_ids": row["input_ids"]} for row in features]
+    )
+
+
+@pytest.mark.parametrize("collator", [WholeWordMaskingCollator(tokenizer), draw_a_mask])
+@pytest.mark.parametrize("layout", ["arrow", "pandas"])
+def test_a_table_is_frozen_to_a_table(collator: Any, layout: str) -> None:
+    """As a stream asks for it: of a dict, it says that the function returned something else."""
+    lists = {name: [list(row) for row in values] for name, values in columns.items()}
+    expected = insert_random_mask(columns, collator)
+    frozen: Any = insert_random_mask(pa.table(lists), collator)
+    assert frozen.to_pydict() == {
+        name: [row.tolist() for row in values] for name, values in expected.items()
+    }
+    stream = Dataset.from_dict(lists).to_iterable_dataset().with_format(layout)
+    mapped = stream.map(
+        insert_random_mask,
+        batched=True,
+        batch_size=3,
+        fn_kwargs={"data_collator": collator},
+        remove_columns=[*lists],
+    )
+    assert list(mapped.with_format(None)) == frozen.to_pylist()
 
 
 def start_workers_first(collator: WholeWordMaskingCollator, told: Any) -> None:
@@ -246,6 +279,12 @@ def test_batches_that_cannot_be_shown(batch: Any, message: str) -> None:
         show_masks(batch, tokenizer)
 
 
+def test_no_tokenizer_is_told() -> None:
+    """As by the collator, which needs one as well."""
+    with pytest.raises(TypeError, match="tokenizer is None; pass the tokenizer that made the rows"):
+        show_masks(frozen, None)  # type: ignore[arg-type]
+
+
 def test_word_ids_of_nan_are_no_word() -> None:
     """As everywhere else."""
     features = [{"input_ids": [2, 9, 3], "word_ids": [np.nan, 0, np.nan]}]
@@ -277,3 +316,38 @@ def test_seeded_blocks_do_not_mix() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(draw, range(8))) == [draw(key) for key in range(8)]
+
+
+backend = tiny_tokenizer("wordpiece").backend_tokenizer
+backend.enable_truncation(7)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked here")
+@pytest.mark.parametrize(
+    "block", [partial(seeded, 0), partial(_unlimited, backend)], ids=["seeded", "unlimited"]
+)
+def test_a_child_does_not_wait_for_a_thread_that_it_does_not_have(block: Any) -> None:
+    """A fork while another thread is in its turn: DataLoader workers are made so."""
+    holds, goes_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with block():
+            holds.set()
+            goes_on.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert holds.wait(60)
+    threading.Timer(0.1, goes_on.set).start()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(5)  # ends it, if it waits
+        whole = backend.truncation is not None  # not as the other thread had it in between
+        with block(), block():
+            os._exit(0 if whole else 1)
+    _, status = os.waitpid(child, 0)
+    thread.join(60)
+    assert os.waitstatus_to_exitcode(status) == 0
+    with block():
+        pass

@@ -72,6 +72,8 @@ def examples(chunk_size: int = 16) -> Columns:
 
 def listed(frozen: Any) -> Columns:
     """Return columns as lists of lists."""
+    if isinstance(frozen, pa.Table):
+        return frozen.to_pydict()
     return {name: [np.asarray(row).tolist() for row in rows] for name, rows in frozen.items()}
 
 

@@ -561,10 +561,19 @@ def test_masked_lm_loss_without_targets() -> None:
         assert not logits.grad.any()
 
 
+@pytest.mark.parametrize("taken_out", [0, 3])
 def test_self_check_falls_back(
-    model: PreTrainedModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    taken_out: int,
 ) -> None:
-    """A sparse head is kept; one that mixes positions, or is refused, is told and left full."""
+    """A sparse head is kept; one that mixes positions, or is refused, is told and left full.
+
+    That holds with tokens that are out of the vocabulary, too.
+    """
+    with torch.no_grad():
+        model.get_output_embeddings().bias[:taken_out] = -torch.inf
     for module in model.bert.encoder.modules():
         module.training = False
     modes = [module.training for module in model.modules()]

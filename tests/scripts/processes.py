@@ -141,8 +141,11 @@ def _server() -> subprocess.Popen[str]:
 
     def stop() -> None:
         server.stdin.close()
-        server.wait(10)
-        server.stdout.close()
+        try:
+            server.wait(SECONDS)
+        finally:
+            server.kill()
+            server.stdout.close()
 
     atexit.register(stop)
     return server

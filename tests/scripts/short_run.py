@@ -269,12 +269,14 @@ def dropout_of_rank(folder: str) -> list[list[bool]]:
 _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "interrupt": signal.SIGINT}
 
 
-def _act(model: torch.nn.Module, name: str, rank: int = -1) -> None:
+def _act(model: torch.nn.Module, name: str, rank: int = -1) -> None:  # noqa: C901  # a list
     """Do harm: on one process, or on all (-1)."""
     if rank not in (-1, int(os.environ.get("RANK", "0"))):
         return
     if name in _SIGNALS:
         os.kill(os.getpid(), _SIGNALS[name])
+    elif name == "term group":  # workers included
+        os.killpg(0, signal.SIGTERM)
     elif name == "term parent":  # torchrun, which hands it to all
         os.kill(os.getppid(), signal.SIGTERM)
     elif name == "poison gradient":

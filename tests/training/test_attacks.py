@@ -299,8 +299,9 @@ def test_a_pipe_in_place_of_a_file_is_damage(finished: Path, name: str, tmp_path
     writer = threading.Thread(target=path.write_text, args=("{}",))
     writer.start()
     damage = next(find_damage(folder / "checkpoint-3"))
-    os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # for a writer that nobody heard
     writer.join(SECONDS)
+    os.close(reader)
     assert damage.strip("'").startswith(name)
     assert damage.endswith("is not a plain file of the checkpoint")
 
@@ -472,6 +473,20 @@ def test_a_signal_to_the_whole_process_group_leaves_a_checkpoint(
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == code
     assert [path.name for path in find_checkpoints(tmp_path / "out")] == ["checkpoint-1"]
+
+
+@pytest.mark.distributed
+def test_a_signal_to_all_processes_and_their_workers_leaves_a_checkpoint(tmp_path: Path) -> None:
+    """Two process groups are told, each of a process and its workers, as a scheduler does it."""
+    settings = {"world": 2, "dataloader_num_workers": 1, "save_strategy": "no", "rows": 64}
+    settings |= {"per_device_train_batch_size": 2, "num_train_epochs": 1}
+    whole = outcome(tmp_path / "whole", **settings)
+    ended = start("train", folder=str(tmp_path / "cut"), at_step={"2": ["term group"]}, **settings)
+    assert [each.code for each in ended] == [143, 143], "\n".join(each.log for each in ended)
+    # Several processes hear of it with the counts of the next step.
+    (found,) = find_checkpoints(tmp_path / "cut")
+    assert found.name in {"checkpoint-3", "checkpoint-4"}
+    assert outcome(tmp_path / "cut", resume_from_checkpoint=True, **settings) == whole
 
 
 def test_the_run_after_a_signal_ends_as_if_there_had_been_none(tmp_path: Path) -> None:

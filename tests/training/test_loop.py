@@ -656,8 +656,8 @@ class Watching(WholeWordMaskingCollator):
         super().__post_init__()
         self.seen: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
 
-    def collate(self, features: Any, *, key: int) -> Any:
-        batch = super().collate(features, key=key)
+    def collate(self, features: Any, *, key: int, progress: float = 1.0) -> Any:
+        batch = super().collate(features, key=key, progress=progress)
         for row, labels in zip(features, batch["labels"], strict=True):
             ids = tuple(map(int, row["input_ids"]))
             self.seen.append((ids, tuple(map(int, labels[: len(ids)]))))

@@ -25,9 +25,12 @@ from transformers import (
     BertForPreTraining,
     BertForTokenClassification,
     BertModel,
+    DataCollatorForLanguageModeling,
+    DataCollatorForTokenClassification,
     GPT2Config,
     GPT2LMHeadModel,
     HfArgumentParser,
+    default_data_collator,
 )
 
 from mlmadapt import TrainingConfig, WholeWordMaskingCollator, accelerate_train, evaluate_mlm
@@ -281,6 +284,76 @@ def test_weights_that_are_not_finite_are_named(run: Run) -> None:
         run.model.bert.embeddings.word_embeddings.weight[7:] = torch.nan
     with pytest.raises(ValueError, match="BertForMaskedLM predicts NaN or infinity: its weights"):
         run.train()
+
+
+@pytest.mark.parametrize(
+    "collator",
+    [
+        default_data_collator,
+        DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False),
+        DataCollatorForTokenClassification(tiny_tokenizer()),
+    ],
+)
+def test_a_collator_that_hides_nothing_is_refused(run: Run, collator: Any) -> None:
+    """By its first batch: each token would be a target that the model sees."""
+    run.collator = collator
+    ids = [[int(token) for token in row["input_ids"]][:8] for row in make_rows(20)]
+    run.rows = [{"input_ids": row, "labels": row} for row in ids if len(row) == 8]
+    with pytest.raises(ValueError, match=r"returned \d+ labels .* hid 0 tokens; use a collator th"):
+        run.train()
+
+
+def test_rows_with_masks_need_no_collator_that_masks(run: Run) -> None:
+    """By its first batch, too: the same collator is fine where the rows hide something."""
+    run.collator = default_data_collator
+    run.rows = [{"input_ids": [2, 4, 9, 3], "labels": [-100, 8, 9, -100]}] * 24
+    assert run.train().global_step == 6
+
+
+def take_out(model: Any) -> None:
+    """Take some tokens out of a model's vocabulary."""
+    with torch.no_grad():
+        model.get_output_embeddings().bias[-20:] = -torch.inf
+
+
+def test_tokens_can_be_out_of_the_vocabulary(
+    run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight of -inf that was there from the beginning is no update that was too large."""
+    take_out(run.model)
+    settings = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
+    whole = run.train(load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, **settings)
+    assert np.isfinite(whole.final.loss)
+    assert "runs with its full head" not in caplog.text
+    # What JSON holds of it is compared, too.
+    settings |= {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
+    run.model = tiny_model(run.tokenizer)
+    with pytest.raises(ValueError, match=r"weights of -inf was \{.*20\}, is None"):
+        run.train(resume_from_checkpoint=True, **settings)
+    take_out(run.model)
+    again = run.train(resume_from_checkpoint=str(run.folder / "checkpoint-1"), **settings)
+    assert again.final == whole.final
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("prepare", [lambda model: None, take_out], ids=["finite", "taken out"])
+def test_a_weight_that_a_step_made_infinite_is_refused(
+    run: Run, value: float, prepare: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any kind, beside weights that were -inf before as well."""
+    prepare(run.model)
+    step = torch.optim.AdamW.step
+
+    def spoil(self: Any, closure: Any = None) -> Any:
+        found = step(self, closure)
+        with torch.no_grad():
+            run.model.get_output_embeddings().bias[9] = value
+        return found
+
+    run.more["optimizer"] = torch.optim.AdamW(run.model.parameters())
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    with pytest.raises(FloatingPointError, match=r"bias is not finite, .* a lower learning_rate"):
+        run.train(max_steps=1)
 
 
 @pytest.mark.usefixtures("_one_precision")

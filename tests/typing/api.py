@@ -117,8 +117,9 @@ def mask(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     batch = collator([{"input_ids": [2, 7, 3], "word_ids": [-1, 0, -1]}])
     assert_type(batch, dict[str, Any])
     assert_type(str(show_masks(batch, tokenizer, features=None)), str)
-    frozen = insert_random_mask({"input_ids": [[2, 7]]}, collator, seed=1, prefix="")
-    assert_type(frozen, dict[str, Any])
+    examples = {"input_ids": [[2, 7]]}
+    frozen: dict[str, Any] = insert_random_mask(examples, collator, seed=1, prefix="")
+    frozen.values()
     mapped: Dataset = rows.map(
         insert_random_mask, batched=True, fn_kwargs={"data_collator": collator}
     )

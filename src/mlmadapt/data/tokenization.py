@@ -6,12 +6,13 @@ tokenizer's own ``word_ids()`` is right on every fast tokenizer that splits text
 on those that do not, and for languages without spaces, words come from the text itself.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from operator import index
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -32,7 +33,10 @@ WordBoundaries = Callable[[str], Spans]
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
 _WHITE_SPACE += "".join(map(chr, range(0x2000, 0x200B)))
 _TRIMMED = re.compile(r"\S(?:.*\S)?", re.DOTALL)
-_lifting = Lock()
+_lifting = RLock()
+if hasattr(os, "register_at_fork"):  # or a child could wait for a thread that it does not have
+    _release = _lifting.release
+    os.register_at_fork(before=_lifting.acquire, after_in_parent=_release, after_in_child=_release)
 
 
 def tokenize_with_word_ids(

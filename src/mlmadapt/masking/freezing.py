@@ -9,12 +9,12 @@ seed and the row.
 from collections.abc import Mapping
 from copy import copy, deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 
-from mlmadapt._types import DataCollator, Hashes, Ints
+from mlmadapt._types import Columns, DataCollator, Hashes, Ints
 from mlmadapt.data.rows import (
     document_bounds,
     join_column,
@@ -27,13 +27,13 @@ from mlmadapt.masking.seeding import check_whole, derive_key, seeded
 
 
 def insert_random_mask(
-    examples: Mapping[str, Any] | pa.Table,
+    examples: Columns,
     data_collator: DataCollator,
     *,
     seed: int = 0,
     prefix: str = "masked_",
     key_column: str | None = None,
-) -> dict[str, Any]:
+) -> Columns:
     """Mask a batch of rows once and for all.
 
     For ``dataset.map(insert_random_mask, batched=True, fn_kwargs={"data_collator": collator},
@@ -56,7 +56,8 @@ def insert_random_mask(
     Returns:
         The model's inputs and ``labels`` by their new names, rows of shape ``(sequence,)``. A
         column is one array of shape ``(batch, sequence)`` where our collator has masked rows of one
-        length, else an array or a list of arrays.
+        length, else an array or a list of arrays. Of a table (or of a frame or a record batch that
+        Arrow can read), a table, as an `IterableDataset` with format "arrow" needs it.
 
     Raises:
         ValueError: If there are no ``input_ids``, the collator returns no ``labels`` or rows of
@@ -78,18 +79,24 @@ def insert_random_mask(
         ('[CLS] a [MASK] [SEP]', (1, 4))
     """
     check_whole("seed", seed)
-    examples = read_batch(examples)
-    if isinstance(examples, pa.Table):
-        examples = {name: examples[name].to_numpy() for name in examples.column_names}
+    batch = read_batch(examples)
+    is_table = isinstance(batch, pa.Table)
+    if is_table:
+        batch = {name: batch[name].to_numpy() for name in batch.column_names}
     key: Any = derive_key(seed, "frozen")
     if key_column is not None:
-        examples, key = _take_keys(examples, key_column, seed, data_collator)
+        batch, key = _take_keys(batch, key_column, seed, data_collator)
     if isinstance(data_collator, WholeWordMaskingCollator):
-        joined, lengths = data_collator.mask(examples, key=key)
-        frozen = {name: split_rows(values, lengths) for name, values in joined.items()}
+        joined, lengths = data_collator.mask(batch, key=key)
+        frozen: dict[str, Any] = {
+            name: split_rows(values, lengths) for name, values in joined.items()
+        }
     else:
-        frozen = _freeze_row_by_row(examples, data_collator, seed)
-    return {prefix + name: rows for name, rows in frozen.items()}
+        frozen = _freeze_row_by_row(batch, data_collator, seed)
+    named = {prefix + name: rows for name, rows in frozen.items()}
+    if is_table:
+        return cast("Columns", pa.table({name: list(named[name]) for name in named}))
+    return cast("Columns", named)
 
 
 def _take_keys(
@@ -202,6 +209,16 @@ def _freeze_row_by_row(
         targets += int(is_target.sum())
         wrong += int((frozen["labels"][-1] != tokens)[is_target].sum())
         hidden += int((np.asarray(batch["input_ids"])[0] != tokens).sum())
+    check_masks(data_collator, targets=targets, hidden=hidden, wrong=wrong)
+    return frozen
+
+
+def check_masks(data_collator: DataCollator, *, targets: int, hidden: int, wrong: int = 0) -> None:
+    """Check by what came out of a collator that it masks.
+
+    Raises:
+        ValueError: If the model would see what it is to predict, or predict something else.
+    """
     # One that masks may by chance keep a few targets as they are, but not many and no other.
     if wrong or (targets > _FEW and not hidden):
         raise ValueError(
@@ -209,7 +226,6 @@ def _freeze_row_by_row(
             f"{wrong} of them other than the row's own token, and hid {hidden} tokens; use a "
             "collator that masks, such as WholeWordMaskingCollator"
         )
-    return frozen
 
 
 _FEW = 16

@@ -8,6 +8,7 @@ needs to be saved and the caller's global generators are never moved.
 import hashlib
 import json
 import operator
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,10 @@ def check_whole(name: str, value: Any, within: range | None = None) -> int:
 
 
 _turn = RLock()
+if hasattr(os, "register_at_fork"):  # or a child could wait for a thread that it does not have
+    os.register_at_fork(
+        before=_turn.acquire, after_in_parent=_turn.release, after_in_child=_turn.release
+    )
 
 
 @contextmanager

@@ -151,7 +151,7 @@ def show_masks(
         ValueError: If the batch has no rows, no ``input_ids`` and ``labels`` of one length, or a
             token id outside the vocabulary; if `features` are not its rows, or have no
             ``word_ids``.
-        TypeError: If one of several rows is not a dict.
+        TypeError: If `tokenizer` is none, or one of several rows is not a dict.
 
     Examples:
         >>> from mlmadapt import WholeWordMaskingCollator, tokenize_with_word_ids
@@ -164,6 +164,8 @@ def show_masks(
         0: [CLS] an {unfilmable -> [MASK] [MASK] [MASK] [MASK]} film! [SEP]
         1 of 4 words: 1 masked, 0 replaced, 0 kept
     """
+    if not hasattr(tokenizer, "get_vocab"):
+        raise TypeError(f"tokenizer is {tokenizer!r:.60}; pass the tokenizer that made the rows")
     columns = batch if isinstance(batch, Mapping) else to_columns(batch)
     prefix = "masked_" if "masked_labels" in columns else ""
     if missing := {f"{prefix}input_ids", f"{prefix}labels"} - {*columns}:

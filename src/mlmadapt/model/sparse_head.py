@@ -234,12 +234,13 @@ def try_sparse(model: Model, probe: Mapping[str, torch.Tensor]) -> SparsePredict
             sparse, reason = None, str(error)
         outputs = model(**inputs)
         _check_outputs(model, outputs, labels)
-        full = masked_logits(outputs, positions)
+        # A logit of -inf, of a token that is out of the vocabulary, has no difference to another.
+        full = masked_logits(outputs, positions).nan_to_num(neginf=0.0)
         if sparse is not None:
             reason = "its head does not work position by position"
             try:
                 with sparse.at(positions):
-                    gathered = masked_logits(model(**inputs), positions)
+                    gathered = masked_logits(model(**inputs), positions).nan_to_num(neginf=0.0)
                 # Wide enough for 16 bits; a head that is not position-wise is off by far more.
                 if gathered.shape == full.shape and (gathered - full).norm() <= 0.05 * full.norm():
                     undo.pop_all()

@@ -50,8 +50,9 @@ def write_run(run: Run, *, loss_sums: list[float]) -> None:
         OSError: As `whole_checkpoint`.
         FloatingPointError: If a weight is not finite; older checkpoints are left alone.
     """
+    left_out = run.fingerprint.get("weights of -inf", {})
     for name, values in run.model.named_parameters():
-        if not values.isfinite().all():
+        if not is_finite(values, but=left_out.get(name, 0)):
             raise FloatingPointError(
                 f"after step {run.state.step}, {name} is not finite, though loss and gradient "
                 "were: the update was too large. Resume from an earlier checkpoint with a lower "
@@ -125,11 +126,22 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
     """
     with _refusing(checkpoint):
         _require(not (damage := list(find_damage(checkpoint))), "; ".join(damage))
-        types = {name: values.dtype for name, values in model.state_dict().items()}
+        own = model.state_dict()
         for name, values in load_file(checkpoint / _WEIGHTS).items():
-            _require(values.dtype == types.get(name), f"{name} is of type {values.dtype}")
-            _require(bool(values.isfinite().all()), f"{name} is not finite")
+            known = name in own and values.dtype == own[name].dtype
+            _require(known, f"{name} is of type {values.dtype}")
+            finite = is_finite(values, but=int(own[name].isneginf().sum()))
+            _require(finite, f"{name} is not finite")
         load_model(model, checkpoint / _WEIGHTS)
+
+
+def is_finite(values: torch.Tensor, *, but: int) -> bool:
+    """Tell whether all weights are finite but some that are -inf, as they were at the beginning.
+
+    Such weights take tokens out of the vocabulary, and no step moves them.
+    """
+    lowest = values.isneginf()
+    return bool((values.isfinite() | lowest).all()) and int(lowest.sum()) == but
 
 
 def _check_form(given: Any, own: Any, name: str) -> None:

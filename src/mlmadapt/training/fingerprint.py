@@ -66,11 +66,15 @@ def describe_run(
     # Both, since dropout may have been set in the modules, whose text does not tell their heads.
     modules = re.sub(" at 0x[0-9a-f]+", "", repr(bare))
     settings = [modules, *(_describe_config(each.to_dict()) for each in configs)]
+    # Tokens that a caller has taken out of the vocabulary; no step may add to them.
+    lowest = {name: int(x.isneginf().sum()) for name, x in model.named_parameters()}
+    left_out = {name: number for name, number in lowest.items() if number}
     return {
         **{name: value for name, value in asdict(config).items() if name not in _FREE},
         "rows per step (processes x batch x accumulation)": rows_per_step,
         "model": f"{type(bare).__name__} {_digest(weights)}",
         "model_settings": f"configuration and modules {_digest(settings)}",
+        **({"weights of -inf": left_out} if left_out else {}),
         "tokenizer": f"{len(tokenizer)} tokens {_digest(sorted(tokenizer.get_vocab().items()))}",
         "data_collator": _describe_collator(data_collator),
         **own,

@@ -22,6 +22,7 @@ from transformers import get_scheduler
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
 from mlmadapt.data.rows import dataset_lengths
 from mlmadapt.masking.collator import WholeWordMaskingCollator
+from mlmadapt.masking.freezing import check_masks
 from mlmadapt.model.checks import check_collator, check_model, check_rows
 from mlmadapt.model.evaluation import is_frozen
 from mlmadapt.model.fill_mask import read_sentences
@@ -136,7 +137,7 @@ def prepare(
 
     Raises:
         ValueError: If there are no rows, their lengths are not known though they are to be grouped,
-            or the schedule would have no effect.
+            the collator does not mask, or the schedule would have no effect.
     """
     started = time.perf_counter()
     plan = BatchPlan(
@@ -158,6 +159,7 @@ def prepare(
         progress = undo.enter_context(bar)
         # One batch, to see what the model allows.
         (first, *_), _ = next(training_batches(train_dataset, plan, data_collator, epoch=0))
+        check_masking(data_collator, first)
         probe = {name: values.to(accelerator.device) for name, values in first.items()}
         fingerprint = describe_run(
             # The launcher may have chosen the precision.
@@ -255,6 +257,21 @@ def lengths_to_group_by(train_dataset: Any, config: TrainingConfig) -> torch.Ten
             "train_dataset as a Dataset with input_ids or a list of rows, or leave it at 'random'"
         )
     return torch.from_numpy(lengths) if (lengths != lengths[0]).any() else None
+
+
+def check_masking(data_collator: DataCollator, batch: Batch) -> None:
+    """Check by the first batch of all processes that another library's collator masks.
+
+    Raises:
+        ValueError: If the model would see all that it is to predict.
+    """
+    if isinstance(data_collator, WholeWordMaskingCollator):
+        return
+    is_target = batch["labels"] != -100
+    is_hidden = is_target & (batch["labels"] != batch["input_ids"])
+    counts = gather_object([(int(is_target.sum()), int(is_hidden.sum()))])
+    targets, hidden = (sum(each) for each in zip(*counts, strict=True))
+    check_masks(data_collator, targets=targets, hidden=hidden)
 
 
 def check_same_everywhere(given: Mapping[str, Any]) -> None:

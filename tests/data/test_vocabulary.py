@@ -188,7 +188,7 @@ def has_new_word(kind: str, text: str) -> bool:
 
 @kinds
 def test_each_other_word_is_as_before(kind: str) -> None:
-    """Words that hold a new one within them, begin with it or are a part of it stay as they were."""
+    """Words that hold a new one, begin with it or are a part of it stay as they were."""
     for word in OLD:
         if not has_new_word(kind, word):
             assert encode(extended(kind), f"x {word}") == encode(shared(kind), f"x {word}")

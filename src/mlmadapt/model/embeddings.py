@@ -35,10 +35,11 @@ def extend_vocabulary(
     """Return copies of a tokenizer and its model that have each word as one token.
 
     Do this first, before documents are tokenized. Sequences get shorter, and a term becomes one
-    prediction (``[MASK]`` can give ``placebo``). Do not expect a better model of all other words:
-    after adapting a model of 4.4 M parameters to biomedical abstracts, their loss was the same with
-    and without 3,000 new words (0.001 ± 0.008 nats), and general text was 0.04 to 0.08 nats worse.
-    Losses and perplexities per token do not compare two vocabularies.
+    prediction (``[MASK]`` can give ``placebo``). Do not expect a better model of all other text:
+    with 507 words of biomedical abstracts, a model of 4.4 M parameters came to 4 % fewer bits per
+    byte in 51 steps, by the new words alone. Other words were 0.05 nats worse than with the old
+    vocabulary, and general text was 0.04 nats worse.
+    Losses per token do not compare two vocabularies; `evaluate_words` does.
 
     A word is matched where it stands as a word, after white space; text without the new words is
     tokenized as before, but for rare cases (see `mlmadapt.data.vocabulary`). Old tokens keep their

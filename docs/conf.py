@@ -27,7 +27,24 @@ pygments_dark_style = "github-dark"
 exclude_patterns = ["_build"]
 templates_path: list[str] = []
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+REPOSITORY = "https://github.com/mlmadapt/mlmadapt"
+html_theme_options = {  # for "view this page" and "edit this page"
+    "source_repository": REPOSITORY,
+    "source_branch": "main",
+    "source_directory": "docs/",
+}
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+# Copied is what a reader would type.
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+copybutton_line_continuation_character = "\\"
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
@@ -41,7 +58,7 @@ napoleon_use_rtype = False
 
 # Names of other libraries lead nowhere: without a network there are no inventories to look them up.
 # And an object that is only looked at, such as a `MaskView`, is described in the text.
-nitpick_ignore_regex = [("py:.*", r"(?!mlmadapt).*"), ("py:class", r".*\.MaskView")]
+nitpick_ignore_regex = [("py:.*", r"(?!mlmadapt).*"), ("py:class", r".*\.(DomainWords|MaskView)")]
 
 # Sphinx spells types out where it can evaluate them, and leaves the names of mlmadapt._types where
 # it cannot. The pages show these for either; docs/api.md explains the names.
@@ -55,6 +72,11 @@ NAMES_OF_TYPES = {
     rf"Sequence\[{ROW}\]": "Features",
     r"(?<=: )Tokenizer\b": "PreTrainedTokenizerBase",
     r"(?<=: )Model\b": "PreTrainedModel",
+    # At run time they are what HfArgumentParser can read.
+    r"(?<=resume_from_checkpoint: )str \| None": "str | Literal[True] | None",
+    r"(?<=lr_scheduler_kwargs: )str \| None": "dict[str, Any] | str | None",
+    r"(?<=report_to: )str\b": "str | list[str]",
+    r"<factory>": "[]",
 }
 
 # What single backticks may mean.
@@ -85,7 +107,24 @@ def shorten(*event: Any) -> tuple[str | None, str | None]:
     return arguments, returns
 
 
+def open_in_the_repository(app: Sphinx, page: str, source: list[str]) -> None:  # noqa: ARG001
+    """Have links to tests and examples lead to the repository; Sphinx would offer a download."""
+    inside = r"\]\((?:\.\./)+((?:examples|src|tests)/[^)]+)\)"
+    source[0] = re.sub(inside, rf"]({REPOSITORY}/blob/main/\1)", source[0])
+
+
+def leave_out_notes(app: Sphinx, tree: nodes.document) -> None:  # noqa: ARG001
+    """Leave out of quoted code what is said to linters alone."""
+    for block in tree.findall(nodes.literal_block):
+        text = block.astext()
+        if "# noqa" in text:
+            block.rawsource = re.sub(r" *# noqa:.*", "", text)
+            block[:] = [nodes.Text(block.rawsource)]
+
+
 def setup(app: Sphinx) -> None:
-    """Register both with Sphinx."""
+    """Register all of them with Sphinx."""
     app.add_role("name", Name())
     app.connect("autodoc-process-signature", shorten)
+    app.connect("source-read", open_in_the_repository)
+    app.connect("doctree-read", leave_out_notes)

@@ -47,15 +47,17 @@ def main() -> None:
     """Adapt with the old vocabulary and with an extended one, and measure on the same words."""
     parser = study.make_parser(__doc__, train_rows=4800, held_out_rows=300)
     parser.add_argument("--corpora", nargs="+", default=[*CORPORA], help="to adapt to")
+    parser.add_argument("--count_rows", type=int, help="to count words in; as many as are learned")
     args = parser.parse_args()
+    args.count_rows = args.count_rows or args.train_rows
     old = AutoTokenizer.from_pretrained(args.data / study.MODEL)
     _, general = study.read_documents(args.data / "corpora" / "general_wikisplit")
     study.begin(
         "Words of the domain",
         f"""
         Nats per masked word and bits per byte of the masked words, for the old vocabulary and for
-        one with the words that `find_domain_words` finds in the documents that are learned from
-        (by default a count of 10 and four letters at least).
+        one with up to 3,000 words that `find_domain_words` finds in {args.count_rows:,} rows of
+        training text (with a count of 10 and four letters at least).
 
         - Abstracts are biomed_abstracts, reviews are IMDb. {args.train_rows:,} rows of
           {study.CHUNK} tokens are learned from, {study.count_steps(args, range(args.train_rows))}
@@ -80,7 +82,7 @@ def study_corpus(
     """Adapt to one corpus in all ways, and print a table."""
     texts, held_out = study.read_documents(args.data / CORPORA[name])
     documents = take(texts, old, args.train_rows)
-    found = find_domain_words(documents, old, size=3000)
+    found = find_domain_words(take(texts, old, args.count_rows), old, size=3000)
     model = AutoModelForMaskedLM.from_pretrained(args.data / study.MODEL)
     new, larger = extend_vocabulary(old, model, found.words)
     sets = [[*held_out][: args.held_out_rows], general[: 5 * args.held_out_rows]]

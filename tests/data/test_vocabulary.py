@@ -18,12 +18,12 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import BPEDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
 from mlmadapt import find_domain_words, tokenize_with_word_ids
 from mlmadapt.data import vocabulary
 from mlmadapt.data.vocabulary import add_words
-from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_tokenizer
+from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -35,7 +35,7 @@ KINDS = tuple(kind for kind in TOKENIZER_KINDS if kind not in NO_SPLIT)
 NEW = ["placebo", "placebos", "unwatchable", "incomprehensibility", "electroencephalography"]
 NEW += ["goodness", "boringly", "filmography"]
 OLD = ["the", "film", "good", "bad", "plac", "complacebo", "hba1c", "don't", "naïve", "unwatch"]
-OLD += ["electro", "graphy", "3.5", "中文", "x_y", "goodnes", "ography"]
+OLD += ["goodnessx", "electro", "graphy", "3.5", "中文", "x_y", "goodnes", "ography"]
 kinds = pytest.mark.parametrize("kind", KINDS)
 words = st.sampled_from(NEW) | st.sampled_from(OLD)
 marks = st.sampled_from(["", "", "", ",", ".", "!", ")", ";)"])
@@ -253,6 +253,18 @@ def test_loaded_again_it_is_the_same(kind: str, tmp_path: Path) -> None:
     assert longer.special_tokens_map == old.special_tokens_map
     assert old("x")["input_ids"] == longer("x")["input_ids"]
     assert len(old) == len(tiny_tokenizer(kind))
+
+
+def test_classes_that_build_themselves_anew(tmp_path: Path) -> None:
+    """`RobertaTokenizer` would forget to look whole words up when it is loaded."""
+    spec = json.loads(shared("byte_bpe").backend_tokenizer.to_str())["model"]
+    old = RobertaTokenizer(spec["vocab"], [tuple(merge) for merge in spec["merges"]])
+    longer, _ = add_words(old, NEW)
+    longer.save_pretrained(tmp_path)
+    tiny_model(longer, architecture="roberta").config.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert_same_tokenizer(loaded, longer, [*tiny_corpus(9), f"a {' '.join(NEW)}"])
+    assert len(encode(loaded, f"x {' '.join(NEW)}")) == len(NEW) + 1
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "byte_bpe", "unigram", "wordlevel"])

@@ -19,6 +19,7 @@ from transformers import (
 
 from mlmadapt import (
     TrainingConfig,
+    TrainingResult,
     WholeWordMaskingCollator,
     accelerate_train,
     evaluate_mlm,
@@ -169,7 +170,7 @@ def rows_of(tokenizer: Any, documents: int) -> list[dict[str, Any]]:
 @pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("architecture", ["bert", "roberta"])
 def test_a_run_with_new_words(architecture: str, tmp_path: Path) -> None:
-    """Trained, saved and evaluated as any other; new words are masked as any other."""
+    """Trained, saved, resumed and evaluated as any other; new words are masked as any other."""
     tokenizer, model = extend_vocabulary(*make(architecture), NEW)
     rows = rows_of(tokenizer, 60)
     collator = WholeWordMaskingCollator(tokenizer, seed=0)
@@ -181,14 +182,21 @@ def test_a_run_with_new_words(architecture: str, tmp_path: Path) -> None:
     frozen_rows = [
         dict(zip(frozen, row, strict=True)) for row in zip(*frozen.values(), strict=True)
     ]
-    result = accelerate_train(
-        model,
-        rows[8:],
-        frozen_rows,
-        tokenizer=tokenizer,
-        data_collator=collator,
-        config=TrainingConfig(output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=8),
-    )
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+
+    def train(**more: Any) -> TrainingResult:
+        return accelerate_train(
+            copy.deepcopy(model),
+            rows[8:],
+            frozen_rows,
+            tokenizer=tokenizer,
+            data_collator=collator,
+            config=TrainingConfig(output_dir=str(tmp_path), **settings, **more),
+        )
+
+    result = train()
+    resumed = train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.final == result.final
     saved = AutoModelForMaskedLM.from_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     again = evaluate_mlm(saved, frozen_rows, tokenizer=loaded)

@@ -244,13 +244,15 @@ def test_keys_take_the_place_of_tokens() -> None:
 
     def frozen(rows: Dataset, **options: Any) -> list[Any]:
         options = {"batched": True, "remove_columns": rows.column_names, **options}
-        arguments = {"data_collator": collator, "key_column": "id", "seed": 3}
+        seed = options.pop("seed", 3)
+        arguments = {"data_collator": collator, "key_column": "id", "seed": seed}
         mapped = rows.map(insert_random_mask, fn_kwargs=arguments, **options)
         return list(mapped.with_format(None))
 
     whole = frozen(dataset)
     assert "masked_id" not in whole[0]
     assert frozen(dataset, batch_size=7) == whole
+    assert frozen(dataset, seed=4) != whole
     assert frozen(dataset.with_format("arrow"), batch_size=50) == whole
     backwards = dataset.select(range(len(TEXTS) - 1, -1, -1))
     assert frozen(backwards)[::-1] == whole

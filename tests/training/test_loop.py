@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from mlmadapt import (
+    MaskedLMMetrics,
     TrainingConfig,
     TrainingResult,
     WholeWordMaskingCollator,
@@ -37,6 +39,7 @@ from mlmadapt import (
 from mlmadapt.testing import tiny_model, tiny_tokenizer
 from mlmadapt.training import prepare as prepare_module
 from mlmadapt.training.prepare import make_optimizer, make_scheduler
+from mlmadapt.training.tracking import show_metrics
 from tests.scripts.short_run import drop_nothing, freeze, global_states, make_rows
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -460,6 +463,22 @@ def test_without_a_bar_evaluations_go_to_the_log(
     assert "step" not in capfd.readouterr().err
 
 
+def test_other_processes_do_not_log_evaluations(caplog: pytest.LogCaptureFixture) -> None:
+    """Their bars are off, which is no reason to tell it again."""
+    metrics = {"eval": MaskedLMMetrics(1.0, 2.7, 0.5, 0.9, 9)}
+    for is_main in (True, False):
+        run: Any = SimpleNamespace(
+            config=TrainingConfig(),
+            accelerator=SimpleNamespace(is_main_process=is_main),
+            progress=SimpleNamespace(disable=True),
+            state=SimpleNamespace(step=4),
+            total_steps=9,
+        )
+        with caplog.at_level(logging.INFO, "mlmadapt"):
+            show_metrics(run, metrics)
+    assert caplog.messages == ["step 4 of 9  eval: perplexity 2.7, right 50%"]
+
+
 class Notes(accelerate.tracking.GeneralTracker):
     """Keeps what it is told, in a folder of its own as TensorBoard's has."""
 
@@ -656,8 +675,8 @@ class Watching(WholeWordMaskingCollator):
         super().__post_init__()
         self.seen: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
 
-    def collate(self, features: Any, *, key: int) -> Any:
-        batch = super().collate(features, key=key)
+    def collate(self, features: Any, *, key: int, progress: float = 1.0) -> Any:
+        batch = super().collate(features, key=key, progress=progress)
         for row, labels in zip(features, batch["labels"], strict=True):
             ids = tuple(map(int, row["input_ids"]))
             self.seen.append((ids, tuple(map(int, labels[: len(ids)]))))

@@ -30,10 +30,10 @@ def pack_texts(examples: Columns, *, chunk_size: int = 128) -> Columns:
     """Lay whole tokenized documents side by side in rows of at most `chunk_size` tokens.
 
     For ``dataset.map(pack_texts, batched=True, batch_size=None)``, which packs over everything: of
-    single sentences (33 tokens), rows of 128 are 97 % full, and rows of 512 99.5 %. `map`'s 1,000
-    documents a batch cost 1 % of that at 128, and 2 % at 512. No token is lost. Documents longer
-    than a row are cut into whole rows, and what is left of them is packed like a document. How full
-    the rows are is logged, and how many documents are empty, which have no place in a row.
+    single sentences (39 tokens), rows of 128 are 97.4 % full, and rows of 512 99.5 %. `map`'s 1,000
+    documents per batch make that 97.2 and 98.8 %. No token is lost. Documents longer than a row are
+    cut into whole rows, and what is left of them is packed like a document. How full the rows are
+    is logged, and how many documents are empty, which have no place in a row.
 
     Rows are not all of one length: a collator must pad them, as those here do.
 

@@ -16,6 +16,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,22 @@ def train_differently(folder: str, *, differ: str) -> dict[str, Any]:
     """Train with something else on the second process."""
     value = {"rows": 24, "rows_seed": 0, "per_device_train_batch_size": 4, "seed": 1}[differ]
     return train(folder, **{differ: value + 4 * (os.environ["RANK"] == "1")})
+
+
+def train_late(folder: str, *, wait_for: str, **arguments: Any) -> dict[str, Any]:
+    """Train; the second process reads its checkpoint when the first has gone on to make a file."""
+    original = checkpoint.read_run
+
+    def read_run(*args: Any) -> None:
+        deadline = time.monotonic() + 20
+        while os.environ["RANK"] == "1" and not Path(wait_for).exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(wait_for)
+            time.sleep(0.01)
+        original(*args)
+
+    checkpoint.read_run = read_run
+    return train(folder, **arguments)
 
 
 def reference(*, rows: int, batch: int = 8, epochs: int | None = None) -> dict[str, Any]:

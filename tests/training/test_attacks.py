@@ -211,6 +211,11 @@ FORGED = {
     "a fingerprint of another kind": in_state(lambda state: state.update(fingerprint=7)),
     "no counts": in_state(lambda state: state.pop("counts")),
     "a step of another kind": in_state(lambda state: state["counts"].update(step="2")),
+    "tokens of another kind": in_state(lambda state: state["counts"].update(tokens_seen="7")),
+    "a history of another kind": in_state(lambda state: state["counts"].update(history=[7])),
+    "a loss that is no number": in_state(
+        lambda state: state["counts"]["evaluations"][0][1].update(loss="low")
+    ),
     "a step below 0": in_state(lambda state: state["counts"].update(step=-2)),
     "an epoch step without an end": in_state(lambda s: s["counts"].update(epoch_step=10**9)),
     "an unknown count": in_state(lambda state: state["counts"].update(more=1)),
@@ -417,9 +422,18 @@ def test_processes_bring_the_best_checkpoint_along_together(tmp_path: Path) -> N
     settings = {"load_best_model_at_end": True, "learning_rate": 0.5, "save_steps": 1}
     settings |= {"eval_strategy": "steps", "eval_steps": 1, "world": 2, "num_train_epochs": 1}
     whole = outcome(tmp_path / "first", **settings)
-    start_from = str(tmp_path / "first" / "checkpoint-2")
-    found = outcome(tmp_path / "second", resume_from_checkpoint=start_from, **settings)
-    assert found["weights"] == whole["weights"]
+    best = min(
+        (entry for entry in whole["history"] if entry["step"] and "eval_loss" in entry),
+        key=lambda entry: entry["eval_loss"],
+    )["step"]
+    settings["resume_from_checkpoint"] = str(tmp_path / "first" / "checkpoint-2")
+    assert best <= 2, "there is nothing to bring along"
+    second = tmp_path / "second"
+    ended = start(
+        "train_late", folder=str(second), wait_for=str(second / f"checkpoint-{best}"), **settings
+    )
+    assert [each.code for each in ended] == [0, 0], "\n".join(each.log for each in ended)
+    assert ended[0].result["weights"] == whole["weights"]
 
 
 WORKERS = """

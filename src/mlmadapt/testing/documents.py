@@ -40,7 +40,7 @@ def assert_documents_isolated(
         ...     assert_documents_isolated(model, rows)
         >>> assert_documents_isolated(model, rows)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        AssertionError: row 0, document 0 of 2: the logits at its position 0 differ by 0... from \
+        AssertionError: row 0, document 0 of 2: the logits at its position 1 differ by 0... from \
 those that it has alone; at most 1e-05 is allowed
     """
     __tracebackhide__ = True

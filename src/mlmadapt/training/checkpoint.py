@@ -104,7 +104,7 @@ def read_run(checkpoint: Path, run: Run) -> None:
         counts = stored["counts"]
         types = {name: type(value) for name, value in asdict(RunState()).items()}
         _require({name: type(value) for name, value in counts.items()} == types, "other counts")
-        entries = [*counts["history"], *(each for _, each in counts["evaluations"])]
+        entries = [*counts["history"], *dict(counts["evaluations"]).values()]
         figures = [value for entry in entries for value in entry.values()]
         _require(all(isinstance(value, int | float) for value in figures), "other figures")
         state = RunState(**counts)
@@ -139,10 +139,7 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 
 
 def is_finite(values: torch.Tensor, *, but: int) -> bool:
-    """Tell whether all weights are finite but some that are -inf, as they were at the beginning.
-
-    Such weights take tokens out of the vocabulary, and no step moves them.
-    """
+    """Tell whether all are finite but some -inf, of tokens that are out of the vocabulary."""
     lowest = values.isneginf()
     return bool((values.isfinite() | lowest).all()) and int(lowest.sum()) == but
 
@@ -175,14 +172,13 @@ def _check_moments(optimizer: torch.optim.Optimizer) -> None:
         names: dict[int, set[str]] = {}
         for parameter in group["params"]:
             moments = optimizer.state.get(parameter)
-            if moments is None:  # it never had a gradient
-                continue
+            if moments is None:
+                continue  # it never had a gradient
             known = names.setdefault(parameter.ndim, {*moments})
             _require({*moments} == known, f"moments are {sorted(moments)} and {sorted(known)}")
             for name, values in moments.items():
-                if name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):  # others know their shape
-                    same = values is None or values.shape == parameter.shape
-                    _require(same, f"{name} has another shape")
+                if name in ("exp_avg", "exp_avg_sq", "momentum_buffer") and values is not None:
+                    _require(values.shape == parameter.shape, f"{name} has another shape")
                 elif name == "step":
                     _require(float(values) >= 0, f"step is {values}")
                 if isinstance(values, torch.Tensor):

@@ -74,7 +74,8 @@ def choose_words(
     chosen = np.flatnonzero(is_chosen)
     without = (np.diff(np.searchsorted(chosen, words_before)) == 0) & (words_in_row > 0)
     if without.any():
-        is_chosen |= np.repeat(without, words_in_row) & (_rank(urgency, words_in_row) == 0)
+        words = np.flatnonzero(np.repeat(without, words_in_row))
+        is_chosen[words[_rank(urgency[words], words_in_row[without]) == 0]] = True
         chosen = np.flatnonzero(is_chosen)
     return chosen, to_unit(hash_counters(keys[chosen], 1))
 

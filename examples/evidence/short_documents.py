@@ -133,8 +133,7 @@ def main() -> None:
         - Joined: {WAYS["joined"]}.
         - Packed: {WAYS["packed"]}.
         - Padded: {WAYS["padded"]}.
-        - {tokens:,} tokens, in {steps} steps of one epoch, learning rate {LEARNING_RATE}, linear to
-          0.
+        - {tokens:,} tokens, {steps} steps, learning rate {LEARNING_RATE}, linear to 0.
         - Whole words masked, {study.MASKED:.0%}. Reviews longer than a row are cut into several.
         - Sentences are of general_wikisplit, and reviews of IMDb.
         - Measured on {args.held_out_rows:,} documents that no model has learned from.

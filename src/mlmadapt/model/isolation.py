@@ -2,10 +2,10 @@
 
 A model is used on one document at a time. In a row of several it would attend from one to the other
 and see most of them at positions that they never have in use: on single sentences, adapting so ends
-at a perplexity 10 % higher. A mask of shape ``(batch, 1, sequence, sequence)`` and positions that begin anew
-undo that. Much that looks like such a mask leaks (a mask of document numbers, 1 and 0 in place of 0
-and the lowest number, booleans in eager attention, positions alone), so each model has to show on a
-few made-up documents that it isolates them.
+at a perplexity 10 % higher. A mask of shape ``(batch, 1, sequence, sequence)`` and positions that
+begin anew undo that. Much that looks like such a mask leaks (a mask of document numbers, 1 and 0 in
+place of 0 and the lowest number, booleans in eager attention, positions alone), so each model has
+to show on a few made-up documents that it isolates them.
 """
 
 import inspect

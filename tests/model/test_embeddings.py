@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
@@ -79,6 +81,8 @@ def logits(model: Any, ids: list[int]) -> torch.Tensor:
 @families
 def test_new_rows_are_means(architecture: str, tied: bool, tmp_path: Path) -> None:  # noqa: FBT001
     """Embeddings, matrix and bias; old words keep their logits; loaded again, it is the same."""
+    if "new head" in architecture and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("transformers 5.0 cannot load DeBERTa's newer head by itself")
     tokenizer, model = make(architecture, tied=tied)
     before = copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()

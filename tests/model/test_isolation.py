@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from datasets import Dataset
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import (
@@ -48,6 +50,9 @@ BOTH = ["albert", "bert", "camembert", "distilbert", "electra", "ernie", "robert
 EAGER = ["megatron-bert", "mpnet", "rembert", "roformer"]
 REFUSED = ["convbert", "deberta", "deberta-v2", "esm", "fnet", "nystromformer", "yoso"]
 TOKENIZER = tiny_tokenizer()
+# Before transformers 5.23, these took masks of shapes of their own, and are refused.
+IS_OLD = Version(transformers.__version__) < Version("5.23")
+LATER = {*EAGER, "esm", "modernbert"} if IS_OLD else set()
 
 
 def columns_to_rows(columns: Any) -> list[dict[str, Any]]:
@@ -100,8 +105,8 @@ def loss_and_gradients(
 @pytest.mark.parametrize("architecture", [*BOTH, *EAGER, "modernbert"])
 def test_documents_see_themselves_alone(architecture: str, attention: str) -> None:
     """Logits of a document in a packed row are those that it has alone, to 1e-5."""
-    if architecture in EAGER and attention == "sdpa":
-        pytest.skip(f"{architecture} has eager attention only")
+    if (architecture in EAGER and attention == "sdpa") or architecture in LATER:
+        pytest.skip(f"{architecture} has another attention in this version of transformers")
     model = build(architecture, attention)
     with isolate_documents(model):
         assert_documents_isolated(model, PACKED[:4], atol=1e-5)
@@ -109,7 +114,7 @@ def test_documents_see_themselves_alone(architecture: str, attention: str) -> No
         assert_documents_isolated(model, PACKED[:4], atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", REFUSED)
+@pytest.mark.parametrize("architecture", [each for each in REFUSED if each not in LATER])
 def test_models_that_mix_documents_are_refused(architecture: str) -> None:
     """A model that cannot keep documents apart is refused by name, and left without hooks."""
     model = tiny_model(TOKENIZER, architecture=architecture)
@@ -134,7 +139,7 @@ def dense_of(kind: str) -> Any:
     return leak
 
 
-@pytest.mark.parametrize("architecture", ["bert", "distilbert", "mpnet", "roberta"])
+@pytest.mark.parametrize("architecture", sorted({"bert", "distilbert", "mpnet", "roberta"} - LATER))
 @pytest.mark.parametrize(
     "kind",
     [
@@ -154,6 +159,7 @@ def test_masks_that_leak_are_noticed(
         isolate_documents(build(architecture, "eager"))
 
 
+@pytest.mark.skipif(IS_OLD, reason="ModernBERT is refused before transformers 5.23")
 def test_one_mask_for_all_layers_is_noticed_in_modernbert(monkeypatch: pytest.MonkeyPatch) -> None:
     """ModernBERT leaves a mask out that is not one for each kind of its layers."""
     make = isolation.DocumentIsolation._make_masks
@@ -164,6 +170,7 @@ def test_one_mask_for_all_layers_is_noticed_in_modernbert(monkeypatch: pytest.Mo
         isolate_documents(build("modernbert"))
 
 
+@pytest.mark.skipif(IS_OLD, reason="ModernBERT is refused before transformers 5.23")
 def test_a_window_that_is_not_kept_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The documents of the check are longer than ModernBERT's window, so that it has to hold."""
     make = isolation.DocumentIsolation._make_masks
@@ -196,7 +203,9 @@ _positions = isolation._count_positions
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("architecture", ["albert", "bert", "modernbert", "roberta"])
+@pytest.mark.parametrize(
+    "architecture", sorted({"albert", "bert", "modernbert", "roberta"} - LATER)
+)
 def test_loss_and_gradients_are_those_of_single_rows(architecture: str, side: str) -> None:
     """Masks, loss and gradients of packed rows equal those of rows of one document each."""
     model = build(architecture)

@@ -127,10 +127,11 @@ def _check(tokenizer: Tokenizer, model: Model, pad_to_multiple_of: int | None) -
 def _grow(model: Model, rows: int, pieces: Mapping[int, list[int]]) -> None:
     """Give every parameter that has a row per token `rows` rows."""
     modules: Any = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[no-untyped-call]
-    old_rows = len(modules[0].weight)
+    matrices = [each.weight for each in modules if hasattr(each, "weight")]
+    old_rows = len(matrices[0])
     encoder = {id(weight) for weight in model.base_model.parameters()}
     # What DeBERTa's newer head gives is not its matrix.
-    found = [each.weight for each in modules if each is not None and len(each.weight) == old_rows]
+    found = [each for each in matrices if len(each) == old_rows]
     found += [
         weight
         for weight in model.parameters()

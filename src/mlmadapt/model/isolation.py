@@ -41,9 +41,9 @@ def isolate_documents(model: Model) -> "DocumentIsolation":
     with `Trainer`. It goes together with `sparse_prediction`, in any order.
 
     The model shows on a few made-up documents that it isolates them, with its attention ("sdpa" or
-    "eager"). Of transformers' architectures, ALBERT, BERT, DistilBERT, ELECTRA, ModernBERT, MPNet,
-    RoBERTa and their relatives do; DeBERTa does not. The attention mask takes ``batch x sequence x
-    sequence`` numbers, at most 1 GiB.
+    "eager"). Of transformers' architectures, ALBERT, BERT, DistilBERT, ELECTRA, RoBERTa and their
+    relatives do, from 5.23 on also ModernBERT and MPNet; DeBERTa does not. The attention mask takes
+    ``batch x sequence x sequence`` numbers, at most 1 GiB.
 
     Args:
         model: A masked language model of transformers, bare or with adapters (PEFT); before it is

@@ -139,7 +139,7 @@ def forge_json(draw: Random, checkpoint: Path, sentinel: Path) -> str:
     name = draw.choice(["state.json"] * 6 + ["manifest.json", "config.json"])
     try:
         content = json.loads((checkpoint / name).read_text())
-    except (OSError, ValueError):
+    except (OSError, RecursionError, ValueError):  # of a forgery before this one
         return f"{name}, which is none"
     path, holder = [], content
     while isinstance(holder, dict | list) and holder:

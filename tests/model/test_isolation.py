@@ -32,6 +32,7 @@ from mlmadapt import (
     sparse_prediction,
     tokenize_with_word_ids,
 )
+from mlmadapt.data.rows import document_bounds
 from mlmadapt.model import isolation
 from mlmadapt.testing import (
     assert_documents_isolated,
@@ -428,6 +429,14 @@ def test_documents_that_make_no_sense_are_refused(documents: list[Any], message:
         model(input_ids=torch.tensor([[7, 8, 9, 7]]), document_ids=torch.tensor(documents))
 
 
+def test_empty_rows_hide_no_document_that_falls() -> None:
+    """Empty rows, wherever they stand, are neither an error nor a reason to overlook one."""
+    for bounds in ([0, 0, 4], [0, 4, 4], [0, 2, 2, 4]):
+        assert document_bounds(np.array([0, 1, 1, 2]), np.array(bounds))[-1] == 4
+    with pytest.raises(ValueError, match="row 1 of the batch fall from 1 to 0"):
+        document_bounds(np.array([0, 1, 0]), np.array([0, 0, 3]))
+
+
 def test_collators_refuse_documents_that_fall() -> None:
     """Rows whose documents do not rise are refused on the way to the model, by each collator."""
     row = {"input_ids": [7, 8, 9], "word_ids": [0, 1, 2], "document_ids": [0, 1, 0]}
@@ -475,7 +484,7 @@ def test_global_randomness_stays() -> None:
 @pytest.mark.distributed
 def test_packed_rows_resume_exactly(tmp_path: Path) -> None:
     """A run on packed rows, with dropout, ends bit for bit the same after a kill."""
-    settings = {"packed": True, "dataloader_num_workers": 1}
+    settings = {"packed": True, "dataloader_num_workers": 1, "per_device_train_batch_size": 3}
     whole = outcome(tmp_path / "whole", **settings)
     ended = start(
         "train", folder=str(tmp_path / "killed"), at_step={"3": [["kill", -1]]}, **settings

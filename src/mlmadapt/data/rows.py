@@ -199,7 +199,8 @@ def document_bounds(document_ids: Ints, bounds: Ints) -> Ints:
     begins = np.ones(len(document_ids) + 1, bool)
     np.not_equal(document_ids[1:], document_ids[:-1], out=begins[1:-1])
     falls = (document_ids[1:] < document_ids[:-1]) & (document_ids[1:] >= 0)
-    falls[bounds[1:-1] - 1] = False
+    starts = bounds[(bounds > 0) & (bounds < len(document_ids))]  # of rows with a row before
+    falls[starts - 1] = False
     if falls.any():
         place = int(falls.argmax())
         row = int(np.searchsorted(bounds, place, side="right")) - 1

@@ -51,10 +51,9 @@ those that it has alone; at most 1e-05 is allowed
     device = next(model.parameters()).device
     is_packed = False
 
-    def predict(columns: dict[str, torch.Tensor]) -> torch.Tensor:
+    def predict(columns: dict[str, torch.Tensor]) -> Any:
         mask = torch.ones_like(columns["input_ids"])
-        logits: torch.Tensor = model(**columns, attention_mask=mask).logits
-        return logits[0].float()
+        return model(**columns, attention_mask=mask).logits[0].float()
 
     with evaluation_mode(model):
         for number, row in enumerate(rows):
@@ -64,8 +63,7 @@ those that it has alone; at most 1e-05 is allowed
             documents = columns.pop("document_ids")[0]
             numbers = sorted(set(documents.tolist()))
             is_packed = is_packed or len(numbers) > 1
-            for place, number_of_document in enumerate(numbers):
-                own = documents == number_of_document
+            for place, own in enumerate(documents == each for each in numbers):
                 alone = predict({name: values[:, own] for name, values in columns.items()})
                 differences = (together[own] - alone).abs().amax(1)
                 worst = int(differences.argmax())

@@ -482,9 +482,11 @@ def test_global_randomness_stays() -> None:
 
 
 @pytest.mark.distributed
-def test_packed_rows_resume_exactly(tmp_path: Path) -> None:
-    """A run on packed rows, with dropout, ends bit for bit the same after a kill."""
-    settings = {"packed": True, "dataloader_num_workers": 1, "per_device_train_batch_size": 3}
+@pytest.mark.parametrize(("world", "precision"), [(1, "no"), (1, "bf16"), (2, "no")])
+def test_packed_rows_resume_exactly(tmp_path: Path, world: int, precision: str) -> None:
+    """A run on packed rows, with dropout, ends bit for bit the same after a kill in an epoch."""
+    settings: dict[str, Any] = {"packed": True, "world": world, "mixed_precision": precision}
+    settings |= {"dataloader_num_workers": 1, "per_device_train_batch_size": 3 // world}
     whole = outcome(tmp_path / "whole", **settings)
     ended = start(
         "train", folder=str(tmp_path / "killed"), at_step={"3": [["kill", -1]]}, **settings

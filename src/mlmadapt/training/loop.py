@@ -25,7 +25,7 @@ from mlmadapt.training.prepare import check_run, prepare
 from mlmadapt.training.result import TrainingResult
 from mlmadapt.training.run import Run, waits_for_metric
 from mlmadapt.training.signals import Signals
-from mlmadapt.training.step import take_step
+from mlmadapt.training.step import settle, take_step
 from mlmadapt.training.tracking import log, log_loss, show_metrics, show_step
 
 logger = logging.getLogger(__name__)
@@ -143,11 +143,17 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
             evaluate(run)
         while not run.is_done:
             for batches, ends_epoch in run.batches():
-                stop_signal = take_step(run, batches, stop_signal=signals.noted)
-                if accelerator.num_processes == 1:  # several agree within the next step
-                    stop_signal = signals.noted
-                show_step(run)
+                take_step(run, batches, stop_signal=signals.noted)
                 logs, evaluates, saves = run.due(ends_epoch=ends_epoch)
+                # Read behind the device, unless something is to be told now.
+                may_wait = logs or saves or run.state.step == 1
+                settle(run, leave=0 if may_wait else 1)
+                # Several processes agree in the steps that follow.
+                several = accelerator.num_processes > 1
+                stop_signal = run.stop_signal if several else signals.noted
+                if stop_signal:
+                    settle(run)
+                show_step(run)
                 if logs:
                     log_loss(run)
                 if evaluates:
@@ -194,7 +200,7 @@ def evaluate(run: Run) -> None:
             rows,
             collate=FrozenCollator(run.tokenizer, collator, run.config.seed),
             batch_size=run.config.per_device_eval_batch_size,
-            sparse=run.sparse,
+            predictor=run.predictor,
             accelerator=run.accelerator,
         )
         log(run, as_log(metrics, name))
@@ -210,7 +216,7 @@ def evaluate(run: Run) -> None:
 def fill_in(run: Run) -> dict[str, str]:
     """Have the model fill in the masks of the settings' sentences, on every process."""
     sentences = run.config.fill_mask
-    return fill_masks(run.model, sentences, tokenizer=run.tokenizer, sparse=run.sparse)
+    return fill_masks(run.model, sentences, tokenizer=run.tokenizer, predictor=run.predictor)
 
 
 def save_checkpoint(run: Run) -> None:

@@ -47,7 +47,7 @@ def fill_masks(
     sentences: Sequence[str],
     *,
     tokenizer: Tokenizer,
-    predictor: Predictor,
+    predictor: Predictor | None = None,
 ) -> dict[str, str]:
     """Return for each sentence the five likeliest tokens for its mask, with their probabilities.
 
@@ -59,7 +59,7 @@ def fill_masks(
         >>> fill_masks(tiny_model(tokenizer), ["a [MASK] film"], tokenizer=tokenizer)
         {'a [MASK] film': '...%, ...%, ...%, ...%, ...%'}
     """
-    filled = {}
+    filled, predictor = {}, predictor or Predictor(device=model.device)
     for sentence, row in zip(sentences, read_sentences(sentences, tokenizer), strict=True):
         batch = {name: torch.from_numpy(each.astype(np.int64))[None] for name, each in row.items()}
         is_mask = batch["input_ids"] == tokenizer.mask_token_id

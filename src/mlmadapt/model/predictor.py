@@ -42,9 +42,9 @@ class Predictor:
     """
 
     device: torch.device
-    sparse: SparsePrediction | None
-    is_free: bool
-    takes_square: bool
+    sparse: SparsePrediction | None = None
+    is_free: bool = False
+    takes_square: bool = False
 
     def __call__(
         self, model: nn.Module, batch: Batch, *, rounded: bool = False

@@ -94,7 +94,7 @@ def drop_nothing(model: torch.nn.Module) -> torch.nn.Module:
 
 def on_pretend_device(what: str, **arguments: Any) -> Any:
     """Call a function of `pretend_device`, which changes the process for good."""
-    import pretend_device  # noqa: PLC0415
+    import pretend_device
 
     return getattr(pretend_device, what)(**arguments)
 

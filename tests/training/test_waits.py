@@ -1,4 +1,4 @@
-"""The host does not wait for the device, counted on a pretended one, and nothing is spoiled by it."""
+"""The host does not wait for the device, counted on a pretended one; and nothing is spoiled."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_turn_of_the_loop_waits_once(*, fused: bool, packed: bool) -> None:
     """With padded rows and accumulation, for what was found in the turn before."""
     turns = on_device("train", fused=fused, packed=packed)
     assert len(turns) == 6
-    # The first step is told at once, the second a turn later, unless only the host can leave it out.
+    # The first step is read at once, the second a turn later, unless the host has to know.
     assert ("wait: copy to the host" in turns[2]) is not fused
     for turn in turns[3:]:
         assert turn.pop("copy") >= 8
@@ -60,9 +60,7 @@ def test_a_spoiled_step_changes_no_weight(
         passes = count()
         bias = model.get_output_embeddings().bias
         bias.register_hook(lambda grad: grad * (torch.nan if next(passes) == 2 else 1.0))  # noqa: B023
-        error = pytest.raises(
-            FloatingPointError, match=r"gradient of step 2 \(epoch 0\) is not fin"
-        )
+        error = pytest.raises(FloatingPointError, match=r"step 2 \(epoch 0\) is not fin")
         with error if is_spoiled else nullcontext():
             accelerate_train(
                 model,

@@ -7,6 +7,7 @@ weights, moments and a few counts.
 
 import logging
 from collections.abc import Mapping  # noqa: TC003  # for those who ask for the types
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -195,14 +196,15 @@ def evaluate(run: Run) -> None:
     found = {}
     for place, (name, rows) in enumerate(run.eval_sets.items()):
         collator = None if is_frozen(rows) else run.data_collator
-        metrics = found[name] = evaluate_rows(
-            run.model,
-            rows,
-            collate=FrozenCollator(run.tokenizer, collator, run.config.seed),
-            batch_size=run.config.per_device_eval_batch_size,
-            predictor=run.predictor,
-            accelerator=run.accelerator,
-        )
+        with in_plain_code(run):
+            metrics = found[name] = evaluate_rows(
+                run.model,
+                rows,
+                collate=FrozenCollator(run.tokenizer, collator, run.config.seed),
+                batch_size=run.config.per_device_eval_batch_size,
+                predictor=run.predictor,
+                accelerator=run.accelerator,
+            )
         log(run, as_log(metrics, name))
         if place == 0:
             run.state.evaluations.append((run.state.step, metrics))
@@ -216,7 +218,13 @@ def evaluate(run: Run) -> None:
 def fill_in(run: Run) -> dict[str, str]:
     """Have the model fill in the masks of the settings' sentences, on every process."""
     sentences = run.config.fill_mask
-    return fill_masks(run.model, sentences, tokenizer=run.tokenizer, predictor=run.predictor)
+    with in_plain_code(run):
+        return fill_masks(run.model, sentences, tokenizer=run.tokenizer, predictor=run.predictor)
+
+
+def in_plain_code(run: Run) -> AbstractContextManager[object]:
+    """Leave compiled code aside: rows to evaluate have many shapes, and figures stay the same."""
+    return torch.compiler.set_stance("force_eager") if run.config.torch_compile else nullcontext()
 
 
 def save_checkpoint(run: Run) -> None:

@@ -154,7 +154,8 @@ def prepare(
 
     Raises:
         ValueError: If there are no rows, their lengths are not known though they are to be grouped,
-            the collator does not mask, or the schedule would have no effect.
+            the collator does not mask, the model cannot be compiled, or the schedule would have no
+            effect.
     """
     started = time.perf_counter()
     plan = BatchPlan(
@@ -218,15 +219,11 @@ def prepare(
         held = {name: list(getattr(accelerator, name)) for name in ("_models", "_optimizers")}
         undo.callback(vars(accelerator).update, held)
         undo.callback(_unwrap, model, own_forward, accelerator)
+        undo.enter_context(compiling(model, config))
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         wrapped.train()
-        if averages:
-            # DDP rebuilds its buckets once, after the first backward pass, which changes the order
-            # of sums: from three processes on, the first step after a resume would differ in the
-            # last bits. So let it happen before the first step.
-            for _ in range(2):
-                _zero_backward(wrapped, first, predictor, accelerator.backward)
-            model.zero_grad()
+        warm_up(wrapped, first, predictor, accelerator, compiles=config.torch_compile)
+        model.zero_grad()
         # Last of all, since some trackers begin with files in the output directory.
         undo.enter_context(tracking(accelerator, config))
         yield Run(
@@ -310,6 +307,60 @@ def _unwrap(model: Model, own_forward: object, accelerator: Accelerator) -> None
         vars(model)["forward"] = own_forward
 
 
+@contextmanager
+def compiling(model: nn.Module, config: TrainingConfig) -> Iterator[None]:
+    """Compile a model for the time of a ``with`` block, if the settings ask for it.
+
+    Raises:
+        ValueError: If a setting is not one of torch's.
+    """
+    own = model._compiled_call_impl  # noqa: SLF001  # which torch does not take back itself
+    if config.torch_compile:
+        # Of any shape from the start: code made for one shape, and then for others, would differ
+        # with the batches that come first.
+        backend = config.torch_compile_backend or "inductor"
+        try:
+            model.compile(backend=backend, mode=config.torch_compile_mode, dynamic=True)
+        except Exception as error:
+            raise _cannot_compile(error) from error
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = own  # noqa: SLF001
+
+
+def warm_up(
+    wrapped: nn.Module,
+    batch: Batch,
+    predictor: Predictor,
+    accelerator: Accelerator,
+    *,
+    compiles: bool,
+) -> None:
+    """Make the passes that decide how all others are computed, by the same batch after a resume.
+
+    DDP rebuilds its buckets once, after the first backward pass, which changes the order of sums:
+    from three processes on, the first step after a resume would differ in the last bits.
+
+    Raises:
+        ValueError: If the model cannot be compiled.
+    """
+    try:
+        for _ in range(2 if accelerator.num_processes > 1 else int(compiles)):
+            _zero_backward(wrapped, batch, predictor, accelerator.backward)
+    except Exception as error:
+        if not compiles:
+            raise
+        raise _cannot_compile(error) from error
+
+
+def _cannot_compile(error: Exception) -> ValueError:
+    return ValueError(
+        f"torch_compile is True, but the model cannot be compiled ({type(error).__name__}: "
+        f"{str(error)[:300]}); leave it at False, or set torch_compile_backend"
+    )
+
+
 def _zero_backward(
     model: nn.Module,
     batch: Batch,
@@ -317,7 +368,7 @@ def _zero_backward(
     backward: Callable[[torch.Tensor], None],
 ) -> None:
     """Give each parameter that a training step reaches a gradient of zeros."""
-    logits, _ = predictor(model, batch)
+    logits, _ = predictor(model, batch, rounded=True)
     backward(logits.sum() * 0)
 
 

@@ -19,8 +19,8 @@ from mlmadapt._types import Batch, DataCollator, Model, Row, Rows, Tokenizer
 from mlmadapt.data.rows import dataset_lengths, document_bounds, join_rows, pad_rows, to_columns
 from mlmadapt.masking.freezing import insert_random_mask
 from mlmadapt.model.checks import check_model, check_rows
+from mlmadapt.model.mode import evaluation_mode
 from mlmadapt.model.predictor import Predictor, predicting
-from mlmadapt.model.sparse_head import evaluation_mode
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

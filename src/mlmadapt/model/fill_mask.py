@@ -7,8 +7,8 @@ import torch
 
 from mlmadapt._types import Model, Row, Tokenizer
 from mlmadapt.data.tokenization import tokenize_with_word_ids
+from mlmadapt.model.mode import evaluation_mode
 from mlmadapt.model.predictor import Predictor
-from mlmadapt.model.sparse_head import evaluation_mode
 
 
 def read_sentences(sentences: Sequence[str], tokenizer: Tokenizer) -> list[Row]:

@@ -21,7 +21,7 @@ from torch import nn
 from mlmadapt._types import Model
 from mlmadapt.data.rows import document_bounds
 from mlmadapt.model.checks import check_model, position_table, unwrap
-from mlmadapt.model.sparse_head import evaluation_mode, reset_compiled
+from mlmadapt.model.mode import evaluation_mode, reset_compiled
 
 MAX_MASK = 2**30
 """Largest attention mask, in bytes: 2,048 rows of 512 tokens in 16 bits, or 8 of 8,192."""

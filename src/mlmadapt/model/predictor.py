@@ -8,19 +8,19 @@ else one that it takes as it is.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from mlmadapt._types import Batch, Model
 from mlmadapt.model.isolation import isolate_documents
+from mlmadapt.model.mode import evaluation_mode
 from mlmadapt.model.sparse_head import (
     MaskedPositions,
     SparsePrediction,
-    evaluation_mode,
     masked_logits,
     round_up,
     try_sparse,
@@ -28,6 +28,20 @@ from mlmadapt.model.sparse_head import (
 
 # Columns of a batch that are not the model's.
 _TARGETS = ("labels", "words", "sizes")
+
+
+class Sent(NamedTuple):
+    """A batch on the device.
+
+    Attributes:
+        inputs: The model's.
+        masked: Where to predict.
+        targets: The tokens there, of shape ``(masked,)``.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    masked: MaskedPositions
+    targets: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +60,25 @@ class Predictor:
     is_free: bool = False
     takes_square: bool = False
 
-    def __call__(
-        self, model: nn.Module, batch: Batch, *, rounded: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits in 32 bits, of shape ``(masked, vocabulary)``, and the tokens to predict.
 
         Args:
             model: The model, or what it is wrapped in.
+            batch: On the host, with ``labels`` of shape ``(batch, sequence)``.
+        """
+        sent = self.send(batch)
+        with self.at(sent.masked):
+            return masked_logits(model(**sent.inputs), sent.masked), sent.targets
+
+    def at(self, masked: MaskedPositions) -> AbstractContextManager[None]:
+        """Predict at these positions only inside the block, if the model has a sparse head."""
+        return self.sparse.at(masked) if self.sparse else nullcontext()
+
+    def send(self, batch: Batch, *, rounded: bool = False) -> Sent:
+        """Copy a batch to the device.
+
+        Args:
             batch: On the host, with ``labels`` of shape ``(batch, sequence)``.
             rounded: Predict positions without a target too, up to a `POSITION_MULTIPLE`; -100
                 stands for their tokens.
@@ -60,9 +86,8 @@ class Predictor:
         positions = batch["labels"] != -100
         masked = MaskedPositions.of(round_up(positions) if rounded else positions)
         targets = batch["labels"].flatten()[masked.indices[: masked.number]]
-        masked = masked._replace(indices=self._send(masked.indices))
         inputs = {
-            name: self._send(values) for name, values in batch.items() if name not in _TARGETS
+            name: self._copy(values) for name, values in batch.items() if name not in _TARGETS
         }
         if "attention_mask" in batch:
             is_full = bool(batch["attention_mask"].all())
@@ -70,11 +95,10 @@ class Predictor:
                 del inputs["attention_mask"]
             elif self.takes_square and "document_ids" not in batch:
                 inputs["attention_mask"] = _as_square(inputs["attention_mask"])
-        with self.sparse.at(masked) if self.sparse else nullcontext():
-            logits = masked_logits(model(**inputs), masked)
-        return logits, self._send(targets)
+        masked = masked._replace(indices=self._copy(masked.indices))
+        return Sent(inputs, masked, self._copy(targets))
 
-    def _send(self, values: torch.Tensor) -> torch.Tensor:
+    def _copy(self, values: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cuda":  # from other memory a copy blocks, whatever it is told
             values = values.pin_memory()
         return values.to(self.device, non_blocking=True)

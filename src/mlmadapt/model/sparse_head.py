@@ -16,6 +16,7 @@ from torch import nn
 
 from mlmadapt._types import Model
 from mlmadapt.model.checks import check_model, unwrap
+from mlmadapt.model.mode import evaluation_mode, reset_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -212,12 +213,6 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
         return tuple(values) if is_tuple else output
 
 
-def reset_compiled(model: nn.Module) -> None:
-    """Forget what was compiled without a model's new hooks, and would go on without them."""
-    if any(hasattr(each, "_orig_mod") or each._compiled_call_impl for each in model.modules()):  # noqa: SLF001
-        torch.compiler.reset()
-
-
 def try_sparse(model: Model, probe: Mapping[str, torch.Tensor]) -> SparsePrediction | None:
     """Return the model's sparse head if it gives what the full head gives on a few rows of a batch.
 
@@ -269,19 +264,6 @@ def _check_outputs(model: Model, outputs: Any, labels: torch.Tensor) -> None:
             f"model {name} predicts NaN or infinity: its weights are not finite, or too large for "
             "16 bits; load them anew, in 32 bits"
         )
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch off dropout and gradients inside the block; each module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training
 
 
 def find_positions(positions: torch.Tensor | MaskedPositions) -> MaskedPositions:

@@ -19,7 +19,6 @@ from accelerate.utils import gather_object, tqdm
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from transformers import get_scheduler
 
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
 from mlmadapt.data.rows import dataset_lengths
@@ -29,10 +28,12 @@ from mlmadapt.model.checks import check_collator, check_model, check_rows
 from mlmadapt.model.evaluation import is_frozen
 from mlmadapt.model.fill_mask import read_sentences
 from mlmadapt.model.predictor import Predictor, predicting
+from mlmadapt.model.sparse_head import masked_logits
 from mlmadapt.training.batches import BatchPlan, training_batches
 from mlmadapt.training.checkpoint import split_state
 from mlmadapt.training.config import TrainingConfig
 from mlmadapt.training.fingerprint import describe_run
+from mlmadapt.training.optimizer import make_optimizer, make_scheduler
 from mlmadapt.training.run import Run, waits_for_metric
 from mlmadapt.training.tracking import tracking
 
@@ -219,10 +220,10 @@ def prepare(
         held = {name: list(getattr(accelerator, name)) for name in ("_models", "_optimizers")}
         undo.callback(vars(accelerator).update, held)
         undo.callback(_unwrap, model, own_forward, accelerator)
-        undo.enter_context(compiling(model, config))
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         wrapped.train()
-        warm_up(wrapped, first, predictor, accelerator, compiles=config.torch_compile)
+        undo.callback(setattr, model, "_compiled_call_impl", model._compiled_call_impl)  # noqa: SLF001  # torch has no way back
+        warm_up(model, wrapped, first, predictor=predictor, accelerator=accelerator, config=config)
         model.zero_grad()
         # Last of all, since some trackers begin with files in the output directory.
         undo.enter_context(tracking(accelerator, config))
@@ -307,58 +308,38 @@ def _unwrap(model: Model, own_forward: object, accelerator: Accelerator) -> None
         vars(model)["forward"] = own_forward
 
 
-@contextmanager
-def compiling(model: nn.Module, config: TrainingConfig) -> Iterator[None]:
-    """Compile a model for the time of a ``with`` block, if the settings ask for it.
-
-    Raises:
-        ValueError: If a setting is not one of torch's.
-    """
-    own = model._compiled_call_impl  # noqa: SLF001  # which torch does not take back itself
-    if config.torch_compile:
-        # Of any shape from the start: code made for one shape, and then for others, would differ
-        # with the batches that come first.
-        backend = config.torch_compile_backend or "inductor"
-        try:
-            model.compile(backend=backend, mode=config.torch_compile_mode, dynamic=True)
-        except Exception as error:
-            raise _cannot_compile(error) from error
-    try:
-        yield
-    finally:
-        model._compiled_call_impl = own  # noqa: SLF001
-
-
 def warm_up(
+    model: nn.Module,
     wrapped: nn.Module,
     batch: Batch,
+    *,
     predictor: Predictor,
     accelerator: Accelerator,
-    *,
-    compiles: bool,
+    config: TrainingConfig,
 ) -> None:
     """Make the passes that decide how all others are computed, by the same batch after a resume.
 
     DDP rebuilds its buckets once, after the first backward pass, which changes the order of sums:
-    from three processes on, the first step after a resume would differ in the last bits.
+    from three processes on, the first step after a resume would differ in the last bits. Compiled
+    code is made for any shape; that of one shape, and then of others, would differ with the batches
+    that come first.
 
     Raises:
         ValueError: If the model cannot be compiled.
     """
     try:
-        for _ in range(2 if accelerator.num_processes > 1 else int(compiles)):
+        if config.torch_compile:
+            backend = config.torch_compile_backend or "inductor"
+            model.compile(backend=backend, mode=config.torch_compile_mode, dynamic=True)
+        for _ in range(2 if accelerator.num_processes > 1 else int(config.torch_compile)):
             _zero_backward(wrapped, batch, predictor, accelerator.backward)
     except Exception as error:
-        if not compiles:
+        if not config.torch_compile:
             raise
-        raise _cannot_compile(error) from error
-
-
-def _cannot_compile(error: Exception) -> ValueError:
-    return ValueError(
-        f"torch_compile is True, but the model cannot be compiled ({type(error).__name__}: "
-        f"{str(error)[:300]}); leave it at False, or set torch_compile_backend"
-    )
+        raise ValueError(
+            f"torch_compile is True, but the model cannot be compiled ({type(error).__name__}: "
+            f"{str(error)[:300]}); leave it at False, or set torch_compile_backend"
+        ) from error
 
 
 def _zero_backward(
@@ -368,54 +349,10 @@ def _zero_backward(
     backward: Callable[[torch.Tensor], None],
 ) -> None:
     """Give each parameter that a training step reaches a gradient of zeros."""
-    logits, _ = predictor(model, batch, rounded=True)
+    sent = predictor.send(batch, rounded=True)
+    with predictor.at(sent.masked):
+        logits = masked_logits(model(**sent.inputs), sent.masked)
     backward(logits.sum() * 0)
-
-
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Return AdamW that decays weight matrices and embeddings, not biases and norms."""
-    parameters = [each for each in model.parameters() if each.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    # One kernel over all parameters: a fifth of the time of a loop on a CPU. And it can leave out a
-    # step that would spoil them without asking the host.
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.learning_rate, fused=fused or None
-    )
-
-
-def make_scheduler(
-    optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Return the schedule, with its warm-up in steps.
-
-    Raises:
-        ValueError: If the schedule needs other arguments than ``lr_scheduler_kwargs``.
-
-    Examples:
-        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        >>> make_scheduler(optimizer, TrainingConfig(warmup_steps=0.5), 4).get_last_lr()
-        [0.0]
-    """
-    warmup = config.warmup_steps
-    arguments: Any = config.lr_scheduler_kwargs or {}
-    try:
-        scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
-            config.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=math.ceil(warmup * total_steps) if warmup < 1 else int(warmup),
-            num_training_steps=total_steps,
-            scheduler_specific_kwargs=arguments,
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"lr_scheduler_kwargs is {config.lr_scheduler_kwargs!r}, which lr_scheduler_type "
-            f"{config.lr_scheduler_type!r} does not take: {error}"
-        ) from error
-    return scheduler
 
 
 def check_scheduler(

@@ -18,6 +18,7 @@ import torch
 from mlmadapt._types import Batch
 from mlmadapt.masking.seeding import derive_key
 from mlmadapt.model.loss import summed_cross_entropy
+from mlmadapt.model.sparse_head import masked_logits
 from mlmadapt.training.batches import count_tokens
 from mlmadapt.training.distributed import total
 from mlmadapt.training.run import Launched, Run, waits_for_metric
@@ -44,9 +45,12 @@ def take_step(run: Run, batches: list[Batch], *, stop_signal: int) -> None:
     scale = plan.world * accelerator.gradient_accumulation_steps / masked.clamp(min=1)
     losses = []
     for place, batch in enumerate(batches):
+        sent = run.predictor.send(batch, rounded=True)
         is_last = place == len(batches) - 1  # which averages gradients over the processes
         with nullcontext() if is_last else accelerator.no_sync(run.wrapped):
-            loss = summed_cross_entropy(*run.predictor(run.wrapped, batch, rounded=True))
+            with run.predictor.at(sent.masked):
+                logits = masked_logits(run.wrapped(**sent.inputs), sent.masked)
+            loss = summed_cross_entropy(logits, sent.targets)
             losses.append(loss.detach())
             # An infinite loss can have a finite gradient; as NaN, all processes see it.
             accelerator.backward(loss * scale * (1 + losses[-1] * 0))

@@ -77,8 +77,9 @@ class TrainingConfig:
         early_stopping_patience: Stop after this many evaluations without a better one.
         gradient_checkpointing: Compute activations again in the backward pass, which takes less
             memory and about a third more time.
-        torch_compile: Train with compiled code: encoder and head become a graph each. The first
-            step takes about a minute more; evaluation stays as it is.
+        torch_compile: Train with compiled code: encoder and head become a graph each. It takes a
+            minute before the first step, and is for GPUs: on a CPU, a step of DistilBERT's size
+            took 1.08 times as long. Evaluation stays as it is.
         torch_compile_backend: A backend of ``torch.compile``; None for its default, which needs a
             C++ compiler on a CPU.
         torch_compile_mode: ``"default"``, ``"reduce-overhead"`` or ``"max-autotune"``.

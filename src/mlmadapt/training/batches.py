@@ -16,21 +16,25 @@ import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import count, islice, pairwise, tee
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
-from mlmadapt._types import Batch, DataCollator, Row, Rows
+from mlmadapt._types import Batch, DataCollator, Rows
+from mlmadapt.data.rows import pad_rows
+from mlmadapt.data.table import table_reader
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.freezing import collate_seeded, purify
 from mlmadapt.masking.seeding import derive_key
 
 Dealt = TypeVar("Dealt")
-# The share of the run done before a row's step, the row's place, whether it counts, and the row.
-Item: TypeAlias = tuple[float, int, bool, Row]
+# The share of the run done before a row's step, the row's place, and whether it counts; and rows,
+# or columns of rows, with one for each.
+Pick: TypeAlias = tuple[float, int, bool]
+Picked: TypeAlias = tuple[list[Pick], Any]
 
 _SORTED_STEPS = 50  # as transformers has it; 97 % of a batch of single sentences is text
 
@@ -169,7 +173,11 @@ def training_batches(
         for batch in step
     )
     loader = DataLoader(
-        _IndexedRows(dataset),
+        # A subclass may collate rows in a way of its own, as other collators do.
+        _IndexedRows(
+            dataset,
+            as_columns=getattr(type(collator), "collate", None) is WholeWordMaskingCollator.collate,
+        ),
         batch_sampler=told,
         collate_fn=collate,
         num_workers=num_workers,
@@ -185,7 +193,7 @@ def training_batches(
 def _stream_batches(
     dataset: Any,
     plan: BatchPlan,
-    collate: Callable[[list[Item]], Batch],
+    collate: Callable[[Picked], Batch],
     progress: Iterator[float],
     *,
     epoch: int,
@@ -206,7 +214,10 @@ def _stream_batches(
         following = list(islice(rows, plan.rows_per_step))
         share = next(progress)
         batches = (
-            [(share, index, counts, row) for (index, row), counts in batch]
+            (
+                [(share, index, counts) for (index, _), counts in batch],
+                [row for (_, row), _ in batch],
+            )
             for batch in plan.deal(step)
         )
         yield [collate(batch) for batch in batches], not following
@@ -231,30 +242,40 @@ def count_tokens(batch: Batch) -> int:
 
 
 class _IndexedRows(torch.utils.data.Dataset[Any]):
-    def __init__(self, dataset: Rows) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Rows, *, as_columns: bool) -> None:
+        self.dataset, self.as_columns = dataset, as_columns
 
-    def __getitems__(self, picks: list[tuple[float, int, bool]]) -> list[Item]:
+    @cached_property  # where it is used: to another process, views would go as copies
+    def _read(self) -> Callable[[list[int]], dict[str, list[Any]]] | None:
+        return table_reader(self.dataset) if self.as_columns else None
+
+    def __getitems__(self, picks: list[Pick]) -> Picked:
         indices = [index for _, index, _ in picks]
+        if self._read is not None:
+            return picks, self._read(indices)
         if hasattr(self.dataset, "__getitems__"):
-            rows = self.dataset.__getitems__(indices)
-        else:
-            rows = [self.dataset[index] for index in indices]
-        return [(*pick, row) for pick, row in zip(picks, rows, strict=True)]
+            return picks, self.dataset.__getitems__(indices)
+        return picks, [self.dataset[index] for index in indices]
 
 
-def _collate(items: list[Item], *, data_collator: DataCollator, seed: int, epoch: int) -> Batch:
+def _collate(picked: Picked, *, data_collator: DataCollator, seed: int, epoch: int) -> Batch:
     """Collate rows with the masks of an epoch; a filler counts for nothing."""
-    rows: list[Any] = [row for *_, row in items]
+    picks, rows = picked
+    progress, _, counts = picks[0]
     batch: Mapping[str, Any]
     if isinstance(data_collator, WholeWordMaskingCollator):
         own_seed = seed if data_collator.seed is None else data_collator.seed
         key = derive_key(own_seed, "mask", epoch)
-        batch = data_collator.collate(rows, key=key, progress=items[0][0])
+        if isinstance(rows, dict):
+            masked, lengths = data_collator.mask(rows, key=key, progress=progress)
+            multiple = data_collator.pad_to_multiple_of
+            batch = pad_rows(masked, lengths, data_collator.tokenizer, pad_to_multiple_of=multiple)
+        else:
+            batch = data_collator.collate(rows, key=key, progress=progress)
     else:
-        key = derive_key(seed, "mask", epoch, *(index for _, index, _, _ in items))
+        key = derive_key(seed, "mask", epoch, *(index for _, index, _ in picks))
         batch = collate_seeded(data_collator, rows, key=key)
     tensors = {name: torch.as_tensor(values) for name, values in batch.items()}
-    if not items[0][2]:
+    if not counts:
         tensors["labels"] = torch.full_like(tensors["labels"], -100)
     return tensors

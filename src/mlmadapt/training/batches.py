@@ -7,15 +7,17 @@ shorter, and a process left without a row for a forward pass that others make ge
 labels are all -100. Rows of mixed lengths can be grouped, so that those of a step are alike: then
 the order is a function of the lengths and of the rows per step too.
 
-A stream keeps its own order. Each process reads all of it and takes its share of every step; to
+A stream keeps its own order. Each process reads all of it and takes its share of every step; or,
+where the stream is split, its own part only, with fillers until all parts are at their end. To
 resume, the rows of finished steps are read and passed over, which is exact for shuffle buffers too
 (their `state_dict` loses rows).
 """
 
 import math
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import count, islice, pairwise, tee
 from typing import Any, TypeAlias, TypeVar
@@ -51,6 +53,7 @@ class BatchPlan:
         rank: This process.
         world: All processes.
         lengths: Tokens of each row, to group rows by; None for rows in random order.
+        is_split: Whether each process reads a part of a stream that is its own.
     """
 
     rows: int
@@ -60,6 +63,7 @@ class BatchPlan:
     rank: int = 0
     world: int = 1
     lengths: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    is_split: bool = False
 
     @property
     def rows_per_step(self) -> int:
@@ -100,6 +104,9 @@ class BatchPlan:
             '12 to 15 of the stream'
         """
         first, end = step * self.rows_per_step, (step + 1) * self.rows_per_step
+        if self.is_split:
+            first, end = first // self.world, end // self.world
+            return f"{first} to {end - 1} of each of the {self.world} parts of the stream"
         if not self.rows:
             return f"{first} to {end - 1} of the stream"
         rows = self.order(epoch)[first:end].tolist()
@@ -152,6 +159,9 @@ def training_batches(
 ) -> Iterator[tuple[list[Batch], bool]]:
     """Yield this process's batches of each optimizer step, and whether the step ends the epoch.
 
+    Where a stream is split, whether this process's part has ended. Steps of fillers follow without
+    end, as many as the longest part may need.
+
     Masks come from (seed, epoch, row), with the collator's own seed where it has one, and their
     rate from the share of steps that are `done` before theirs, of `total_steps`.
 
@@ -201,24 +211,32 @@ def _stream_batches(
 ) -> Iterator[tuple[list[Batch], bool]]:
     if hasattr(dataset, "set_epoch"):
         dataset.set_epoch(epoch)
-    rows = enumerate(dataset)
-    # Passed over here and now.
-    next(islice(rows, start * plan.rows_per_step, start * plan.rows_per_step), None)
+    # Over all parts, each row has a number of its own, since other collators draw by it.
+    numbers = count(plan.rank, plan.world) if plan.is_split else count()
+    rows = zip(numbers, dataset, strict=False)
+    plan = replace(plan, rank=0, world=1) if plan.is_split else plan
+    passed = islice(rows, start * plan.rows_per_step)
+    first = next(passed, None)
+    deque(passed, maxlen=0)  # passed over here and now
     step = list(islice(rows, plan.rows_per_step))
-    if not step:
+    first = first or next(iter(step), None)
+    if not (first if plan.is_split else step):
         raise ValueError(
             f"train_dataset, a stream, ended before row {start * plan.rows_per_step} of epoch "
             f"{epoch}; it must have rows, and yield the same ones each time it is read"
         )
-    while step:
+    while step or plan.is_split:
         following = list(islice(rows, plan.rows_per_step))
         share = next(progress)
+        passes = plan.deal(step)
+        if first is not None and plan.is_split:  # as many as the others make
+            passes += [[(first, False)]] * (plan.accumulation - len(passes))
         batches = (
             (
                 [(share, index, counts) for (index, _), counts in batch],
                 [row for (_, row), _ in batch],
             )
-            for batch in plan.deal(step)
+            for batch in passes
         )
         yield [collate(batch) for batch in batches], not following
         step = following

@@ -116,20 +116,24 @@ def parts_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, mea
     assert read is not None
     collator = WholeWordMaskingCollator(tokenizer, seed=0)
 
-    def cut() -> list[Any]:
-        return [read(step) for step in steps]
+    def cut(steps: list[list[int]]) -> None:
+        use_up(map(read, steps))
 
-    def mask(columns: list[Any]) -> list[Any]:
-        return [collator.mask(each, key=0) for each in columns]
+    def mask(columns: list[Any]) -> None:
+        use_up(collator.mask(each, key=0) for each in columns)
 
-    def pad(masked: list[Any]) -> None:
-        for each in masked:
-            pad_rows(*each, tokenizer)
+    def masked() -> list[Any]:
+        return [collator.mask(read(each), key=0) for each in steps]
+
+    def pad(batches: list[Any]) -> None:
+        use_up(pad_rows(*each, tokenizer) for each in batches)
 
     return {
-        "rows cut out of the table": measure.Contender(lambda _: cut(), lambda: None),
-        "laid end to end and masked": measure.Contender(mask, cut),
-        "laid out as a batch": measure.Contender(pad, lambda: mask(cut())),
+        "rows cut out of the table": measure.Contender(cut, lambda: steps),
+        "laid end to end and masked": measure.Contender(
+            mask, lambda: [read(each) for each in steps]
+        ),
+        "laid out as a batch": measure.Contender(pad, masked),
     }
 
 

@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.scripts.processes import run_script
 
 FOLDER = Path(__file__).parent / "benchmarks"
@@ -43,6 +45,18 @@ def test_growth_is_told_and_drawn(tmp_path: Path) -> None:
     assert "date" not in picture
     figures = json.loads((tmp_path / "figures.jsonl").read_text(encoding="utf-8"))
     assert figures["growth"]["ms, by rows"]["recipe"] == {"2": [4.0], "8": [64.0], "32": [1024.0]}
+
+
+@pytest.mark.slow
+def test_rows_to_batches_are_measured(tmp_path: Path) -> None:
+    """Ours are read as arrays and as lists, and `Trainer`'s beside them, in one turn at least."""
+    figures = tmp_path / "figures.jsonl"
+    command = [sys.executable, str(FOLDER / "rows.py"), "--rounds=1", f"--output={figures}"]
+    ended = run_script(command)
+    assert ended.returncode == 0, ended.stdout
+    claims = json.loads(figures.read_text(encoding="utf-8"))["claims"]
+    assert claims["lists / ours"][0] > 1.2
+    assert claims["Trainer / ours"][0] > 1.2
 
 
 def test_speed_is_drawn_of_the_claims_that_are_made(tmp_path: Path) -> None:

@@ -18,12 +18,14 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
 from torch.distributed.fsdp import fully_shard
 from transformers import DataCollatorForLanguageModeling
 
@@ -38,6 +40,9 @@ from mlmadapt import (
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
 from mlmadapt.training import checkpoint, loop
 from mlmadapt.training.batches import BatchPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SETTINGS = {
     "num_train_epochs": 2,
@@ -59,6 +64,30 @@ def make_rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
     """Tokenize documents of unequal lengths."""
     columns = {"text": tiny_corpus(count, seed=seed)}
     return rows_of(tokenize_with_word_ids(columns, tiny_tokenizer()))
+
+
+def yield_rows(shards: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of all shards."""
+    for shard in shards:
+        yield from shard
+
+
+def stream_shards(rows: list[dict[str, Any]]) -> IterableDataset:
+    """Make a stream of six shards of unequal length."""
+    cuts = [len(rows) * share // 24 for share in (0, 1, 3, 6, 10, 15, 24)]
+    shards = [rows[first:end] for first, end in pairwise(cuts)]
+    return IterableDataset.from_generator(yield_rows, gen_kwargs={"shards": shards})
+
+
+def make_stream(rows: list[dict[str, Any]], kind: str) -> IterableDataset:
+    """Make a stream of a kind that `train` tells of."""
+    if kind in ("plain", "shuffled"):
+        stream = Dataset.from_list(rows).to_iterable_dataset(num_shards=3)
+        return stream if kind == "plain" else stream.shuffle(seed=1, buffer_size=7)
+    stream = stream_shards(rows)
+    if kind == "parts":
+        return split_dataset_by_node(stream, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    return stream if kind == "shards" else split_dataset_by_node(stream, 0, 2)
 
 
 def freeze(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -139,7 +168,9 @@ def train(
         dropout: Whether the model has any.
         packed: Whether rows hold several documents.
         collator: ``"ours"``, its settings, ``"ours, by schedule"`` or ``"transformers"``.
-        stream: ``"plain"`` or ``"shuffled"`` for an `IterableDataset`.
+        stream: ``"plain"`` or ``"shuffled"`` for an `IterableDataset` of 3 shards; ``"shards"`` for
+            one of 6 of unequal length, ``"parts"`` for this process's part of it, ``"one part"``
+            for the first of two.
         sharded: Whether `fully_shard` is applied first.
         at_step: By step (as text), what to do before it: see `_act`.
         at_event: A number and what to do before the so-manyth event of the filesystem below
@@ -171,9 +202,7 @@ def train(
         columns = {name: [row[name] for row in train_rows] for name in train_rows[0]}
         train_rows = rows_of(pack_texts(columns, chunk_size=40))
     if stream is not None:
-        train_rows = Dataset.from_list(train_rows).to_iterable_dataset(num_shards=3)
-        if stream == "shuffled":
-            train_rows = train_rows.shuffle(seed=1, buffer_size=7)
+        train_rows = make_stream(train_rows, stream)
     events = _watch_files(folder, at_event)
     _act_at_steps(model, at_step or {})
     _act_while_saving(model, while_saving or {})

@@ -22,6 +22,7 @@ from mlmadapt.training.batches import BatchPlan, training_batches
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 
 @st.composite
@@ -326,7 +327,10 @@ def test_each_step_has_the_rate_of_its_share_of_the_run(
     assert targets(cut) == targets(together) == targets(whole)
 
 
-def test_spawned_workers(rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["list", pytest.param("dataset", marks=pytest.mark.slow)])
+def test_spawned_workers(
+    rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     """What a worker needs can be sent to it, where processes are not forked."""
     spawn = torch.multiprocessing.get_context("spawn")
     for name in ("Process", "Queue", "Event"):
@@ -334,7 +338,78 @@ def test_spawned_workers(rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyP
     plan = BatchPlan(rows=len(rows), batch_size=6)
     collator = WholeWordMaskingCollator(TOKENIZER)
     expected = flatten(training_batches(rows, plan, collator, epoch=0))
-    assert flatten(training_batches(rows, plan, collator, epoch=0, num_workers=1)) == expected
+    given: Any = datasets.Dataset.from_list(rows) if kind == "dataset" else rows
+    assert flatten(training_batches(given, plan, collator, epoch=0, num_workers=1)) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_dataset_gives_the_batches_of_its_rows(
+    rows: list[dict[str, Any]], tmp_path: Path, workers: int, world: int
+) -> None:
+    """To the bit, whatever its format is, of whichever parts it was put together, fillers too."""
+    collator = WholeWordMaskingCollator(TOKENIZER, random_replace_prob=0.2, mask_replace_prob=0.5)
+    plan = BatchPlan(rows=10, batch_size=2, seed=3, world=world, rank=world - 1)
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path)
+    dataset = datasets.Dataset.load_from_disk(tmp_path)
+    dataset = datasets.concatenate_datasets([dataset, dataset.select([0, 3])]).shuffle(seed=1)
+    dataset = dataset.select(range(10))
+    expected = flatten(training_batches(list(dataset), plan, collator, epoch=1))
+    words = [[None if word < 0 else word for word in row["word_ids"]] for row in dataset]
+    without = dataset.remove_columns("word_ids").add_column("word_ids", words)
+    labelled = dataset.add_column("labels", dataset["input_ids"])
+    given = [dataset.with_format(kind) for kind in (None, "torch", "numpy", "arrow")]
+    for each in [*given, without, labelled, dataset.with_transform(dict)]:
+        found = training_batches(each, plan, collator, epoch=1, num_workers=workers)
+        assert flatten(found) == expected
+
+
+class Noting(WholeWordMaskingCollator):
+    """Notes what it is called with."""
+
+    def collate(self, features: Any, **settings: Any) -> Any:
+        """Collate rows."""
+        self.seen = features
+        return super().collate(features, **settings)
+
+
+def test_other_collators_get_rows(rows: list[dict[str, Any]]) -> None:
+    """As the dataset makes them: those of other libraries, and those made from ours."""
+    plan = BatchPlan(rows=len(rows), batch_size=len(rows))
+    dataset = datasets.Dataset.from_list(rows)
+    noting = Noting(TOKENIZER)
+    next(training_batches(dataset, plan, noting, epoch=0))
+    assert sorted(map(repr, noting.seen)) == sorted(map(repr, dataset))
+    seen = []
+
+    def collate(features: list[dict[str, Any]]) -> dict[str, Any]:
+        seen.extend(copy.deepcopy(features))
+        return WholeWordMaskingCollator(TOKENIZER)(features)
+
+    next(training_batches(dataset, plan, collate, epoch=0))
+    assert seen == noting.seen
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("a film", "column 'extra' is not a column of tokens: row 0 is 'a film', of type str"),
+        ([1], r"row 0 has \d+ 'input_ids' but 1 'extra'; all columns must hold one value per"),
+        ([0.5] * 24, "column 'extra' holds float64"),
+    ],
+)
+def test_a_dataset_that_does_not_fit_is_told_as_its_rows_are(
+    rows: list[dict[str, Any]], extra: Any, message: str
+) -> None:
+    """The column, what it holds, and in which row of the batch."""
+    plan = BatchPlan(rows=9, batch_size=4)
+    wrong = [{**row, "extra": extra} for row in rows[:9]]
+    errors = []
+    for form in (wrong, datasets.Dataset.from_list(wrong)):
+        with pytest.raises(ValueError, match=message) as error:
+            next(training_batches(form, plan, WholeWordMaskingCollator(TOKENIZER), epoch=0))
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
 
 
 def test_a_collator_without_labels_is_told(rows: list[dict[str, Any]]) -> None:

@@ -140,6 +140,19 @@ def test_processes_killed_between_steps_end_the_same(tmp_path: Path, world: int)
     assert resume_until_done(tmp_path / "killed", kills=kills, **settings) == whole
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("world", [2, 3])
+def test_parts_resume_in_the_middle_of_an_epoch(tmp_path: Path, world: int) -> None:
+    """To the bit, with dropout, where one part has ended and another has not."""
+    settings = {"stream": "shards", "max_steps": 9, "per_device_train_batch_size": 2}
+    settings |= {"world": world, "eval_strategy": "epoch"}
+    whole = outcome(tmp_path / "whole", **settings)
+    evaluated = [each["step"] for each in whole["history"] if "eval_loss" in each]
+    assert evaluated == [0, {2: 8, 3: 6}[world], 9]
+    kills = [killed(5, rank=world - 1), killed(7)]
+    assert resume_until_done(tmp_path / "killed", kills=kills, **settings) == whole
+
+
 def check_random_plans(tmp_path: Path, count: int, seed: int) -> None:
     """Resume runs of random shapes, killed at random steps."""
     generator = random.Random(seed)  # noqa: S311

@@ -352,7 +352,7 @@ def join_column(name: str, rows: Any) -> Ints:
 
 def _concatenate(name: str, rows: Any) -> npt.NDArray[Any]:
     if not set(map(type, rows)) <= {list}:
-        arrays = [np.atleast_1d(np.asarray(row)) for row in rows if len(row)]
+        arrays = [*map(np.asarray, filter(len, rows))]  # an empty one may be of floats
         return np.concatenate(arrays or [np.empty(0, np.int64)])
     # An attention mask, which comes with every batch, is mostly nothing but ones.
     if name == "attention_mask" and all(row.count(1) == len(row) for row in rows):

@@ -7,30 +7,36 @@ shorter, and a process left without a row for a forward pass that others make ge
 labels are all -100. Rows of mixed lengths can be grouped, so that those of a step are alike: then
 the order is a function of the lengths and of the rows per step too.
 
-A stream keeps its own order. Each process reads all of it and takes its share of every step; to
+A stream keeps its own order. Each process reads all of it and takes its share of every step; or,
+where the stream is split, its own part only, with fillers until all parts are at their end. To
 resume, the rows of finished steps are read and passed over, which is exact for shuffle buffers too
 (their `state_dict` loses rows).
 """
 
 import math
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from itertools import count, islice, pairwise, tee
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
-from mlmadapt._types import Batch, DataCollator, Row, Rows
+from mlmadapt._types import Batch, DataCollator, Rows
+from mlmadapt.data.rows import pad_rows
+from mlmadapt.data.table import table_reader
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.freezing import collate_seeded, purify
 from mlmadapt.masking.seeding import derive_key
 
 Dealt = TypeVar("Dealt")
-# The share of the run done before a row's step, the row's place, whether it counts, and the row.
-Item: TypeAlias = tuple[float, int, bool, Row]
+# The share of the run done before a row's step, the row's place, and whether it counts; and rows,
+# or columns of rows, with one for each.
+Pick: TypeAlias = tuple[float, int, bool]
+Picked: TypeAlias = tuple[list[Pick], Any]
 
 _SORTED_STEPS = 50  # as transformers has it; 97 % of a batch of single sentences is text
 
@@ -47,6 +53,7 @@ class BatchPlan:
         rank: This process.
         world: All processes.
         lengths: Tokens of each row, to group rows by; None for rows in random order.
+        is_split: Whether each process reads a part of a stream that is its own.
     """
 
     rows: int
@@ -56,6 +63,7 @@ class BatchPlan:
     rank: int = 0
     world: int = 1
     lengths: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    is_split: bool = False
 
     @property
     def rows_per_step(self) -> int:
@@ -96,6 +104,9 @@ class BatchPlan:
             '12 to 15 of the stream'
         """
         first, end = step * self.rows_per_step, (step + 1) * self.rows_per_step
+        if self.is_split:
+            first, end = first // self.world, end // self.world
+            return f"{first} to {end - 1} of each of the {self.world} parts of the stream"
         if not self.rows:
             return f"{first} to {end - 1} of the stream"
         rows = self.order(epoch)[first:end].tolist()
@@ -148,6 +159,9 @@ def training_batches(
 ) -> Iterator[tuple[list[Batch], bool]]:
     """Yield this process's batches of each optimizer step, and whether the step ends the epoch.
 
+    Where a stream is split, whether this process's part has ended. Steps of fillers follow without
+    end, as many as the longest part may need.
+
     Masks come from (seed, epoch, row), with the collator's own seed where it has one, and their
     rate from the share of steps that are `done` before theirs, of `total_steps`.
 
@@ -169,7 +183,11 @@ def training_batches(
         for batch in step
     )
     loader = DataLoader(
-        _IndexedRows(dataset),
+        # A subclass may collate rows in a way of its own, as other collators do.
+        _IndexedRows(
+            dataset,
+            as_columns=getattr(type(collator), "collate", None) is WholeWordMaskingCollator.collate,
+        ),
         batch_sampler=told,
         collate_fn=collate,
         num_workers=num_workers,
@@ -185,7 +203,7 @@ def training_batches(
 def _stream_batches(
     dataset: Any,
     plan: BatchPlan,
-    collate: Callable[[list[Item]], Batch],
+    collate: Callable[[Picked], Batch],
     progress: Iterator[float],
     *,
     epoch: int,
@@ -193,21 +211,32 @@ def _stream_batches(
 ) -> Iterator[tuple[list[Batch], bool]]:
     if hasattr(dataset, "set_epoch"):
         dataset.set_epoch(epoch)
-    rows = enumerate(dataset)
-    # Passed over here and now.
-    next(islice(rows, start * plan.rows_per_step, start * plan.rows_per_step), None)
+    # Over all parts, each row has a number of its own, since other collators draw by it.
+    numbers = count(plan.rank, plan.world) if plan.is_split else count()
+    rows = zip(numbers, dataset, strict=False)
+    plan = replace(plan, rank=0, world=1) if plan.is_split else plan
+    passed = islice(rows, start * plan.rows_per_step)
+    first = next(passed, None)
+    deque(passed, maxlen=0)  # passed over here and now
     step = list(islice(rows, plan.rows_per_step))
-    if not step:
+    first = first or next(iter(step), None)
+    if not (first if plan.is_split else step):
         raise ValueError(
             f"train_dataset, a stream, ended before row {start * plan.rows_per_step} of epoch "
             f"{epoch}; it must have rows, and yield the same ones each time it is read"
         )
-    while step:
+    while step or plan.is_split:
         following = list(islice(rows, plan.rows_per_step))
         share = next(progress)
+        passes = plan.deal(step)
+        if first is not None and plan.is_split:  # as many as the others make
+            passes += [[(first, False)]] * (plan.accumulation - len(passes))
         batches = (
-            [(share, index, counts, row) for (index, row), counts in batch]
-            for batch in plan.deal(step)
+            (
+                [(share, index, counts) for (index, _), counts in batch],
+                [row for (_, row), _ in batch],
+            )
+            for batch in passes
         )
         yield [collate(batch) for batch in batches], not following
         step = following
@@ -231,30 +260,40 @@ def count_tokens(batch: Batch) -> int:
 
 
 class _IndexedRows(torch.utils.data.Dataset[Any]):
-    def __init__(self, dataset: Rows) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Rows, *, as_columns: bool) -> None:
+        self.dataset, self.as_columns = dataset, as_columns
 
-    def __getitems__(self, picks: list[tuple[float, int, bool]]) -> list[Item]:
+    @cached_property  # where it is used: to another process, views would go as copies
+    def _read(self) -> Callable[[list[int]], dict[str, list[Any]]] | None:
+        return table_reader(self.dataset) if self.as_columns else None
+
+    def __getitems__(self, picks: list[Pick]) -> Picked:
         indices = [index for _, index, _ in picks]
+        if self._read is not None:
+            return picks, self._read(indices)
         if hasattr(self.dataset, "__getitems__"):
-            rows = self.dataset.__getitems__(indices)
-        else:
-            rows = [self.dataset[index] for index in indices]
-        return [(*pick, row) for pick, row in zip(picks, rows, strict=True)]
+            return picks, self.dataset.__getitems__(indices)
+        return picks, [self.dataset[index] for index in indices]
 
 
-def _collate(items: list[Item], *, data_collator: DataCollator, seed: int, epoch: int) -> Batch:
+def _collate(picked: Picked, *, data_collator: DataCollator, seed: int, epoch: int) -> Batch:
     """Collate rows with the masks of an epoch; a filler counts for nothing."""
-    rows: list[Any] = [row for *_, row in items]
+    picks, rows = picked
+    progress, _, counts = picks[0]
     batch: Mapping[str, Any]
     if isinstance(data_collator, WholeWordMaskingCollator):
         own_seed = seed if data_collator.seed is None else data_collator.seed
         key = derive_key(own_seed, "mask", epoch)
-        batch = data_collator.collate(rows, key=key, progress=items[0][0])
+        if isinstance(rows, dict):
+            masked, lengths = data_collator.mask(rows, key=key, progress=progress)
+            multiple = data_collator.pad_to_multiple_of
+            batch = pad_rows(masked, lengths, data_collator.tokenizer, pad_to_multiple_of=multiple)
+        else:
+            batch = data_collator.collate(rows, key=key, progress=progress)
     else:
-        key = derive_key(seed, "mask", epoch, *(index for _, index, _, _ in items))
+        key = derive_key(seed, "mask", epoch, *(index for _, index, _ in picks))
         batch = collate_seeded(data_collator, rows, key=key)
     tensors = {name: torch.as_tensor(values) for name, values in batch.items()}
-    if not items[0][2]:
+    if not counts:
         tensors["labels"] = torch.full_like(tensors["labels"], -100)
     return tensors

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from mlmadapt.training.config import TrainingConfig
 
@@ -110,6 +110,36 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Outcome]) -> 
         raise outcome[1]
     result: Outcome = outcome[0]
     return result
+
+
+def split_stream(dataset: Any, accelerator: Accelerator) -> tuple[Any, bool]:
+    """Give each process a part of a stream that is its own; tell whether it has one.
+
+    A part is what `split_dataset_by_node` has made of the stream, or as many whole shards as the
+    other processes get. Other streams stay whole.
+
+    Raises:
+        ValueError: If the stream was split for others than these processes, on all of them.
+    """
+    from datasets import IterableDataset  # noqa: PLC0415  # half a second to load
+    from datasets.distributed import split_dataset_by_node  # noqa: PLC0415
+
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if world == 1 or not isinstance(dataset, IterableDataset):
+        return dataset, False
+    given = dataset._distributed  # noqa: SLF001  # nothing else tells
+    parts = gather_object([given and (given.rank, given.world_size)])
+    if parts == [None] * world:
+        if dataset.n_shards % world:
+            return dataset, False
+        return split_dataset_by_node(dataset, rank, world), True
+    if parts != [(each, world) for each in range(world)]:
+        raise ValueError(
+            f"train_dataset is a stream of which the {world} processes have the parts {parts} "
+            "(number, of how many); pass all the whole stream, or give each its own by "
+            "split_dataset_by_node(stream, process_index, num_processes)"
+        )
+    return dataset, True
 
 
 def total(accelerator: Accelerator, masked: int, tokens: int, stop_signal: int) -> torch.Tensor:

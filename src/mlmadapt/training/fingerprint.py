@@ -141,7 +141,10 @@ def _describe_collator(data_collator: Any) -> str:
 
 def _describe_rows(dataset: Any) -> str:
     if not hasattr(dataset, "__len__"):
-        return f"a stream, {type(dataset).__name__}"
+        split = getattr(dataset, "_distributed", None)  # by datasets, for as many processes
+        return f"a stream, {type(dataset).__name__}" + (
+            f", in {split.world_size} parts" if split else ""
+        )
     # A sample spread over all rows: to read a whole large dataset would take longer than to resume.
     places = sorted({i * (len(dataset) - 1) // _ROWS_LOOKED_AT for i in range(_ROWS_LOOKED_AT + 1)})
     return f"{len(dataset)} rows {_digest([sorted(dataset[place].items()) for place in places])}"

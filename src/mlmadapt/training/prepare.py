@@ -32,6 +32,7 @@ from mlmadapt.model.sparse_head import masked_logits
 from mlmadapt.training.batches import BatchPlan, training_batches
 from mlmadapt.training.checkpoint import split_state
 from mlmadapt.training.config import TrainingConfig
+from mlmadapt.training.distributed import split_stream
 from mlmadapt.training.fingerprint import describe_run
 from mlmadapt.training.optimizer import make_optimizer, make_scheduler
 from mlmadapt.training.run import Run, waits_for_metric
@@ -155,10 +156,11 @@ def prepare(
 
     Raises:
         ValueError: If there are no rows, their lengths are not known though they are to be grouped,
-            the collator does not mask, the model cannot be compiled, or the schedule would have no
-            effect.
+            a stream is split for others than these processes, the collator does not mask, the model
+            cannot be compiled, or the schedule would have no effect.
     """
     started = time.perf_counter()
+    train_dataset, is_split = split_stream(train_dataset, accelerator)
     plan = BatchPlan(
         rows=len(train_dataset) if hasattr(train_dataset, "__len__") else 0,
         batch_size=config.per_device_train_batch_size,
@@ -167,10 +169,10 @@ def prepare(
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         lengths=lengths_to_group_by(train_dataset, config),
+        is_split=is_split,
     )
-    total_steps = config.max_steps
-    if config.max_steps < 1:
-        total_steps = math.ceil(config.num_train_epochs * plan.steps_per_epoch)
+    all_steps = math.ceil(config.num_train_epochs * plan.steps_per_epoch)
+    total_steps = config.max_steps if config.max_steps >= 1 else all_steps
     given = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
     model.to(accelerator.device)
     with ExitStack() as undo:

@@ -187,7 +187,7 @@ class Run:
 
     def batches(self) -> Iterator[tuple[list[Batch], bool]]:
         """Yield the batches of each step that is left of this epoch, and whether it is the last."""
-        return training_batches(
+        for batches, ends in training_batches(
             self.train_dataset,
             self.plan,
             self.data_collator,
@@ -196,7 +196,14 @@ class Run:
             done=self.state.step,
             total_steps=self.total_steps,
             num_workers=self.config.dataloader_num_workers,
-        )
+        ):
+            going_on = int(not ends)
+            if self.plan.is_split:  # until all parts are at their end
+                own = torch.tensor(going_on, device=self.accelerator.device)
+                going_on = int(self.accelerator.reduce(own, "sum"))
+            yield batches, not going_on
+            if not going_on:
+                return
 
     def due(self, *, ends_epoch: bool) -> tuple[bool, bool, bool]:
         """Tell whether to log, to evaluate and to save after a step."""

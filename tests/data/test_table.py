@@ -1,0 +1,135 @@
+"""Rows cut out of a table, beside the same rows as the dataset makes them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlmadapt.data.rows import join_rows
+from mlmadapt.data.table import table_reader
+from tests.data.strategies import tables
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.data.strategies import Columns
+
+ROWS = {"input_ids": [[7, 8], [9], [5, 6, 4]], "word_ids": [[0, 1], [0], [-1, None, 2]]}
+
+
+def read_lists(dataset: Any, rows: list[int]) -> dict[str, list[list[int]]] | None:
+    """Read rows, and join them, since the form that they come in is for that."""
+    read = table_reader(dataset)
+    if read is None:
+        return None
+    joined, lengths = join_rows(read(rows))
+    return {
+        name: [row.tolist() for row in np.split(values, np.cumsum(lengths)[:-1])]
+        for name, values in joined.items()
+    }
+
+
+@given(tables(), st.data())
+def test_rows_are_those_of_the_dataset(
+    drawn: tuple[Columns, pa.Table], data: st.DataObject
+) -> None:
+    """In any order and number, of slices and chunks of any types, empty ones too."""
+    _, table = drawn
+    dataset = datasets.Dataset(table)
+    if any(pa.types.is_fixed_size_list(each.type) for each in table.columns):
+        assert table_reader(dataset) is None
+    elif len(dataset):
+        rows = data.draw(st.lists(st.integers(0, len(dataset) - 1), min_size=1, max_size=9))
+        expected, lengths = join_rows({name: dataset[rows][name] for name in table.column_names})
+        found = read_lists(dataset, rows)
+        assert found is not None
+        assert found.keys() == expected.keys()
+        for name, values in expected.items():
+            ends = np.cumsum(lengths)[:-1]
+            assert found[name] == [row.tolist() for row in np.split(values, ends)]
+
+
+@pytest.mark.parametrize("kind", [None, "torch", "numpy", "arrow"])
+def test_rows_are_found_where_a_dataset_was_shuffled(kind: str | None, tmp_path: Path) -> None:
+    """From disk and in several parts, shuffled, selected in one piece or not, in any format."""
+    datasets.Dataset.from_dict(ROWS).save_to_disk(tmp_path)
+    part = datasets.Dataset.load_from_disk(tmp_path)
+    whole = datasets.concatenate_datasets([part, part.select([2, 0]), part])
+    views = [whole, whole.shuffle(seed=1), whole.select(range(2, 6)), whole.select([5, 5, 0, 1])]
+    views += [views[1].select([3, 1]), views[1].shard(2, 1), whole.select(range(4, 0, -1))]
+    for view in views:
+        rows = list(range(len(view)))
+        expected = {
+            name: [[-1 if each is None else each for each in row] for row in view[:][name]]
+            for name in ROWS
+        }
+        assert read_lists(view.with_format(kind), rows) == expected
+
+
+def test_only_columns_that_are_shown_are_read() -> None:
+    """As `with_format(columns=...)` says; labels are never among them."""
+    more = dict.fromkeys(("labels", "extra"), ROWS["input_ids"])
+    dataset = datasets.Dataset.from_dict({**ROWS, **more})
+    shown = dataset.with_format("torch", columns=["word_ids", "input_ids"])
+    every = dataset.with_format("torch", columns=["input_ids"], output_all_columns=True)
+    for each, names in (
+        (dataset, [*ROWS, "extra"]),
+        (shown, [*ROWS]),
+        (every, [*ROWS, "extra"]),
+    ):
+        read = table_reader(each)
+        assert read is not None
+        assert [*read([0])] == names
+    assert table_reader(dataset.with_format("torch", columns=["input_ids"])) is None
+
+
+class Own(datasets.Dataset):
+    """A dataset that makes its rows in a way of its own."""
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        ["a", "b", "c"],
+        [1, 2, 3],
+        [["a"], ["b"], ["c"]],
+        [[0.5], [1.0], [1.5]],
+        [[True], [False], [True]],
+        [[[1]], [[2]], [[3]]],
+        [[1], None, [3]],
+        [[1], [None], [3]],
+    ],
+)
+def test_other_columns_are_left_to_the_dataset(column: list[Any]) -> None:
+    """Whatever a column holds, its rows or an error come from where they always did."""
+    assert table_reader(datasets.Dataset.from_dict({**ROWS, "extra": column})) is None
+
+
+def test_rows_that_are_made_are_left_to_the_dataset() -> None:
+    """By a transform, a class or a list; the table does not tell them."""
+    dataset = datasets.Dataset.from_dict(ROWS)
+    assert table_reader(dataset) is not None
+    assert table_reader(dataset.with_transform(dict)) is None
+    assert table_reader(Own(dataset.data)) is None
+    assert table_reader(list(dataset)) is None
+    for name in ROWS:
+        assert table_reader(dataset.remove_columns(name)) is None
+
+
+def test_no_token_is_copied() -> None:
+    """What is read is the table's own memory, read-only where that is a file."""
+    dataset = datasets.Dataset.from_dict(ROWS).cast_column(
+        "input_ids", datasets.List(datasets.Value("int32"))
+    )
+    read = table_reader(dataset)
+    assert read is not None
+    (chunk,) = dataset.data.column("input_ids").chunks
+    rows = read([2, 0])["input_ids"]
+    assert {type(row) for row in rows} == {np.ndarray}
+    assert all(np.shares_memory(row, chunk.values.to_numpy()) for row in rows)

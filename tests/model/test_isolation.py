@@ -33,7 +33,7 @@ from mlmadapt import (
     tokenize_with_word_ids,
 )
 from mlmadapt.data.rows import document_bounds
-from mlmadapt.model import isolation
+from mlmadapt.model import document_mask, isolation
 from mlmadapt.testing import (
     assert_documents_isolated,
     tiny_corpus,
@@ -457,7 +457,7 @@ def test_a_mask_of_gigabytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     model = build("bert")
     ids = torch.full((2, 16), 7)
     with isolate_documents(model):
-        monkeypatch.setattr(isolation, "MAX_MASK", 1000)
+        monkeypatch.setattr(document_mask, "MAX_MASK", 1000)
         with pytest.raises(ValueError, match="2 rows of 16 tokens needs an attention mask"):
             model(input_ids=ids, document_ids=torch.zeros_like(ids))
 

@@ -21,16 +21,13 @@ from torch import nn
 from mlmadapt._types import Batch, Model
 from mlmadapt.data.rows import document_bounds
 from mlmadapt.model.checks import check_model, position_table, unwrap
+from mlmadapt.model.document_mask import mask_documents
 from mlmadapt.model.sparse_head import (
     SparsePrediction,
     evaluation_mode,
     reset_compiled,
     try_sparse,
 )
-
-MAX_MASK = 2**30
-"""Largest attention mask, in bytes: 2,048 rows of 512 tokens in 16 bits, or 8 of 8,192."""
-
 
 def isolate_documents(model: Model) -> "DocumentIsolation":
     """Let each document of a packed row see itself alone, at the positions that it has alone.
@@ -169,29 +166,15 @@ class DocumentIsolation(AbstractContextManager["DocumentIsolation"]):
     def _make_masks(
         self, documents: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Return what is added to the attention's scores: 0 within a document, else the minimum."""
-        batch, sequence = documents.shape
-        size = batch * sequence**2 * dtype.itemsize
-        if size > MAX_MASK:
-            raise ValueError(
-                f"a batch of {batch} rows of {sequence} tokens needs an attention mask of "
-                f"{size / 2**30:.1f} GiB to keep its documents apart, at most 1 is made; use "
-                "smaller batches, or a smaller chunk_size in pack_texts"
-            )
-        sees = documents[:, None, :, None] == documents[:, None, None, :]
+        """Return the attention mask, or one for each kind of layers."""
         kinds = set(getattr(self._config, "layer_types", None) or ())
         if not kinds - {"full_attention"}:
-            return _as_addend(sees, dtype)
-        places = torch.arange(sequence, device=documents.device)
-        is_near = (places[:, None] - places).abs() <= self._config.sliding_window
+            return mask_documents(documents, dtype)
+        window = self._config.sliding_window
         return {
-            "full_attention": _as_addend(sees, dtype),
-            "sliding_attention": _as_addend(sees & is_near, dtype),
+            "full_attention": mask_documents(documents, dtype),
+            "sliding_attention": mask_documents(documents, dtype, window),
         }
-
-
-def _as_addend(sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
 
 
 def _count_positions(documents: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ from mlmadapt import (
     tokenize_with_word_ids,
 )
 from mlmadapt.data.rows import document_bounds
-from mlmadapt.model import document_mask, isolation
+from mlmadapt.model import isolation
 from mlmadapt.testing import (
     assert_documents_isolated,
     tiny_corpus,
@@ -450,16 +450,6 @@ def test_collators_refuse_documents_that_fall() -> None:
     short = {**row, "document_ids": [0, 1]}
     with pytest.raises(ValueError, match="3 'input_ids' but 2 'document_ids'"):
         WholeWordMaskingCollator(TOKENIZER)([fine, short])
-
-
-def test_a_mask_of_gigabytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch whose mask would pass the limit is refused with its size and the way on."""
-    model = build("bert")
-    ids = torch.full((2, 16), 7)
-    with isolate_documents(model):
-        monkeypatch.setattr(document_mask, "MAX_MASK", 1000)
-        with pytest.raises(ValueError, match="2 rows of 16 tokens needs an attention mask"):
-            model(input_ids=ids, document_ids=torch.zeros_like(ids))
 
 
 def test_rows_without_documents_are_not_touched() -> None:

@@ -10,7 +10,7 @@ gradient checkpointing, which attends again in the backward pass, does so with t
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 MAX_MASK = 2**30
 """Largest attention mask, in bytes: 2,048 rows of 512 tokens in 16 bits, or 8 of 8,192."""
 
-_READING = {"__get__", "dim", "size"}  # attributes, such as the shape, among them
+_READING = {"__get__", "__set__", "dim", "size"}  # attributes, such as the shape, among them
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class DocumentMask(torch.Tensor):
     def __torch_function__(
         cls,
         func: Any,
-        types: Any,  # noqa: ARG003  # torch's signature
+        types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
@@ -79,40 +79,45 @@ class DocumentMask(torch.Tensor):
         if func.__name__ in _READING:
             with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001  # as torch's own code does
                 return func(*args, **kwargs)
-        mask = kwargs.get("attn_mask")
-        if func is scaled_dot_product_attention and isinstance(mask, cls) and len(args) == 3:
-            rows, _, sequence, _ = mask.shape
-            if all(each.shape[::2] == (rows, sequence) for each in args):
-                return mask._attend(*args, **{**kwargs, "attn_mask": None})  # noqa: SLF001  # its own
+        if func is torch.Tensor.detach:  # by gradient checkpointing
+            return args[0]
+        is_attention = func is scaled_dot_product_attention and len(args) == 3
+        # Each batch has groups of other shapes, for which compiled code would be compiled anew.
+        if is_attention and not torch.compiler.is_compiling():
+            mask, options = kwargs["attn_mask"], {**kwargs, "attn_mask": None}
+            shape = (mask.shape[0], args[0].shape[1], mask.shape[2])
+            if all(each.shape[:-1] == shape for each in args):
+                return mask._attend(*args, options)  # noqa: SLF001  # its own
         args, kwargs = tree_map_only(cls, cls._make_dense, (args, kwargs))
         return func(*args, **kwargs)
 
     def _make_dense(self) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return make_dense(self.documents, self.dtype, self.window)
         if self.dense is None:
             self.dense = make_dense(self.documents, self.dtype, self.window)
         return self.dense
 
-    def _attend(self, *inputs: torch.Tensor, attn_mask: None, **options: Any) -> torch.Tensor:  # noqa: ARG002  # the mask itself
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+    ) -> torch.Tensor:
         """Attend to documents in their groups, and lay them back into their rows."""
-        groups, (rows, heads, sequence, _) = self.groups, inputs[0].shape
+        groups, (rows, heads, sequence, _) = self.groups, query.shape
         there, back = (groups.sources, groups.padded), (groups.places, groups.outside)
         sizes = [each.numel() for each in groups.are_tokens]
-        lines = [
-            _Move.apply(each.transpose(1, 2).reshape(rows * sequence, -1), *there, *back).split(sizes)  # type: ignore[no-untyped-call]
-            for each in inputs
-        ]
+        parts = []
+        for each in (query, key, value):
+            line = each.transpose(1, 2).reshape(rows * sequence, -1)
+            parts.append(_Move.apply(line, *there, *back).split(sizes))  # type: ignore[no-untyped-call]
         attended = []
-        for is_token, *parts in zip(groups.are_tokens, *lines, strict=True):
-            split = [
-                part.view(*is_token.shape, each.shape[1], -1).transpose(1, 2)
-                for part, each in zip(parts, inputs, strict=True)
-            ]
-            sees = _sees(is_token, self.window)
-            part = scaled_dot_product_attention(*split, attn_mask=sees, **options)
-            attended.append(part.transpose(1, 2).reshape(is_token.numel(), -1))
+        for is_token, *own in zip(groups.are_tokens, *parts, strict=True):
+            inputs = [part.view(*is_token.shape, heads, -1).transpose(1, 2) for part in own]
+            options["attn_mask"] = _sees(is_token, self.window)
+            output = scaled_dot_product_attention(*inputs, **options)
+            attended.append(output.transpose(1, 2).reshape(is_token.numel(), -1))
         line = _Move.apply(torch.cat(attended), *back, *there)  # type: ignore[no-untyped-call]
-        output: torch.Tensor = line.view(rows, sequence, heads, -1).transpose(1, 2)
-        return output
+        output = line.view(rows, sequence, heads, -1).transpose(1, 2)
+        return cast("torch.Tensor", output)
 
 
 class _Move(torch.autograd.Function):
@@ -149,17 +154,19 @@ def mask_documents(
         ValueError: If it is made, and larger than `MAX_MASK`.
     """
     # Elsewhere the groups, which the host makes, would wait for the device.
-    if documents.device.type != "cpu" or not (documents >= 0).any():
+    groups = _group(documents.numpy()) if documents.device.type == "cpu" else None
+    if groups is None:
         return make_dense(documents, dtype, window)
     rows, sequence = documents.shape
-    empty = torch.zeros((), dtype=dtype).expand(rows, 1, sequence, sequence)
+    empty = torch.empty(rows, 1, sequence, sequence, dtype=dtype, device="meta")
     mask = empty.as_subclass(DocumentMask)
-    mask.documents, mask.window, mask.dense = documents, window, None
-    mask.groups = _group(documents.numpy())
+    mask.documents, mask.window, mask.groups, mask.dense = documents, window, groups, None
     return mask
 
 
-def make_dense(documents: torch.Tensor, dtype: torch.dtype, window: int | None) -> torch.Tensor:
+def make_dense(
+    documents: torch.Tensor, dtype: torch.dtype, window: int | None = None
+) -> torch.Tensor:
     """Return the mask of `mask_documents` in memory.
 
     Raises:
@@ -195,8 +202,8 @@ def _sees(is_token: torch.Tensor, window: int | None) -> torch.Tensor | None:
     return near if sees is None else sees & (near | ~is_token[:, None, :, None])
 
 
-def _group(documents: npt.NDArray[Any]) -> _Groups:
-    """Group documents by length: 2 groups per doubling pad one token for each 6 or so.
+def _group(documents: npt.NDArray[Any]) -> _Groups | None:
+    """Group documents by length, twice per doubling; None if there is none, or one has a hole.
 
     Examples:
         >>> [tuple(each.shape) for each in _group(np.array([[0, 0, 1], [0, 1, 1]])).are_tokens]
@@ -209,13 +216,15 @@ def _group(documents: npt.NDArray[Any]) -> _Groups:
     begins[1:] = (rows[1:] != rows[:-1]) | (own[1:] != own[:-1])
     starts = np.flatnonzero(begins)
     lengths = np.diff(starts, append=len(tokens))
+    if not len(tokens) or (tokens[starts + lengths - 1] - tokens[starts] >= lengths).any():
+        return None
     order = np.argsort(lengths, kind="stable")
     kinds = np.ceil(2 * np.log2(lengths[order]))
     are_tokens, sources = [], []
     for group in np.split(order, np.flatnonzero(np.diff(kinds)) + 1):
         offsets, ends = np.arange(lengths[group[-1]]), lengths[group, None]
         are_tokens.append(offsets < ends)
-        sources.append(tokens[starts[group, None] + np.minimum(offsets, ends - 1)].ravel())
+        sources.append((tokens[starts[group, None]] + np.minimum(offsets, ends - 1)).ravel())
     is_token = np.concatenate([each.ravel() for each in are_tokens])
     source = np.concatenate(sources)
     places = np.zeros(len(numbers), np.int64)

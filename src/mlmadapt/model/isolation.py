@@ -29,6 +29,7 @@ from mlmadapt.model.sparse_head import (
     try_sparse,
 )
 
+
 def isolate_documents(model: Model) -> "DocumentIsolation":
     """Let each document of a packed row see itself alone, at the positions that it has alone.
 
@@ -217,9 +218,9 @@ def _check_isolation(model: Model) -> None:
     """
     bare = unwrap(model)
     config = bare.config.get_text_config()
-    # Long enough to reach out of the window of sliding attention.
+    # Long enough to reach out of the window of sliding attention; two are padded to each other.
     window = getattr(config, "sliding_window", None) or 0
-    sizes = (5, 2 * min(window, 512) + 7, 3)
+    sizes = (6, 2 * min(window, 512) + 7, 8)
     documents = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(config.vocab_size, (2, sum(sizes)), generator=generator)

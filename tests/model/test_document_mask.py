@@ -88,6 +88,24 @@ def test_groups_attend_as_the_dense_mask(
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
 
 
+def test_attention_keeps_its_options() -> None:
+    """Dropout and scale reach the attention of each group."""
+    inputs = torch.randn(3, 1, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    mask = mask_documents(torch.tensor([[0, 0, 0, 1, 1]]), torch.float32)
+    assert not attend(*inputs, attn_mask=mask, dropout_p=1.0).any()
+    output = attend(*inputs, attn_mask=mask, scale=0.0)  # everything counts the same
+    torch.testing.assert_close(output[:, :, 3], inputs[2][:, :, 3:].mean(2))
+
+
+def test_padding_sees_something() -> None:
+    """Scores that are all masked would be NaN in some versions of torch."""
+    is_token = torch.arange(8) < torch.tensor([[6], [8]])
+    for window in (None, 0, 2, 9):
+        sees = document_mask._sees(is_token, window)
+        assert sees is not None
+        assert sees.any(-1).all()
+
+
 def test_padding_is_given_nothing_and_gives_nothing() -> None:
     """Padding has output 0 and no gradient, where the dense mask lets it see itself."""
     documents = torch.tensor([[-1, 0, 0, 1], [0, -1, 1, -1]])

@@ -2,10 +2,11 @@
 
 A model is used on one document at a time. In a row of several it would attend from one to the other
 and see most of them at positions that they never have in use: on single sentences, adapting so ends
-at a perplexity 10 % higher. A mask of shape ``(batch, 1, sequence, sequence)`` and positions that
-begin anew undo that. Much that looks like such a mask leaks (a mask of document numbers, 1 and 0 in
-place of 0 and the lowest number, booleans in eager attention, positions alone), so each model has
-to show on a few made-up documents that it isolates them.
+at a perplexity 10 % higher. A mask of shape ``(batch, 1, sequence, sequence)`` (on a CPU mostly
+without memory, see `document_mask`) and positions that begin anew undo that. Much that looks like
+such a mask leaks (a mask of document numbers, 1 and 0 in place of 0 and the lowest number, booleans
+in eager attention, positions alone), so each model has to show on a few made-up documents that it
+isolates them.
 """
 
 import inspect
@@ -40,8 +41,11 @@ def isolate_documents(model: Model) -> "DocumentIsolation":
 
     The model shows on a few made-up documents that it isolates them, with its attention ("sdpa" or
     "eager"). Of transformers' architectures, ALBERT, BERT, DistilBERT, ELECTRA, RoBERTa and their
-    relatives do, from 5.23 on also ModernBERT and MPNet; DeBERTa does not. The attention mask takes
-    ``batch x sequence x sequence`` numbers, at most 1 GiB.
+    relatives do, from 5.23 on also ModernBERT and MPNet; DeBERTa does not.
+
+    On a CPU with "sdpa", documents of like length attend together, which changes the last bits of
+    their logits with the batch. Elsewhere (on other devices, with "eager", under `torch.compile`)
+    an attention mask of ``batch x sequence x sequence`` numbers is made, at most 1 GiB.
 
     Args:
         model: A masked language model of transformers, bare or with adapters (PEFT); before it is
@@ -53,7 +57,7 @@ def isolate_documents(model: Model) -> "DocumentIsolation":
     Raises:
         ValueError: If the model does not isolate documents, is causal, or is wrapped for several
             devices. In a forward pass, if ``document_ids`` are not of the shape of ``input_ids`` or
-            do not rise along a row, or if the attention mask would be larger than 1 GiB.
+            do not rise along a row, or if an attention mask is made, and larger than 1 GiB.
 
     Source:
         Krell et al. 2021, arXiv:2107.02027 (packing without cross-contamination).

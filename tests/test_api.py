@@ -242,7 +242,7 @@ def test_source(path: Path) -> None:
 def test_source_stays_small() -> None:
     """The library can be read in an afternoon, and its help for tests in a coffee break."""
     for_tests = {path for path in FILES if room_of(path) in {"testing", "_pytest_plugin"}}
-    assert sum(map(lines_of_code, set(FILES) - for_tests)) <= 4777
+    assert sum(map(lines_of_code, set(FILES) - for_tests)) <= 4921
     assert sum(map(lines_of_code, for_tests)) <= 800
 
 
@@ -351,4 +351,4 @@ def test_the_forward_pass_is_two_calls_from_the_function_that_is_called() -> Non
     """The loop stands where a reader looks for it: `accelerate_train`, a step, the model."""
     loop = inspect.getsource(sys.modules[accelerate_train.__module__].take_step)
     assert "take_step(run, batches" in inspect.getsource(accelerate_train)
-    assert "run.wrapped(**inputs)" in loop
+    assert "run.wrapped(**sent.inputs)" in loop

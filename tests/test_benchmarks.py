@@ -67,3 +67,23 @@ print(*claims, sep="\\n")
         pictures.append((tmp_path / name).read_text(encoding="utf-8"))
     assert pictures[0] == pictures[1]
     assert pictures[0].count(">12.3 times: ") == 8
+
+
+def test_a_turn_on_a_device_needs_no_datasets() -> None:
+    """As on machines that lack the library: on tensors made on the spot, packed."""
+    turn = {"contender": "mlmadapt, packed", "steps": 1, "model": "modernbert", "batch": 2}
+    turn |= {"sequence": 32, "attention": "sdpa", "small": True}
+    script = f"""
+import sys
+sys.modules["datasets"] = None
+sys.argv = ["gpu.py", "--turn", {json.dumps(turn)!r}]
+import gpu
+gpu.main()
+"""
+    ended = run_script(
+        [sys.executable, "-W", "ignore", "-c", script], PYTHONPATH=f"{FOLDER}:{':'.join(sys.path)}"
+    )
+    assert ended.returncode == 0, ended.stdout
+    figures = json.loads(ended.stdout.splitlines()[-1])
+    assert figures["speed"] > 0
+    assert figures["flops"] > figures["speed"]

@@ -25,8 +25,9 @@ from mlmadapt import (
     insert_random_mask,
     tokenize_with_word_ids,
 )
-from mlmadapt.model import evaluation
-from mlmadapt.model.evaluation import FrozenCollator, evaluate_rows, is_frozen
+from mlmadapt.model import evaluation, predictor
+from mlmadapt.model.evaluation import FrozenCollator, evaluate_rows, is_frozen, rank_targets
+from mlmadapt.model.predictor import Predictor
 from mlmadapt.model.sparse_head import masked_logits
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
 
@@ -166,7 +167,7 @@ def test_rows_are_sorted_by_length(bert: PreTrainedModel, rows: Rows, form: str)
     widths, firsts = [], []
 
     def record(module: nn.Module, args: Any, kwargs: dict[str, torch.Tensor]) -> None:
-        widths.append(kwargs["attention_mask"].shape[1])
+        widths.append(kwargs["input_ids"].shape[1])
         firsts.append(kwargs["input_ids"][:, 1].tolist())
 
     given: Any = rows
@@ -225,7 +226,7 @@ def test_never_all_logits_at_once(
         batches.append(len(logits))
         return logits
 
-    monkeypatch.setattr(evaluation, "masked_logits", record)
+    monkeypatch.setattr(predictor, "masked_logits", record)
     assert_same(evaluate_mlm(bert, rows, tokenizer=wordpiece, batch_size=35), expected)
     masked = [
         sum(label != -100 for label in row["labels"])
@@ -239,8 +240,8 @@ def test_never_all_logits_at_once(
     found = evaluate_mlm(bert, rows, tokenizer=wordpiece, batch_size=35)
     assert sum(batches) == sum(masked)
     assert 20 < max(batches) <= 40 + max(masked)
-    # The head in multiples of 32; its first two calls compare sparse with full on 4 rows.
-    assert seen[2:] == [-(-batch // 32) * 32 for batch in batches]
+    # The head in multiples of 32; its first six calls compare sparse with full, and masks.
+    assert seen[6:] == [-(-batch // 32) * 32 for batch in batches]
     assert_same(found, expected)
 
 
@@ -370,7 +371,7 @@ def test_ties_go_to_the_lower_id(case: tuple[list[list[float]], int]) -> None:
     """Among equal logits guesses are ordered as by argmax and a stable sort."""
     logits, label = torch.tensor(case[0]), case[1]
     guesses = logits.argsort(dim=1, descending=True, stable=True).tolist()
-    found = evaluation._sum_metrics(logits, torch.full((len(logits),), label))
+    found = evaluation._sum_metrics(*rank_targets(logits, torch.full((len(logits),), label)), {})
     assert found[1] == sum(row[0] == label for row in guesses)
     assert found[1] == (logits.argmax(1) == label).sum()
     assert found[2] == sum(label in row[:5] for row in guesses)
@@ -379,7 +380,8 @@ def test_ties_go_to_the_lower_id(case: tuple[list[list[float]], int]) -> None:
 
 def test_a_broken_model_has_no_accuracy() -> None:
     """NaN logits are no right guesses."""
-    found = evaluation._sum_metrics(torch.full((2, 9), torch.nan), torch.tensor([0, 3]))
+    ranked = rank_targets(torch.full((2, 9), torch.nan), torch.tensor([0, 3]))
+    found = evaluation._sum_metrics(*ranked, {})
     assert found[0].isnan()
     assert found[1:].tolist() == [0, 0, 2]
 
@@ -436,7 +438,7 @@ def test_processes_stay_in_step(
             rows[:count],
             collate=FrozenCollator(tokenizer),
             batch_size=batch_size,
-            sparse=None,
+            predictor=Predictor(device=model.device),
             accelerator=ThreadAccelerator(rank, barrier, mail),
         )
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mlmadapt.model.fill_mask import fill_masks, read_sentences
+from mlmadapt.model.predictor import Predictor
 from mlmadapt.model.sparse_head import SparsePrediction
 from mlmadapt.testing import tiny_model, tiny_tokenizer
 from tests.scripts.short_run import global_states
@@ -37,9 +38,10 @@ def test_the_five_likeliest_words(tokenizer: PreTrainedTokenizerFast, *, is_spar
         model.get_output_embeddings().weight.mul_(50)
     expected = {each: guess(model, tokenizer, each) for each in SENTENCES}
     sparse = SparsePrediction(model) if is_sparse else None
-    assert fill_masks(model, SENTENCES, tokenizer=tokenizer, sparse=sparse) == expected
+    predictor = Predictor(device=model.device, sparse=sparse)
+    assert fill_masks(model, SENTENCES, tokenizer=tokenizer, predictor=predictor) == expected
     own = [each.replace("[MASK]", tokenizer.mask_token) for each in SENTENCES]
-    filled = fill_masks(model, own, tokenizer=tokenizer, sparse=sparse)
+    filled = fill_masks(model, own, tokenizer=tokenizer, predictor=predictor)
     assert list(filled.values()) == list(expected.values())
 
 

@@ -92,6 +92,13 @@ def drop_nothing(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def on_pretend_device(what: str, **arguments: Any) -> Any:
+    """Call a function of `pretend_device`, which changes the process for good."""
+    import pretend_device
+
+    return getattr(pretend_device, what)(**arguments)
+
+
 def digest(model: torch.nn.Module) -> str:
     """Hash all weights, to the bit."""
     state = sorted(model.state_dict().items())
@@ -180,7 +187,7 @@ def train(
         config=TrainingConfig(output_dir=folder, **{**SETTINGS, **settings}),
     )
     return {
-        "weights": None if sharded else digest(model),
+        "weights": digest(model),
         "history": result.history,
         "final": result.final.loss,
         "steps": result.global_step,

@@ -124,10 +124,16 @@ def test_what_is_not_finite_stops_before_the_update(tmp_path: Path, poison: str)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("poison", ["poison gradient", "poison loss"])
-def test_what_is_not_finite_on_one_process_stops_all(tmp_path: Path, poison: str) -> None:
-    """Both raise at the same step, and nobody waits for the other."""
-    ended = start("train", folder=str(tmp_path), world=2, at_step={"1": [[poison, 1]]}, rows=40)
+@pytest.mark.parametrize(
+    ("poison", "logging_steps"), [("poison gradient", 1), ("poison loss", 1), ("poison loss", 100)]
+)
+def test_what_is_not_finite_on_one_process_stops_all(
+    tmp_path: Path, poison: str, logging_steps: int
+) -> None:
+    """Both raise at the same step, be it read at once or later, and nobody waits for the other."""
+    settings = {"rows": 40, "logging_steps": logging_steps, "save_steps": 5}
+    at_step = {"1": [[poison, 1]]}
+    ended = start("train", folder=str(tmp_path), world=2, at_step=at_step, **settings)
     assert ["FloatingPointError" in each.error and "step 1 " in each.error for each in ended] == [
         True,
         True,

@@ -9,12 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import accelerate
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from packaging.version import Version
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from mlmadapt import (
@@ -294,24 +292,11 @@ def test_a_resumed_run_has_the_same_card(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "sharded",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.skipif(
-                Version(accelerate.__version__) < Version("1.15"),
-                reason="FSDP2 on a CPU was not looked into there",
-            ),
-        ),
-    ],
-)
-def test_several_processes_write_one_card(tmp_path: Path, *, sharded: bool) -> None:
-    """All ask the model, which may lie in parts with each, and the first one writes."""
+def test_several_processes_write_one_card(tmp_path: Path) -> None:
+    """All ask the model, and the first one writes."""
     settings = {"rows": 16, "dropout": False, "save_strategy": "no", "fill_mask": PROBES}
     outcome(tmp_path / "one", **settings)
-    outcome(tmp_path / "two", **settings, world=2, per_device_train_batch_size=4, sharded=sharded)
+    outcome(tmp_path / "two", **settings, world=2, per_device_train_batch_size=4)
     one, two = Card(tmp_path / "one"), Card(tmp_path / "two")
     assert two.tables == one.tables
     assert two.text.splitlines()[0] == "---"

@@ -97,6 +97,7 @@ GRID = {
         "per_device_train_batch_size": 5,
     },
     "gradient checkpointing": {"gradient_checkpointing": True},
+    "steps that are read later": {"logging_steps": 100, "save_steps": 3},
     "grouped by length": {"train_sampling_strategy": "group_by_length"},
     "a stream": {"stream": "plain", "max_steps": 7, "per_device_train_batch_size": 5},
     "a shuffled stream": {"stream": "shuffled", "max_steps": 7, "per_device_train_batch_size": 5},
@@ -113,6 +114,16 @@ def test_a_run_killed_between_steps_ends_the_same(tmp_path: Path, name: str) -> 
     assert not whole["randomness_moved"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_compiled_code_killed_between_steps_ends_the_same(tmp_path: Path, precision: str) -> None:
+    """It is made from the same batch by each process, in whatever step that one begins."""
+    settings = {"rows": 21, "torch_compile": True, "mixed_precision": precision, "seconds": 300}
+    whole = outcome(tmp_path / "whole", **settings)
+    kills = [killed(1), killed(5)]
+    assert resume_until_done(tmp_path / "killed", kills=kills, **settings) == whole
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_killed_between_steps_end_the_same(tmp_path: Path, world: int) -> None:
@@ -122,7 +133,8 @@ def test_processes_killed_between_steps_end_the_same(tmp_path: Path, world: int)
     buckets; the DeBERTa has a parameter without gradient, for which DDP would wait in vain.
     """
     architecture = "deberta-v2" if world == 2 else "bert"
-    settings = {**UNEVEN, "world": world, "architecture": architecture}
+    later = {"logging_steps": 100} if world == 2 else {}  # what a step came to is read later
+    settings = {**UNEVEN, "world": world, "architecture": architecture, **later}
     whole = outcome(tmp_path / "whole", **settings)
     kills = [killed(3, rank=world - 1), killed(4)]
     assert resume_until_done(tmp_path / "killed", kills=kills, **settings) == whole

@@ -5,17 +5,21 @@ builds lists first. Here no token is looked at in Python.
 """
 
 import struct
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import chain, pairwise
 from operator import index
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from mlmadapt._types import Features, Ints, Tokenizer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def read_batch(examples: Any) -> Any:
@@ -116,6 +120,17 @@ def row_lengths(name: str, rows: Any) -> Ints:
     return refuse_column(name, seen)
 
 
+def is_dataset(rows: Any) -> "TypeGuard[Dataset]":
+    """Tell whether rows are a `Dataset`, without loading `datasets`, which takes half a second.
+
+    Examples:
+        >>> is_dataset([{"input_ids": [7, 8]}])
+        False
+    """
+    loaded = sys.modules.get("datasets")
+    return loaded is not None and isinstance(rows, loaded.Dataset)
+
+
 def dataset_lengths(dataset: Any) -> Ints | None:
     """Return the number of tokens of each row, or None if rows would have to be read for it.
 
@@ -125,13 +140,12 @@ def dataset_lengths(dataset: Any) -> Ints | None:
         >>> dataset_lengths([{"input_ids": [7, 8]}, {"input_ids": [9]}])
         array([2, 1])
     """
-    from datasets import Dataset  # noqa: PLC0415  # half a second to load
-
-    if not isinstance(dataset, (Dataset, list, tuple)):
+    in_table = is_dataset(dataset)
+    if not in_table and not isinstance(dataset, (list, tuple)):
         return None
-    names = dataset.column_names if isinstance(dataset, Dataset) else dataset[0]
+    names = dataset.column_names if in_table else dataset[0]
     name = "input_ids" if "input_ids" in names else "masked_input_ids"
-    if not isinstance(dataset, Dataset):
+    if not in_table:
         return row_lengths(name, [row[name] for row in dataset])
     if name not in names:  # a transform makes it
         return None

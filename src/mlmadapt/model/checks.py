@@ -7,12 +7,12 @@ assert on a GPU.
 from collections.abc import Mapping
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlmadapt._types import DataCollator, Model, Rows, Tokenizer
+from mlmadapt.data.rows import is_dataset
 
 
 def check_model(model: Model) -> None:
@@ -144,7 +144,7 @@ def _measure(name: str, dataset: Rows) -> tuple[int, int]:
     if column not in columns:
         raise ValueError(f"{name} has {columns}, without 'input_ids'; tokenize the documents first")
     # A transform may make the column when a row is read.
-    if not isinstance(dataset, datasets.Dataset) or column not in dataset.column_names:
+    if not is_dataset(dataset) or column not in dataset.column_names:
         rows = [dataset[place][column] for place in range(len(dataset))]
         return max(map(len, rows)), max((int(max(row)) for row in rows if len(row)), default=0)
     # In the order of the table: to follow the indices of `shuffle` and `select` takes 80 times as

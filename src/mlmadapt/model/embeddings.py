@@ -21,7 +21,7 @@ from mlmadapt._types import Model, Tokenizer
 from mlmadapt.data.rows import check_count
 from mlmadapt.data.vocabulary import add_words
 from mlmadapt.model.checks import check_model, unwrap
-from mlmadapt.model.sparse_head import evaluation_mode
+from mlmadapt.model.mode import evaluation_mode
 
 
 def extend_vocabulary(

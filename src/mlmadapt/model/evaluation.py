@@ -19,13 +19,8 @@ from mlmadapt._types import Batch, DataCollator, Model, Row, Rows, Tokenizer
 from mlmadapt.data.rows import dataset_lengths, document_bounds, join_rows, pad_rows, to_columns
 from mlmadapt.masking.freezing import insert_random_mask
 from mlmadapt.model.checks import check_model, check_rows
-from mlmadapt.model.isolation import set_hooks
-from mlmadapt.model.sparse_head import (
-    SparsePrediction,
-    evaluation_mode,
-    masked_logits,
-    predict_at,
-)
+from mlmadapt.model.mode import evaluation_mode
+from mlmadapt.model.predictor import Predictor, predicting
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -136,13 +131,13 @@ def evaluate_mlm(
     check_frozen(model, dataset, tokenizer=tokenizer, batch_size=batch_size)
     collate = FrozenCollator(tokenizer)
     probe = collate([dataset[row] for row in range(min(4, len(dataset)))])
-    with set_hooks(model, probe, is_packed="document_ids" in probe) as sparse:
+    with predicting(model, probe, is_packed="document_ids" in probe) as predictor:
         return evaluate_rows(
             model,
             dataset,
             collate=collate,
             batch_size=batch_size,
-            sparse=sparse,
+            predictor=predictor,
             accelerator=accelerator,
         )
 
@@ -245,7 +240,7 @@ def sum_rows(
     collate: Callable[[list[Row]], Batch],
     measure: Callable[..., torch.Tensor],
     batch_size: int,
-    sparse: SparsePrediction | None,
+    predictor: Predictor,
     accelerator: "Accelerator | None" = None,
 ) -> list[float]:
     """Sum what is measured at the targets of all batches that `collate` makes, of all processes."""
@@ -262,7 +257,7 @@ def sum_rows(
         # Without one of its own, each iterator would move torch's global generator.
         generator=torch.Generator(),
     )
-    parts = _split(loader, model, is_sparse=sparse is not None)
+    parts = _split(loader, model, is_sparse=predictor.sparse is not None)
     filler = collate([dataset[0]])
     filler["labels"].fill_(-100)
     # In 64 bits, so that the order of the batches makes no difference.
@@ -276,19 +271,11 @@ def sum_rows(
                 is_left = bool(accelerator.gather(torch.tensor([is_left], device=device)).any())
             if not is_left:
                 break
-            inputs = {name: values.to(device) for name, values in (part or filler).items()}
-            positions = inputs["labels"] != -100
-            targets = {name: inputs.pop(name)[positions] for name in _TARGETS if name in inputs}
-            with predict_at(sparse, positions):
-                logits = masked_logits(model(**inputs), positions)
-            sums = sums + measure(logits, **targets)
+            part = part or filler
+            sums = sums + measure(*rank_targets(*predictor(model, part)), part)
     if accelerator is not None and world > 1:
         sums = accelerator.reduce(sums.to(device), "sum").cpu()
     return list(sums.tolist())
-
-
-# Columns of a batch that are not the model's.
-_TARGETS = ("labels", "words", "sizes")
 
 
 def _split(batches: Iterable[Batch], model: Model, *, is_sparse: bool) -> Iterator[Batch]:
@@ -302,10 +289,9 @@ def _split(batches: Iterable[Batch], model: Model, *, is_sparse: bool) -> Iterat
         yield from (dict(zip(batch, values, strict=True)) for values in zip(*columns, strict=True))
 
 
-def _sum_metrics(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    losses, guessed_before = rank_targets(logits, labels)
+def _sum_metrics(losses: torch.Tensor, guessed_before: torch.Tensor, _: Batch) -> torch.Tensor:
     correct, top5_correct = (guessed_before < 1).sum(), (guessed_before < 5).sum()
-    return torch.stack([losses.sum(), correct, top5_correct, torch.tensor(len(labels))])
+    return torch.stack([losses.sum(), correct, top5_correct, torch.tensor(len(losses))])
 
 
 def rank_targets(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -316,8 +302,9 @@ def rank_targets(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tens
     # not "greater", since nothing is greater than NaN.
     is_lower_id = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
     guessed_before = (~(logits <= true) | ((logits == true) & is_lower_id)).sum(1)
-    # On the CPU, since not every device has 64 bits.
-    return losses.cpu().double(), guessed_before.cpu()
+    # In one copy, the only wait; in 64 bits on the CPU, since not every device has them.
+    found = torch.stack([losses, guessed_before.to(losses.dtype)]).cpu()
+    return found[0].double(), found[1]
 
 
 def as_log(metrics: MaskedLMMetrics, name: str) -> Mapping[str, float]:

@@ -7,7 +7,8 @@ import torch
 
 from mlmadapt._types import Model, Row, Tokenizer
 from mlmadapt.data.tokenization import tokenize_with_word_ids
-from mlmadapt.model.sparse_head import SparsePrediction, evaluation_mode, masked_logits, predict_at
+from mlmadapt.model.mode import evaluation_mode
+from mlmadapt.model.predictor import Predictor
 
 
 def read_sentences(sentences: Sequence[str], tokenizer: Tokenizer) -> list[Row]:
@@ -46,7 +47,7 @@ def fill_masks(
     sentences: Sequence[str],
     *,
     tokenizer: Tokenizer,
-    sparse: SparsePrediction | None = None,
+    predictor: Predictor | None = None,
 ) -> dict[str, str]:
     """Return for each sentence the five likeliest tokens for its mask, with their probabilities.
 
@@ -58,15 +59,13 @@ def fill_masks(
         >>> fill_masks(tiny_model(tokenizer), ["a [MASK] film"], tokenizer=tokenizer)
         {'a [MASK] film': '...%, ...%, ...%, ...%, ...%'}
     """
-    filled = {}
+    filled, predictor = {}, predictor or Predictor(device=model.device)
     for sentence, row in zip(sentences, read_sentences(sentences, tokenizer), strict=True):
-        inputs = {
-            name: torch.from_numpy(values.astype(np.int64))[None].to(model.device)
-            for name, values in row.items()
-        }
-        positions = inputs["input_ids"] == tokenizer.mask_token_id
-        with evaluation_mode(model), predict_at(sparse, positions):
-            chances = masked_logits(model(**inputs), positions).softmax(-1)
+        batch = {name: torch.from_numpy(each.astype(np.int64))[None] for name, each in row.items()}
+        is_mask = batch["input_ids"] == tokenizer.mask_token_id
+        batch["labels"] = batch["input_ids"].masked_fill(~is_mask, -100)
+        with evaluation_mode(model):
+            chances = predictor(model, batch)[0].softmax(-1)
         best = chances[0].topk(5)
         filled[sentence] = ", ".join(
             f"{str(tokenizer.decode([token])).strip()} {chance:.1%}"

@@ -10,8 +10,8 @@ isolates them.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from threading import get_ident
 from typing import Any
 
@@ -19,16 +19,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from mlmadapt._types import Batch, Model
+from mlmadapt._types import Model
 from mlmadapt.data.rows import document_bounds
 from mlmadapt.model.checks import check_model, position_table, unwrap
 from mlmadapt.model.document_mask import mask_documents
-from mlmadapt.model.sparse_head import (
-    SparsePrediction,
-    evaluation_mode,
-    reset_compiled,
-    try_sparse,
-)
+from mlmadapt.model.mode import evaluation_mode, reset_compiled
 
 
 def isolate_documents(model: Model) -> "DocumentIsolation":
@@ -73,19 +68,6 @@ def isolate_documents(model: Model) -> "DocumentIsolation":
         True
     """
     return DocumentIsolation(model)
-
-
-@contextmanager
-def set_hooks(model: Model, probe: Batch, *, is_packed: bool) -> Iterator[SparsePrediction | None]:
-    """Keep documents apart, if rows are packed, and predict masked positions only, if that works.
-
-    Raises:
-        ValueError: As `isolate_documents` and `try_sparse` do.
-    """
-    with isolate_documents(model) if is_packed else nullcontext():
-        sparse = try_sparse(model, probe)
-        with sparse or nullcontext():
-            yield sparse
 
 
 class DocumentIsolation(AbstractContextManager["DocumentIsolation"]):
@@ -192,7 +174,7 @@ def _count_positions(documents: torch.Tensor) -> torch.Tensor:
     places = torch.arange(documents.shape[1], device=documents.device)
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return places - torch.where(begins, places, 0).cummax(1).values
+    return places - places.expand_as(documents).masked_fill(~begins, 0).cummax(1).values
 
 
 def _read_documents(

@@ -82,13 +82,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         is_target = labels != -100
-        targets = labels.where(is_target, 0)
+        targets = labels.masked_fill(~is_target, 0)
         ctx.rows = max(1, _LOGITS_AT_ONCE // logits.shape[1])
         # Of no rows, `split` makes one part of none.
         totals = torch.cat([part.logsumexp(1) for part in torch.split(logits, ctx.rows)])
         ctx.save_for_backward(logits, targets, is_target, totals)
         true = logits.gather(1, targets[:, None])[:, 0]
-        return torch.where(is_target, totals - true, 0.0).sum()
+        # Not `torch.where`, which would copy the number to the device, and wait.
+        return (totals - true).masked_fill(~is_target, 0.0).sum()
 
     @staticmethod
     @once_differentiable

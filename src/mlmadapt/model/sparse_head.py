@@ -7,7 +7,7 @@ gives the same loss and the same gradients for less than a fifth of the head's t
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from threading import get_ident
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from mlmadapt._types import Model
 from mlmadapt.model.checks import check_model, unwrap
+from mlmadapt.model.mode import evaluation_mode, reset_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +70,8 @@ def sparse_prediction(model: Model) -> "SparsePrediction":
     return SparsePrediction(model)
 
 
-class _Masked(NamedTuple):
-    """The masked positions of a forward pass.
+class MaskedPositions(NamedTuple):
+    """The masked positions of a batch.
 
     Attributes:
         shape: ``(batch, sequence)``.
@@ -86,8 +87,10 @@ class _Masked(NamedTuple):
     num_items: torch.Tensor | int | None = None
 
     @classmethod
-    def of(cls, positions: torch.Tensor, num_items: torch.Tensor | int | None = None) -> "_Masked":
-        # The only wait for the device; indexing with booleans twice would wait twice.
+    def of(
+        cls, positions: torch.Tensor, num_items: torch.Tensor | int | None = None
+    ) -> "MaskedPositions":
+        """Find the positions that are True; on a device, the host waits for it once."""
         indices = positions.flatten().nonzero().squeeze(1)
         spare = -len(indices) % POSITION_MULTIPLE
         return cls(positions.shape, nn.functional.pad(indices, (0, spare)), len(indices), num_items)
@@ -103,8 +106,8 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
     def __init__(self, model: Model) -> None:
         _check_architecture(model)
         # Per thread, since `DataParallel` calls replicas with the same hooks at the same time.
-        self._masked: dict[int, _Masked] = {}
-        self._asked: _Masked | None = None
+        self._masked: dict[int, MaskedPositions] = {}
+        self._asked: MaskedPositions | None = None
         self._hooks = [
             model.register_forward_pre_hook(self._take_labels, with_kwargs=True),
             # Runs after a failed forward pass too, so that it leaves nothing behind.
@@ -132,11 +135,11 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
         self.remove()
 
     @contextmanager
-    def at(self, positions: torch.Tensor) -> Iterator[None]:
+    def at(self, positions: torch.Tensor | MaskedPositions) -> Iterator[None]:
         """Predict at `positions` only inside the block, in any mode and without labels.
 
         Args:
-            positions: Booleans of shape ``(batch, sequence)``.
+            positions: Booleans of shape ``(batch, sequence)``, or what was found of them.
 
         Returns:
             A context manager. Inside it, logits have shape ``(1, positions that are True,
@@ -149,7 +152,7 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
             ...     model(input_ids=ids).logits.shape[:2]
             torch.Size([1, 1])
         """
-        self._asked = _Masked.of(positions)
+        self._asked = find_positions(positions)
         try:
             yield
         finally:
@@ -165,7 +168,7 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
             return None
         # The model does not get this: the few that know it would divide by it themselves.
         num_items = kwargs.pop("num_items_in_batch", None)
-        masked = self._masked[get_ident()] = _Masked.of(labels != -100, num_items)
+        masked = self._masked[get_ident()] = MaskedPositions.of(labels != -100, num_items)
         targets = labels.flatten()[masked.indices]
         targets[masked.number :] = -100
         return args, {**kwargs, "labels": targets[None]}
@@ -210,12 +213,6 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
         return tuple(values) if is_tuple else output
 
 
-def reset_compiled(model: nn.Module) -> None:
-    """Forget what was compiled without a model's new hooks, and would go on without them."""
-    if any(hasattr(each, "_orig_mod") or each._compiled_call_impl for each in model.modules()):  # noqa: SLF001
-        torch.compiler.reset()
-
-
 def try_sparse(model: Model, probe: Mapping[str, torch.Tensor]) -> SparsePrediction | None:
     """Return the model's sparse head if it gives what the full head gives on a few rows of a batch.
 
@@ -224,9 +221,9 @@ def try_sparse(model: Model, probe: Mapping[str, torch.Tensor]) -> SparsePredict
     Raises:
         ValueError: If the full head does not predict a token at each place, or predicts NaN.
     """
-    inputs = {name: values[:4].to(model.device) for name, values in probe.items()}
-    labels = inputs.pop("labels")
-    positions = labels != -100
+    few = {name: values[:4] for name, values in probe.items()}
+    labels, positions = few["labels"], few["labels"] != -100
+    inputs = {name: few[name].to(model.device) for name in few if name != "labels"}
     with ExitStack() as undo, evaluation_mode(model):
         try:
             sparse = undo.enter_context(SparsePrediction(model))
@@ -269,49 +266,33 @@ def _check_outputs(model: Model, outputs: Any, labels: torch.Tensor) -> None:
         )
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch off dropout and gradients inside the block; each module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training
+def find_positions(positions: torch.Tensor | MaskedPositions) -> MaskedPositions:
+    """Find the masked positions, unless that was done."""
+    return MaskedPositions.of(positions) if isinstance(positions, torch.Tensor) else positions
 
 
-def predict_at(
-    sparse: SparsePrediction | None, positions: torch.Tensor
-) -> AbstractContextManager[None]:
-    """Predict at `positions` only inside the block, if the model has a sparse head."""
-    return nullcontext() if sparse is None else sparse.at(positions)
-
-
-def masked_logits(outputs: Any, positions: torch.Tensor) -> torch.Tensor:
+def masked_logits(outputs: Any, positions: torch.Tensor | MaskedPositions) -> torch.Tensor:
     """Return the logits at `positions` in 32 bits, of shape ``(masked, vocabulary)``.
 
     Args:
         outputs: A model's output, with logits of all positions or, by `predict_at`, of these only.
             A tuple has no loss in it.
-        positions: Booleans of shape ``(batch, sequence)``; on the CPU, they need no wait for the
-            device.
+        positions: Booleans of shape ``(batch, sequence)``, or what was found of them.
     """
     logits: torch.Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
     picked = logits.flatten(0, -2)
     if logits.shape[:-1] == positions.shape:
-        indices = positions.flatten().nonzero().squeeze(1).to(logits.device)
-        picked = picked.index_select(0, indices)
+        masked = find_positions(positions)
+        picked = picked.index_select(0, masked.indices[: masked.number].to(logits.device))
     return picked.float()
 
 
 def round_up(positions: torch.Tensor) -> torch.Tensor:
     """Add positions without a target, which count for nothing, up to a `POSITION_MULTIPLE`."""
-    # `_Masked.of` rounds up too, but at the end, so that a view of the logits leaves out what it
-    # added and users get the masked positions only. The loop computes its loss outside of the
-    # model, where the backward pass of that view would copy all logits' gradients, so it asks for
-    # positions that need no rounding. One order for both would change the order of sums.
+    # `MaskedPositions.of` rounds up too, but at the end, so that a view of the logits leaves out
+    # what it added and users get the masked positions only. The loop computes its loss outside of
+    # the model, where the backward pass of that view would copy all logits' gradients, so it asks
+    # for positions that need no rounding. One order for both would change the order of sums.
     filled = positions.flatten().clone()
     others = (~filled).nonzero().squeeze(1)
     filled[others[: -int(filled.sum()) % POSITION_MULTIPLE]] = True

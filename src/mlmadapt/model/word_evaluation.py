@@ -14,8 +14,8 @@ import torch
 
 from mlmadapt._types import Batch, Ints, Model, Row, Rows, Tokenizer
 from mlmadapt.data.rows import join_rows, pad_rows
-from mlmadapt.model.evaluation import FrozenCollator, check_frozen, rank_targets, sum_rows
-from mlmadapt.model.isolation import set_hooks
+from mlmadapt.model.evaluation import FrozenCollator, check_frozen, sum_rows
+from mlmadapt.model.predictor import predicting
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -89,14 +89,14 @@ def evaluate_words(
             "column out of remove_columns"
         )
     probe = FrozenCollator(tokenizer)([dataset[row] for row in range(min(4, len(dataset)))])
-    with set_hooks(model, probe, is_packed="document_ids" in probe) as sparse:
+    with predicting(model, probe, is_packed="document_ids" in probe) as predictor:
         loss, right, size, count = sum_rows(
             model,
             dataset,
             collate=_WordCollator(tokenizer),
             measure=_sum_words,
             batch_size=batch_size,
-            sparse=sparse,
+            predictor=predictor,
             accelerator=accelerator,
         )
     if not count:
@@ -144,11 +144,9 @@ class _WordCollator:
         return pad_rows(joined, lengths, self.tokenizer)["labels"]
 
 
-def _sum_words(
-    logits: torch.Tensor, labels: torch.Tensor, words: torch.Tensor, sizes: torch.Tensor
-) -> torch.Tensor:
-    losses, guessed_before = rank_targets(logits, labels)
-    numbers = words.cpu().numpy()
+def _sum_words(losses: torch.Tensor, guessed_before: torch.Tensor, batch: Batch) -> torch.Tensor:
+    is_target = batch["labels"] != -100
+    numbers, sizes = batch["words"][is_target].numpy(), batch["sizes"][is_target]
     count, wrong = (len(np.unique(each)) for each in (numbers, numbers[guessed_before.numpy() > 0]))
     sums = [float(losses.sum()), count - wrong, int(sizes.sum()), count]
     return torch.tensor(sums, dtype=torch.float64)

@@ -66,7 +66,7 @@ def assert_same_loss(
     __tracebackhide__ = True
     import torch
 
-    from mlmadapt.model.sparse_head import evaluation_mode, masked_logits
+    from mlmadapt.model import mode, sparse_head
 
     device = next(model.parameters()).device
     step = {name: torch.as_tensor(values).to(device) for name, values in batch.items()}
@@ -78,7 +78,7 @@ def assert_same_loss(
     def exact_loss(model: Any, part: dict[str, torch.Tensor], count: int) -> torch.Tensor:
         labels = part.pop("labels")
         targets = labels[labels != -100]
-        logits = masked_logits(model(**part), labels != -100)
+        logits = sparse_head.masked_logits(model(**part), labels != -100)
         return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / count
 
     def measure(loss_of: Any, part: dict[str, torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
@@ -90,7 +90,7 @@ def assert_same_loss(
         return loss.item(), [torch.zeros_like(w) if g is None else g for g, w in filled]
 
     parts = {f"row {row}": slice(row, row + 1) for row in range(len(step["labels"]))}
-    with evaluation_mode(model), torch.enable_grad():
+    with mode.evaluation_mode(model), torch.enable_grad():
         model.training = True  # at the top alone, where hooks and heads look it up
         for name, rows in {"the whole batch": slice(None), **parts}.items():
             part = {column: values[rows] for column, values in step.items()}

@@ -77,6 +77,12 @@ class TrainingConfig:
         early_stopping_patience: Stop after this many evaluations without a better one.
         gradient_checkpointing: Compute activations again in the backward pass, which takes less
             memory and about a third more time.
+        torch_compile: Train with compiled code: encoder and head become a graph each. It takes a
+            minute before the first step, and is for GPUs: on a CPU, a step of DistilBERT's size
+            took 1.08 times as long. Evaluation stays as it is.
+        torch_compile_backend: A backend of ``torch.compile``; None for its default, which needs a
+            C++ compiler on a CPU.
+        torch_compile_mode: ``"default"``, ``"reduce-overhead"`` or ``"max-autotune"``.
         logging_steps: Optimizer steps between entries of the history and the trackers, beside those
             at each evaluation; a value below 1 is a share of all steps. The default makes 50
             entries, of a short run as of a long one, where a fixed 500 steps may make none.
@@ -132,6 +138,9 @@ class TrainingConfig:
     load_best_model_at_end: bool = False
     early_stopping_patience: int | None = None
     gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    torch_compile_backend: str | None = None
+    torch_compile_mode: str | None = None
     logging_steps: float = 0.02
     report_to: _Names = "none"
     dataloader_num_workers: int = 0

@@ -11,15 +11,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import broadcast_object_list
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from mlmadapt.training.config import TrainingConfig
 
@@ -115,38 +112,12 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Outcome]) -> 
     return result
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Tell whether a model was given to FSDP2's ``fully_shard``."""
-    # Its parameters are plain tensors between a forward pass and the next backward pass.
-    return any(isinstance(each, FSDPModule) for each in model.modules())
-
-
-def reshard(model: nn.Module) -> None:
-    """Have FSDP2 hold shards again: after a forward pass without a backward pass it does not."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def synchronize(
-    accelerator: Accelerator, model: nn.Module, *, now: bool
-) -> AbstractContextManager[object]:
-    """Average gradients over the processes after this backward pass, or put it off."""
-    if is_sharded(model):
-        model.set_requires_gradient_sync(now)  # type: ignore[operator]  # FSDPModule's
-        return nullcontext()
-    context: AbstractContextManager[object] = nullcontext() if now else accelerator.no_sync(model)
-    return context
-
-
-def agree(
-    accelerator: Accelerator, masked: int, tokens: int, stop_signal: int
-) -> tuple[int, int, int]:
-    """Sum the counts over all processes, and tell all of a signal that one has noted."""
-    if accelerator.num_processes == 1:
-        return masked, tokens, stop_signal
+def total(accelerator: Accelerator, masked: int, tokens: int, stop_signal: int) -> torch.Tensor:
+    """Sum the counts over all processes; behind them comes the signal that each has noted."""
     signals = [0] * accelerator.num_processes
     signals[accelerator.process_index] = stop_signal
-    counts = torch.tensor([masked, tokens, *signals], device=accelerator.device)
-    masked, tokens, *signals = accelerator.reduce(counts, "sum").tolist()
-    return masked, tokens, max(signals)
+    counts = torch.tensor([masked, tokens, *signals])
+    if accelerator.num_processes == 1:
+        return counts
+    counts = counts.to(accelerator.device)
+    return accelerator.reduce(counts, "sum")  # type: ignore[no-any-return]

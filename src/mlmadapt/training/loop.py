@@ -7,6 +7,7 @@ weights, moments and a few counts.
 
 import logging
 from collections.abc import Mapping  # noqa: TC003  # for those who ask for the types
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +26,7 @@ from mlmadapt.training.prepare import check_run, prepare
 from mlmadapt.training.result import TrainingResult
 from mlmadapt.training.run import Run, waits_for_metric
 from mlmadapt.training.signals import Signals
-from mlmadapt.training.step import take_step
+from mlmadapt.training.step import settle, take_step
 from mlmadapt.training.tracking import log, log_loss, show_metrics, show_step
 
 logger = logging.getLogger(__name__)
@@ -143,11 +144,17 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
             evaluate(run)
         while not run.is_done:
             for batches, ends_epoch in run.batches():
-                stop_signal = take_step(run, batches, stop_signal=signals.noted)
-                if accelerator.num_processes == 1:  # several agree within the next step
-                    stop_signal = signals.noted
-                show_step(run)
+                take_step(run, batches, stop_signal=signals.noted)
                 logs, evaluates, saves = run.due(ends_epoch=ends_epoch)
+                # Read behind the device, unless something is to be told now.
+                may_wait = logs or saves or run.state.step == 1
+                settle(run, leave=0 if may_wait else 1)
+                # Several processes agree in the steps that follow.
+                several = accelerator.num_processes > 1
+                stop_signal = run.stop_signal if several else signals.noted
+                if stop_signal:
+                    settle(run)
+                show_step(run)
                 if logs:
                     log_loss(run)
                 if evaluates:
@@ -189,14 +196,15 @@ def evaluate(run: Run) -> None:
     found = {}
     for place, (name, rows) in enumerate(run.eval_sets.items()):
         collator = None if is_frozen(rows) else run.data_collator
-        metrics = found[name] = evaluate_rows(
-            run.model,
-            rows,
-            collate=FrozenCollator(run.tokenizer, collator, run.config.seed),
-            batch_size=run.config.per_device_eval_batch_size,
-            sparse=run.sparse,
-            accelerator=run.accelerator,
-        )
+        with in_plain_code(run):
+            metrics = found[name] = evaluate_rows(
+                run.model,
+                rows,
+                collate=FrozenCollator(run.tokenizer, collator, run.config.seed),
+                batch_size=run.config.per_device_eval_batch_size,
+                predictor=run.predictor,
+                accelerator=run.accelerator,
+            )
         log(run, as_log(metrics, name))
         if place == 0:
             run.state.evaluations.append((run.state.step, metrics))
@@ -210,7 +218,13 @@ def evaluate(run: Run) -> None:
 def fill_in(run: Run) -> dict[str, str]:
     """Have the model fill in the masks of the settings' sentences, on every process."""
     sentences = run.config.fill_mask
-    return fill_masks(run.model, sentences, tokenizer=run.tokenizer, sparse=run.sparse)
+    with in_plain_code(run):
+        return fill_masks(run.model, sentences, tokenizer=run.tokenizer, predictor=run.predictor)
+
+
+def in_plain_code(run: Run) -> AbstractContextManager[object]:
+    """Leave compiled code aside: rows to evaluate have many shapes, and figures stay the same."""
+    return torch.compiler.set_stance("force_eager") if run.config.torch_compile else nullcontext()
 
 
 def save_checkpoint(run: Run) -> None:

@@ -45,7 +45,7 @@ def write_model_card(run: Run, *, filled: Mapping[str, str]) -> None:
         name = PurePath(name).name
     base, dataset = hub_name(model.name_or_path or ""), hub_name(name) if "/" in name else None
     is_peft = hasattr(model, "peft_config")
-    kind = type(unwrap(model)).__name__.removeprefix("FSDP")
+    kind = type(unwrap(model)).__name__
     title = f"{base or kind}, adapted to {name or 'a domain'}"
     evaluations = []
     for each in run.eval_sets:

@@ -9,12 +9,11 @@ from pathlib import Path
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from mlmadapt._types import Model, Tokenizer
 from mlmadapt.training.checkpoint import clear, find_checkpoints
 from mlmadapt.training.config import TrainingConfig
-from mlmadapt.training.distributed import is_sharded, on_main_process
+from mlmadapt.training.distributed import on_main_process
 
 
 @contextmanager
@@ -57,16 +56,12 @@ def save_model(
     Raises:
         OSError: If the model could not be saved; `save_pretrained` alone does not always say so.
     """
-    state = None
-    if is_sharded(model):  # gathering the shards takes every process
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(model, options=options)
 
     def write() -> list[str]:
         building = folder / ".model.tmp"
         shutil.rmtree(building, ignore_errors=True)
         try:
-            model.save_pretrained(building, state_dict=state)
+            model.save_pretrained(building)
             tokenizer.save_pretrained(building)
             if not any(building.rglob("*.safetensors")):
                 raise OSError("no weights were written")  # noqa: TRY301  # told below

@@ -17,7 +17,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, tqdm
 from torch import nn
-from transformers import get_scheduler
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
 from mlmadapt.data.rows import dataset_lengths
@@ -26,17 +27,19 @@ from mlmadapt.masking.freezing import check_masks
 from mlmadapt.model.checks import check_collator, check_model, check_rows
 from mlmadapt.model.evaluation import is_frozen
 from mlmadapt.model.fill_mask import read_sentences
-from mlmadapt.model.isolation import set_hooks
-from mlmadapt.model.sparse_head import SparsePrediction, masked_logits, predict_at
+from mlmadapt.model.predictor import Predictor, predicting
+from mlmadapt.model.sparse_head import masked_logits
 from mlmadapt.training.batches import BatchPlan, training_batches
 from mlmadapt.training.checkpoint import split_state
 from mlmadapt.training.config import TrainingConfig
-from mlmadapt.training.distributed import is_sharded, reshard
 from mlmadapt.training.fingerprint import describe_run
+from mlmadapt.training.optimizer import make_optimizer, make_scheduler
 from mlmadapt.training.run import Run, waits_for_metric
 from mlmadapt.training.tracking import tracking
 
 logger = logging.getLogger(__name__)
+
+_SHARDED = (FSDPModule, FullyShardedDataParallel)
 
 
 def check_run(
@@ -89,10 +92,25 @@ def check_run(
             "eval_dataset is None; pass one"
         )
     check_weights(model)
-    if is_sharded(model) and (config.save_strategy != "no" or config.resume_from_checkpoint):
+    check_whole(model, accelerator)
+
+
+def check_whole(model: nn.Module, accelerator: Accelerator) -> None:
+    """Check that each process has the whole model, as all that follows takes for granted.
+
+    Raises:
+        ValueError: If it is sharded, or Accelerate would shard it.
+    """
+    kinds = [type(each).__name__ for each in model.modules() if isinstance(each, _SHARDED)]
+    kinds += [type(each).__name__ for each in model.parameters() if isinstance(each, DTensor)]
+    kind = accelerator.distributed_type.value
+    if not kind.startswith(("NO", "MULTI_")):
+        kinds.append(f"Accelerate's {kind}")
+    if kinds:
         raise ValueError(
-            f"model is sharded by fully_shard and save_strategy is {config.save_strategy!r}; "
-            "checkpoints of sharded models are not written here: pass save_strategy='no'"
+            f"model is sharded ({kinds[0]}), of which no checkpoint can be resumed here; pass the "
+            "model as it was before, under torchrun or accelerate's MULTI_GPU: each process then "
+            "holds all of it. gradient_checkpointing and mixed_precision='bf16' save memory"
         )
 
 
@@ -137,7 +155,8 @@ def prepare(
 
     Raises:
         ValueError: If there are no rows, their lengths are not known though they are to be grouped,
-            the collator does not mask, or the schedule would have no effect.
+            the collator does not mask, the model cannot be compiled, or the schedule would have no
+            effect.
     """
     started = time.perf_counter()
     plan = BatchPlan(
@@ -160,7 +179,6 @@ def prepare(
         # One batch, to see what the model allows.
         (first, *_), _ = next(training_batches(train_dataset, plan, data_collator, epoch=0))
         check_masking(data_collator, first)
-        probe = {name: values.to(accelerator.device) for name, values in first.items()}
         fingerprint = describe_run(
             # The launcher may have chosen the precision.
             replace(config, mixed_precision=accelerator.mixed_precision),
@@ -181,39 +199,32 @@ def prepare(
             name = "activation_checkpointing" if new else "gradient_checkpointing"
             getattr(model, f"{name}_enable")({"use_reentrant": False})
             undo.callback(getattr(model, f"{name}_disable"))
-        columns = set(probe).union(*(rows[0] for rows in eval_sets.values()))
+        columns = set(first).union(*(rows[0] for rows in eval_sets.values()))
         is_packed = not columns.isdisjoint({"document_ids", "masked_document_ids"})
-        sparse = undo.enter_context(set_hooks(model, probe, is_packed=is_packed))
-        averages = accelerator.num_processes > 1 and not is_sharded(model)
+        predictor = undo.enter_context(predicting(model, first, is_packed=is_packed))
+        averages = accelerator.num_processes > 1
         if averages:
             # DDP would wait for the gradient of a parameter that gets none (poolers, mostly). Its
             # own search for them takes a reduction and a copy from the device in each step: 8 % of
             # a step at 3 M parameters on two CPU processes, 0.4 % at 14 M.
-            _zero_backward(model, probe, sparse, torch.Tensor.backward)
+            _zero_backward(model, first, predictor, torch.Tensor.backward)
             for parameter in model.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.requires_grad_(False)  # noqa: FBT003  # torch's signature
                     undo.callback(parameter.requires_grad_, True)  # noqa: FBT003
             model.zero_grad()
-        reshard(model)  # the optimizer must hold the shards
         optimizer = optimizer or make_optimizer(model, config)
         scheduler = lr_scheduler or make_scheduler(optimizer, config, total_steps)
         check_scheduler(scheduler, optimizer, config, evaluation_sets=len(eval_sets))
         # Or the model would live as long as an accelerator of the caller's.
         held = {name: list(getattr(accelerator, name)) for name in ("_models", "_optimizers")}
         undo.callback(vars(accelerator).update, held)
-        wrapped: nn.Module = model
         undo.callback(_unwrap, model, own_forward, accelerator)
-        if not is_sharded(model):  # by the caller: wrapping it again would undo that
-            wrapped, optimizer = accelerator.prepare(model, optimizer)
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
         wrapped.train()
-        if averages:
-            # DDP rebuilds its buckets once, after the first backward pass, which changes the order
-            # of sums: from three processes on, the first step after a resume would differ in the
-            # last bits. So let it happen before the first step.
-            for _ in range(2):
-                _zero_backward(wrapped, probe, sparse, accelerator.backward)
-            model.zero_grad()
+        undo.callback(setattr, model, "_compiled_call_impl", model._compiled_call_impl)  # noqa: SLF001  # torch has no way back
+        warm_up(model, wrapped, first, predictor=predictor, accelerator=accelerator, config=config)
+        model.zero_grad()
         # Last of all, since some trackers begin with files in the output directory.
         undo.enter_context(tracking(accelerator, config))
         yield Run(
@@ -228,7 +239,7 @@ def prepare(
             total_steps=total_steps,
             fingerprint=fingerprint,
             wrapped=wrapped,
-            sparse=sparse,
+            predictor=predictor,
             optimizer=optimizer,
             scheduler=scheduler,
             progress=progress,
@@ -297,63 +308,51 @@ def _unwrap(model: Model, own_forward: object, accelerator: Accelerator) -> None
         vars(model)["forward"] = own_forward
 
 
+def warm_up(
+    model: nn.Module,
+    wrapped: nn.Module,
+    batch: Batch,
+    *,
+    predictor: Predictor,
+    accelerator: Accelerator,
+    config: TrainingConfig,
+) -> None:
+    """Make the passes that decide how all others are computed, by the same batch after a resume.
+
+    DDP rebuilds its buckets once, after the first backward pass, which changes the order of sums:
+    from three processes on, the first step after a resume would differ in the last bits. Compiled
+    code is made for any shape; that of one shape, and then of others, would differ with the batches
+    that come first.
+
+    Raises:
+        ValueError: If the model cannot be compiled.
+    """
+    try:
+        if config.torch_compile:
+            backend = config.torch_compile_backend or "inductor"
+            model.compile(backend=backend, mode=config.torch_compile_mode, dynamic=True)
+        for _ in range(2 if accelerator.num_processes > 1 else int(config.torch_compile)):
+            _zero_backward(wrapped, batch, predictor, accelerator.backward)
+    except Exception as error:
+        if not config.torch_compile:
+            raise
+        raise ValueError(
+            f"torch_compile is True, but the model cannot be compiled ({type(error).__name__}: "
+            f"{str(error)[:300]}); leave it at False, or set torch_compile_backend"
+        ) from error
+
+
 def _zero_backward(
     model: nn.Module,
-    probe: Batch,
-    sparse: SparsePrediction | None,
+    batch: Batch,
+    predictor: Predictor,
     backward: Callable[[torch.Tensor], None],
 ) -> None:
     """Give each parameter that a training step reaches a gradient of zeros."""
-    positions = probe["labels"] != -100
-    inputs = {name: values for name, values in probe.items() if name != "labels"}
-    with predict_at(sparse, positions):
-        logits = masked_logits(model(**inputs), positions)
+    sent = predictor.send(batch, rounded=True)
+    with predictor.at(sent.masked):
+        logits = masked_logits(model(**sent.inputs), sent.masked)
     backward(logits.sum() * 0)
-
-
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Return AdamW that decays weight matrices and embeddings, not biases and norms."""
-    parameters = [each for each in model.parameters() if each.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    # One kernel over all parameters: a fifth of the time of a loop on a CPU.
-    fused = all(type(p) is nn.Parameter and p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.learning_rate, fused=fused or None
-    )
-
-
-def make_scheduler(
-    optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Return the schedule, with its warm-up in steps.
-
-    Raises:
-        ValueError: If the schedule needs other arguments than ``lr_scheduler_kwargs``.
-
-    Examples:
-        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        >>> make_scheduler(optimizer, TrainingConfig(warmup_steps=0.5), 4).get_last_lr()
-        [0.0]
-    """
-    warmup = config.warmup_steps
-    arguments: Any = config.lr_scheduler_kwargs or {}
-    try:
-        scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
-            config.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=math.ceil(warmup * total_steps) if warmup < 1 else int(warmup),
-            num_training_steps=total_steps,
-            scheduler_specific_kwargs=arguments,
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"lr_scheduler_kwargs is {config.lr_scheduler_kwargs!r}, which lr_scheduler_type "
-            f"{config.lr_scheduler_type!r} does not take: {error}"
-        ) from error
-    return scheduler
 
 
 def check_scheduler(

@@ -8,6 +8,7 @@ checkpoint stores beside weights, moments and schedule. Random state is not part
 
 import inspect
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import nn
 
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
 from mlmadapt.model.evaluation import MaskedLMMetrics
-from mlmadapt.model.sparse_head import SparsePrediction
+from mlmadapt.model.predictor import Predictor
 from mlmadapt.training.batches import BatchPlan, training_batches
 from mlmadapt.training.config import TrainingConfig
 from mlmadapt.training.result import TrainingResult
@@ -65,6 +66,53 @@ class RunState:
         return min(evaluations, key=lambda each: each[1].loss, default=None)
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A step that the device was told to take, until the host has read what came of it.
+
+    Attributes:
+        step: Optimizer steps taken before it.
+        epoch: Whole passes over the training rows before it.
+        epoch_step: Steps of this pass before it.
+        values: The loss of each forward pass, in nats, and the norm of the gradient.
+        counts: Masked tokens, tokens, and the signal that each process has noted.
+        is_spoiled: Whether its gradient, or that of a step before it, is not finite.
+        copied: When `values` and `counts` are on the host, if a copy of them is under way.
+    """
+
+    step: int
+    epoch: int
+    epoch_step: int
+    values: torch.Tensor
+    counts: torch.Tensor
+    is_spoiled: torch.Tensor
+    copied: torch.cuda.Event | None = None
+
+    @classmethod
+    def now(
+        cls,
+        state: RunState,
+        values: torch.Tensor,
+        counts: torch.Tensor,
+        *,
+        is_spoiled: torch.Tensor,
+    ) -> "Launched":
+        """Make one of the step that comes next, and have its values copied to the host."""
+        copied = None
+        if values.is_cuda:
+            # Asked for later, they would be waited for behind all steps that were launched since.
+            values, counts = (each.to("cpu", non_blocking=True) for each in (values, counts))
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+        return cls(state.step, state.epoch, state.epoch_step, values, counts, is_spoiled, copied)
+
+    def read(self) -> tuple[list[float], list[int]]:
+        """Return `values` and `counts`, when the device has got so far."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.values.cpu().tolist(), self.counts.cpu().tolist()
+
+
 @dataclass(kw_only=True)
 class Run:
     """The objects of a run.
@@ -81,11 +129,14 @@ class Run:
         total_steps: Optimizer steps to take.
         fingerprint: What decides the outcome, for the checkpoints.
         wrapped: The model in what averages gradients and lowers precision: for training only.
-        sparse: The model's sparse head, or None where its full head runs.
+        predictor: How the model predicts masked tokens.
         optimizer: Skips the steps that an fp16 scaler gives up.
         scheduler: The schedule of this optimizer.
         progress: The progress bar.
         started: When this process began, in seconds of `time.perf_counter`.
+        stop_signal: The signal that any process has noted, as far as `launched` was read.
+        launched: Steps whose outcome was not read yet, which `state` counts in `step` and
+            `epoch_step` only.
         state: What has been done so far.
     """
 
@@ -100,11 +151,13 @@ class Run:
     total_steps: int
     fingerprint: Mapping[str, Any]
     wrapped: nn.Module
-    sparse: SparsePrediction | None
+    predictor: Predictor
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     progress: Any
     started: float
+    stop_signal: int = 0
+    launched: deque[Launched] = field(default_factory=deque)
     state: RunState = field(default_factory=RunState)
 
     @property

@@ -57,11 +57,11 @@ def show_step(run: Run) -> None:
     Of several processes, the first stands for all: to ask them would take a wait in each step.
     """
     state, lr = run.state, float(run.scheduler.get_last_lr()[0])
-    loss = state.loss_sum * run.plan.world / max(state.loss_tokens, 1)
-    speed = state.tokens_seen / run.seconds
     is_first = not getattr(run.progress, "postfix", True)  # which a bar that is off lacks
-    text = f"loss={loss:.3f}, lr={lr:.1e}, {speed:,.0f} tokens/s"
-    run.progress.set_postfix_str(text, refresh=False)
+    if state.loss_tokens:
+        loss = state.loss_sum * run.plan.world / state.loss_tokens
+        text = f"loss={loss:.3f}, lr={lr:.1e}, {state.tokens_seen / run.seconds:,.0f} tokens/s"
+        run.progress.set_postfix_str(text, refresh=False)
     run.progress.update()
     if is_first:  # and not a tenth of a second later, or after many slow steps
         run.progress.refresh()

@@ -1,0 +1,89 @@
+"""Training by compiled code."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch._dynamo.backends import registry
+
+from mlmadapt import TrainingConfig, WholeWordMaskingCollator, accelerate_train
+from mlmadapt.testing import tiny_model, tiny_tokenizer
+from tests.scripts.short_run import digest, freeze, make_rows
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [
+    pytest.mark.usefixtures("no_curves"),
+    # Of torch, about its own copies of tensors.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+
+
+def train(folder: Path, **settings: Any) -> tuple[str, list[dict[str, float]], Any]:
+    """Train for three steps, the last one shorter; return weights, history and model."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer)
+    result = accelerate_train(
+        model,
+        make_rows(21),
+        freeze(make_rows(6, seed=9)),
+        tokenizer=tokenizer,
+        data_collator=WholeWordMaskingCollator(tokenizer),
+        config=TrainingConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=8,
+            num_train_epochs=1,
+            logging_steps=1,
+            save_strategy="no",
+            disable_tqdm=True,
+            **settings,
+        ),
+    )
+    return digest(model), result.history, model
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """A backend, "counting", that tells each graph's operations and whether it is to be trained."""
+    graphs: list[tuple[int, bool]] = []
+
+    def compile_graph(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        if not graphs and os.environ.get("FAIL_TO_COMPILE"):
+            raise RuntimeError("no compiler here")
+        graphs.append((len(graph.graph.nodes), torch.is_grad_enabled()))
+        return graph
+
+    for table in (registry._COMPILER_FNS, registry._BACKENDS):
+        monkeypatch.setitem(table, "counting", compile_graph)
+    torch.compiler.reset()
+    return graphs
+
+
+def test_graphs_of_the_same_operations_train_the_same(
+    tmp_path: Path, backend: list[tuple[int, bool]]
+) -> None:
+    """To the bit, dropout included; and nothing but training is compiled."""
+    settings = {"torch_compile": True, "torch_compile_backend": "counting"}
+    *compiled, model = train(tmp_path / "compiled", **settings)
+    assert compiled == list(train(tmp_path / "plain")[:2])
+    assert model._compiled_call_impl is None
+    assert sum(size for size, _ in backend) > 50
+    assert all(is_trained for _, is_trained in backend)
+    assert len(backend) <= 8  # of the parts of the model, and not again for each shape
+
+
+@pytest.mark.parametrize("name", ["no such", "counting"])
+@pytest.mark.usefixtures("backend")
+def test_what_cannot_be_compiled_is_told_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A backend that is not there, and one that fails, by an error that names the settings."""
+    monkeypatch.setenv("FAIL_TO_COMPILE", "1")
+    message = "torch_compile is True, but the model cannot be compiled .*torch_compile_backend"
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+        train(tmp_path, torch_compile=True, torch_compile_backend=name)

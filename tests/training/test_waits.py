@@ -1,0 +1,84 @@
+"""The host does not wait for the device, counted on a pretended one; and nothing is spoiled."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from mlmadapt import TrainingConfig, WholeWordMaskingCollator, accelerate_train
+from mlmadapt.testing import tiny_model, tiny_tokenizer
+from tests.scripts.processes import start
+from tests.scripts.short_run import make_rows
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def on_device(function: str, **arguments: Any) -> Any:
+    """Call a function of `pretend_device` in a process of its own."""
+    (ended,) = start("on_pretend_device", what=function, **arguments)
+    assert not ended.code, ended.log
+    return ended.result
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_turn_of_the_loop_waits_once(*, fused: bool, packed: bool) -> None:
+    """With padded rows and accumulation, for what was found in the turn before."""
+    turns = on_device("train", fused=fused, packed=packed)
+    assert len(turns) == 6
+    # The first step is read at once, the second a turn later, unless the host has to know.
+    assert ("wait: copy to the host" in turns[2]) is not fused
+    for turn in turns[3:]:
+        assert turn.pop("copy") >= 8
+        assert turn == {"wait: copy to the host": 1}
+
+
+def test_evaluation_waits_once_per_batch() -> None:
+    """What it costs to set up, with 1 batch as with 5, left out."""
+    one, five = on_device("evaluate")
+    assert five.pop("copy") - one.pop("copy") >= 4 * 3
+    assert five.pop("wait: copy to the host") - one.pop("wait: copy to the host") == 4
+    assert five == one
+
+
+@pytest.mark.usefixtures("no_curves")
+@pytest.mark.parametrize("logging_steps", [1, 100])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_spoiled_step_changes_no_weight(
+    tmp_path: Path, *, fused: bool, logging_steps: int
+) -> None:
+    """Nor does the next, whose gradient is finite, and which began before the host knew."""
+    tokenizer, weights = tiny_tokenizer(), []
+    for steps, is_spoiled in ((2, False), (9, True)):
+        model = tiny_model(tokenizer)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+        passes = count()
+        bias = model.get_output_embeddings().bias
+        bias.register_hook(lambda grad: grad * (torch.nan if next(passes) == 2 else 1.0))  # noqa: B023
+        error = pytest.raises(FloatingPointError, match=r"step 2 \(epoch 0\) is not fin")
+        with error if is_spoiled else nullcontext():
+            accelerate_train(
+                model,
+                make_rows(40),
+                tokenizer=tokenizer,
+                data_collator=WholeWordMaskingCollator(tokenizer),
+                optimizer=optimizer,
+                config=TrainingConfig(
+                    output_dir=str(tmp_path / str(steps)),
+                    max_steps=steps,
+                    per_device_train_batch_size=4,
+                    lr_scheduler_type="constant",
+                    logging_steps=logging_steps,
+                    disable_tqdm=True,
+                ),
+            )
+        assert next(passes) == (2 if not is_spoiled else 4 if fused and logging_steps > 1 else 3)
+        weights.append([each.detach().clone() for each in model.parameters()])
+    for expected, found in zip(*weights, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not hasattr(optimizer, "found_inf")

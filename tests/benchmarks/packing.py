@@ -2,11 +2,13 @@
 
 Joined rows are those of `group_texts`, packed ones those of `pack_texts` with `isolate_documents`;
 padded ones hold one document each (a longer one is cut into several), in random order or grouped by
-length. A training step is collating, forward pass with the head on masked positions, backward pass
-and AdamW, of a BERT with random weights: time does not depend on them. Steps are drawn evenly from
-an epoch, as many as hold about as many real tokens; padding is none of these, and what counts is
-how many of them a second are trained on. The head and AdamW cost the same for all kinds of rows, so
-the larger the encoder, the more packed rows gain.
+length. A training step is that of `accelerate_train`: collating, forward pass with the head on
+masked positions, backward pass with the loss in the memory of its logits, and AdamW. (The model's
+own loss makes more arrays of that size, and what they cost says more about a machine's memory than
+about rows.) The model is a BERT with random weights: time does not depend on them. Steps are drawn
+evenly from an epoch, as many as hold about as many real tokens; padding is none of these, and what
+counts is how many of them a second are trained on. The head and AdamW cost the same for all kinds
+of rows, so the larger the encoder, the more packed rows gain.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from mlmadapt import (
     tokenize_with_word_ids,
 )
 from mlmadapt.data.chunking import cut_rows
+from mlmadapt.model.loss import summed_cross_entropy
+from mlmadapt.model.sparse_head import masked_logits, round_up
 from mlmadapt.testing import tiny_corpus, tiny_tokenizer
 from mlmadapt.training.batches import BatchPlan
 
@@ -43,6 +47,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedTokenizerBase
+
+    from mlmadapt.model.sparse_head import SparsePrediction
 
 POSITIONS = 64 * 128  # of a batch whose rows are full
 DOCUMENTS = 10_000
@@ -221,9 +227,10 @@ def measure_steps(report: measure.Report, corpus: Corpus, rounds: int) -> list[m
         "joined": (joined, None),
         "packed": (pack_texts(corpus.documents, chunk_size=corpus.length), None),
     }
-    model, step = make_step(corpus.tokenizer)
+    model = make_model(corpus.tokenizer)
     contenders, tokens, shares = {}, {}, []
-    with isolate_documents(model), sparse_prediction(model):
+    with isolate_documents(model), sparse_prediction(model) as sparse:
+        step = make_step(corpus.tokenizer, model, sparse)
         for name, (table, grouped_by) in kinds.items():
             steps, whole = draw_steps(table, grouped_by, corpus.batch_size)
             rows = Dataset(table)
@@ -275,30 +282,33 @@ def text_in(table: pa.Table, steps: list[list[int]]) -> float:
     return sum(map(sum, sizes)) / sum(len(each) * max(each) for each in sizes)
 
 
-def make_step(
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[BertForMaskedLM, Callable[[list[Any]], None]]:
-    """Make a model, and what trains it on batches of rows."""
+def make_model(tokenizer: PreTrainedTokenizerBase) -> BertForMaskedLM:
+    """Make a model with random weights."""
     torch.manual_seed(0)
-    model = BertForMaskedLM(
-        BertConfig(
-            vocab_size=len(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            **MODEL,
-        )
-    ).train()
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    return BertForMaskedLM(BertConfig(**sizes, **MODEL)).train()
+
+
+def make_step(
+    tokenizer: PreTrainedTokenizerBase, model: BertForMaskedLM, sparse: SparsePrediction
+) -> Callable[[list[Any]], None]:
+    """Make what trains a model on batches of rows."""
     optimizer = torch.optim.AdamW(model.parameters(), 5e-5, fused=True)
     collator = WholeWordMaskingCollator(tokenizer, seed=0)
 
     def train(batches: list[list[dict[str, Any]]]) -> None:
         for rows in batches:
             batch = collator(rows)
-            masked = (batch["labels"] != -100).sum()
-            model(**batch, num_items_in_batch=masked).loss.backward()
+            labels = batch.pop("labels")
+            positions = round_up(labels != -100)
+            with sparse.at(positions):
+                logits = masked_logits(model(**batch), positions)
+            loss = summed_cross_entropy(logits, labels[positions])
+            (loss / (labels != -100).sum()).backward()
             optimizer.step()
             optimizer.zero_grad()
 
-    return model, train
+    return train
 
 
 if __name__ == "__main__":

@@ -452,16 +452,6 @@ def test_collators_refuse_documents_that_fall() -> None:
         WholeWordMaskingCollator(TOKENIZER)([fine, short])
 
 
-def test_a_mask_of_gigabytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch whose mask would pass the limit is refused with its size and the way on."""
-    model = build("bert")
-    ids = torch.full((2, 16), 7)
-    with isolate_documents(model):
-        monkeypatch.setattr(isolation, "MAX_MASK", 1000)
-        with pytest.raises(ValueError, match="2 rows of 16 tokens needs an attention mask"):
-            model(input_ids=ids, document_ids=torch.zeros_like(ids))
-
-
 def test_rows_without_documents_are_not_touched() -> None:
     """Batches without ``document_ids`` give the very same logits under the handle."""
     model = build("bert")

@@ -2,10 +2,11 @@
 
 A model is used on one document at a time. In a row of several it would attend from one to the other
 and see most of them at positions that they never have in use: on single sentences, adapting so ends
-at a perplexity 10 % higher. A mask of shape ``(batch, 1, sequence, sequence)`` and positions that
-begin anew undo that. Much that looks like such a mask leaks (a mask of document numbers, 1 and 0 in
-place of 0 and the lowest number, booleans in eager attention, positions alone), so each model has
-to show on a few made-up documents that it isolates them.
+at a perplexity 10 % higher. A mask of shape ``(batch, 1, sequence, sequence)`` (on a CPU mostly
+without memory, see `document_mask`) and positions that begin anew undo that. Much that looks like
+such a mask leaks (a mask of document numbers, 1 and 0 in place of 0 and the lowest number, booleans
+in eager attention, positions alone), so each model has to show on a few made-up documents that it
+isolates them.
 """
 
 import inspect
@@ -21,10 +22,8 @@ from torch import nn
 from mlmadapt._types import Model
 from mlmadapt.data.rows import document_bounds
 from mlmadapt.model.checks import check_model, position_table, unwrap
+from mlmadapt.model.document_mask import mask_documents
 from mlmadapt.model.mode import evaluation_mode, reset_compiled
-
-MAX_MASK = 2**30
-"""Largest attention mask, in bytes: 2,048 rows of 512 tokens in 16 bits, or 8 of 8,192."""
 
 
 def isolate_documents(model: Model) -> "DocumentIsolation":
@@ -37,8 +36,11 @@ def isolate_documents(model: Model) -> "DocumentIsolation":
 
     The model shows on a few made-up documents that it isolates them, with its attention ("sdpa" or
     "eager"). Of transformers' architectures, ALBERT, BERT, DistilBERT, ELECTRA, RoBERTa and their
-    relatives do, from 5.23 on also ModernBERT and MPNet; DeBERTa does not. The attention mask takes
-    ``batch x sequence x sequence`` numbers, at most 1 GiB.
+    relatives do, from 5.23 on also ModernBERT and MPNet; DeBERTa does not.
+
+    On a CPU with "sdpa", documents of like length attend together, which changes the last bits of
+    their logits with the batch. Elsewhere (on other devices, with "eager", under `torch.compile`)
+    an attention mask of ``batch x sequence x sequence`` numbers is made, at most 1 GiB.
 
     Args:
         model: A masked language model of transformers, bare or with adapters (PEFT); before it is
@@ -50,7 +52,7 @@ def isolate_documents(model: Model) -> "DocumentIsolation":
     Raises:
         ValueError: If the model does not isolate documents, is causal, or is wrapped for several
             devices. In a forward pass, if ``document_ids`` are not of the shape of ``input_ids`` or
-            do not rise along a row, or if the attention mask would be larger than 1 GiB.
+            do not rise along a row, or if an attention mask is made, and larger than 1 GiB.
 
     Source:
         Krell et al. 2021, arXiv:2107.02027 (packing without cross-contamination).
@@ -151,29 +153,15 @@ class DocumentIsolation(AbstractContextManager["DocumentIsolation"]):
     def _make_masks(
         self, documents: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Return what is added to the attention's scores: 0 within a document, else the minimum."""
-        batch, sequence = documents.shape
-        size = batch * sequence**2 * dtype.itemsize
-        if size > MAX_MASK:
-            raise ValueError(
-                f"a batch of {batch} rows of {sequence} tokens needs an attention mask of "
-                f"{size / 2**30:.1f} GiB to keep its documents apart, at most 1 is made; use "
-                "smaller batches, or a smaller chunk_size in pack_texts"
-            )
-        sees = documents[:, None, :, None] == documents[:, None, None, :]
+        """Return the attention mask, or one for each kind of layers."""
         kinds = set(getattr(self._config, "layer_types", None) or ())
         if not kinds - {"full_attention"}:
-            return _as_addend(sees, dtype)
-        places = torch.arange(sequence, device=documents.device)
-        is_near = (places[:, None] - places).abs() <= self._config.sliding_window
+            return mask_documents(documents, dtype)
+        window = self._config.sliding_window
         return {
-            "full_attention": _as_addend(sees, dtype),
-            "sliding_attention": _as_addend(sees & is_near, dtype),
+            "full_attention": mask_documents(documents, dtype),
+            "sliding_attention": mask_documents(documents, dtype, window),
         }
-
-
-def _as_addend(sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
 
 
 def _count_positions(documents: torch.Tensor) -> torch.Tensor:
@@ -216,9 +204,9 @@ def _check_isolation(model: Model) -> None:
     """
     bare = unwrap(model)
     config = bare.config.get_text_config()
-    # Long enough to reach out of the window of sliding attention.
+    # Long enough to reach out of the window of sliding attention; two are padded to each other.
     window = getattr(config, "sliding_window", None) or 0
-    sizes = (5, 2 * min(window, 512) + 7, 3)
+    sizes = (6, 2 * min(window, 512) + 7, 8)
     documents = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(config.vocab_size, (2, sum(sizes)), generator=generator)

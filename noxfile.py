@@ -24,12 +24,14 @@ nox.options.sessions = [
     "minimums",
     "build",
     "downstream",
+    "extras",
     "demo",
     "docs",
 ]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 INSTALLED = "from mlmadapt import __file__ as file; assert 'site-packages' in file, file"
+EXTRAS = sorted(PYPROJECT["project"]["optional-dependencies"])
 TEST = nox.project.dependency_groups(PYPROJECT, "test")
 # A worker per core. A file stays on one worker, which makes what its tests share once, and files
 # keep their order, in which those that take longest are not the last.
@@ -154,6 +156,17 @@ def downstream(session: nox.Session) -> None:
     if not found:
         session.error(f"The broken collator was found in other words:\n{said}")
     session.log(found[1])
+
+
+@nox.session
+@nox.parametrize("extra", EXTRAS, ids=EXTRAS)
+def extras(session: nox.Session, extra: str) -> None:
+    """Install each extra in an environment of its own, and do what its page says of it."""
+    install(session, f".[{extra}]")
+    session.run("python", "-m", "pip", "check")
+    script = Path("tests/scripts/extras.py").resolve()
+    with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
+        session.run("python", str(script), extra)
 
 
 @nox.session

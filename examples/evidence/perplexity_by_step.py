@@ -48,7 +48,7 @@ STYLES = (("#c2410c", 4), ("#3b82f6", 1.5), ("#0d9488", 1.5))  # equal curves sh
 
 
 class Point(NamedTuple):
-    """Where a run is at a step: seconds of training up to there, and the weights."""
+    """Where a run is at a step: CPU seconds of training up to there, and the weights."""
 
     step: int
     seconds: float
@@ -136,19 +136,22 @@ class Race(NamedTuple):
 
 @contextmanager
 def watch(model: PreTrainedModel, *, steps: int) -> Iterator[list[Point]]:
-    """Copy the weights now and then; the clock stops meanwhile, for either loop the same."""
+    """Copy the weights now and then; the clock stops meanwhile, for either loop the same.
+
+    It is the CPU's, so that what else runs on the machine does not count.
+    """
     points: list[Point] = []
     marks = [round(steps * part / POINTS) for part in range(POINTS + 1)]
-    step, paused, started = 0, 0.0, time.perf_counter()
+    step, paused, started = 0, 0.0, time.process_time()
 
     def note(*_: object) -> None:
         nonlocal step, paused
-        now = time.perf_counter()
+        now = time.process_time()
         for _ in range(marks.count(step)):
             copy = {name: values.detach().clone() for name, values in model.state_dict().items()}
             points.append(Point(step, now - started - paused, copy))
         step += 1
-        paused += time.perf_counter() - now
+        paused += time.process_time() - now
 
     note()
     handle = register_optimizer_step_post_hook(note)
@@ -176,19 +179,21 @@ def main() -> None:
         sys.exit("The recipe's rows hold other tokens than ours: they cannot be compared.")
     frozen = study.freeze(study.cut(held_out, tokenizer, rows=args.held_out_rows), tokenizer)
     steps = study.count_steps(args, rows)
+    seeds = ", ".join(map(str, args.seeds))
     study.begin(
         "Perplexity by step, beside the recipe",
         f"""
         The recipe's own loop (chapter 7.3 of the Hugging Face course: its chunks, its whole-word
         collator, AdamW, `outputs.loss`), and `accelerate_train` from the same weights on the same
-        rows: for as many steps, and for as long as the recipe took.
+        rows: for as many steps, and for as much CPU time as the recipe took.
 
         - {study.tell_training(args, rows)}.
         - {study.MASKED:.0%} of words are masked. Ours clips gradients at 1, as it does by default;
           the recipe does not.
         - Exact perplexity (`evaluate_mlm`) on one frozen set, {len(frozen):,} rows of IMDb test.
-        - Seconds are counted from the loaded model to the end of the last step, without evaluation.
-        - {study.tell_spread(args)}
+        - Seconds are CPU time, from the loaded model to the end of the last step, evaluations left
+          out.
+        - Mean over the seeds {seeds} (order, masks, dropout), with the lowest and the highest.
         """,
     )
     race = Race(args, tokenizer, frozen)
@@ -209,19 +214,19 @@ def main() -> None:
     study.show_table(
         ("perplexity after", "0 steps", *parts),
         [
-            (name, *(study.spread(column(each, "perplexity", at)) for at in range(POINTS + 1)))
+            (name, *(extent(column(each, "perplexity", at)) for at in range(POINTS + 1)))
             for name, each in figures.items()
         ],
     )
     study.show_table(
-        ("at the end", "steps", "seconds", "perplexity", "as the recipe evaluates"),
+        ("at the end", "steps", "CPU seconds", "perplexity", "as the recipe evaluates"),
         [
             (
                 name,
-                study.spread(column(each, "step"), 0),
-                study.spread(column(each, "seconds")),
-                study.spread(column(each, "perplexity"), 2),
-                study.spread(column(each, "own"), 2) if name == "recipe" else "",
+                extent(column(each, "step"), 0),
+                extent(column(each, "seconds"), 0),
+                extent(column(each, "perplexity")),
+                extent(column(each, "own")) if name == "recipe" else "",
             )
             for name, each in figures.items()
         ],
@@ -236,8 +241,16 @@ def column(runs: Sequence[Sequence[dict[str, float]]], name: str, at: int = -1) 
     return [run[at][name] for run in runs]
 
 
+def extent(values: Sequence[float], digits: int = 1) -> str:
+    """Write the mean over seeds and, where they differ, the lowest and the highest."""
+    mean, low, high = (
+        f"{value:,.{digits}f}" for value in (statistics.mean(values), min(values), max(values))
+    )
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
 def draw(path: Path, figures: dict[str, list[list[dict[str, float]]]]) -> None:
-    """Draw perplexity by step and by time, mean and deviation, in the color of the page."""
+    """Draw perplexity by step and by time, the mean of the seeds between lowest and highest."""
     ink = "#123456"  # a color that nothing else has
     settings: dict[str, Any] = dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink
@@ -252,9 +265,10 @@ def draw(path: Path, figures: dict[str, list[list[dict[str, float]]]]) -> None:
                     [statistics.mean(column(runs, each, at)) for at in places]
                     for each in (name, "perplexity")
                 )
-                spread = [statistics.pstdev(column(runs, "perplexity", at)) for at in places]
-                axes.errorbar(x, y, spread, label=label, color=color, linewidth=width, marker=".")
-            axes.set_xlabel({"step": "optimizer step", "seconds": "seconds of training"}[name])
+                axes.plot(x, y, label=label, color=color, linewidth=width, marker=".")
+                seeds = [column(runs, "perplexity", at) for at in places]
+                axes.fill_between(x, [*map(min, seeds)], [*map(max, seeds)], color=color, alpha=0.2)
+            axes.set_xlabel({"step": "optimizer step", "seconds": "CPU seconds of training"}[name])
             axes.grid(color="#888888", alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
         plots[0].set_ylabel("perplexity, held out")

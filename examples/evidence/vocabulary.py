@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import _study as study
@@ -31,7 +33,7 @@ CORPORA = {"abstracts": "corpora/biomed_abstracts", "reviews": "imdb"}
 WORDS = 60  # of a row to measure on, the same for both vocabularies
 MASKED = 0.15  # of them
 COLUMNS = ("added words", "other words", "general text", "bits per byte")
-COLUMNS += ("tokens per document", "steps", "seconds")
+COLUMNS += ("tokens per document", "steps", "CPU seconds")
 
 
 class Measured(NamedTuple):
@@ -63,13 +65,15 @@ def main() -> None:
           {study.CHUNK} tokens are learned from, {study.count_steps(args, range(args.train_rows))}
           steps of {study.BATCH} rows, learning rate 5e-5, linear to 0.
         - "Same documents" learns from the same text, which takes fewer rows and steps; "same steps"
-          goes on for as many steps as the old vocabulary took.
+          goes on for as many steps as the old vocabulary took, and "same time" for as long: its
+          steps are scaled by the CPU seconds per step of both, since a larger head takes longer.
         - The same {MASKED:.0%} of the words of {args.held_out_rows:,} test documents, and of
           {5 * args.held_out_rows:,} sentences of general text, are masked for all, {WORDS} words in
           a row. A word of several pieces has the sum of their losses: they are predicted
           independently of each other.
         - Words are called added by the extended vocabulary, in the rows of the old one too.
-        - {study.tell_spread(args)} Seconds are those of one thread on a shared machine.
+        - {study.tell_spread(args)} Seconds are those of the
+          processor in the run itself (user time), on which other work hardly tells.
         """,
     )
     figures = {name: study_corpus(args, name, old, [*general]) for name in args.corpora}
@@ -88,20 +92,26 @@ def study_corpus(
     sets = [[*held_out][: args.held_out_rows], general[: 5 * args.held_out_rows]]
     passes = {each: cut(documents, each) for each in (old, new)}
     steps = {each: study.count_steps(args, rows) for each, rows in passes.items()}
-    runs = {
+    runs: dict[str, tuple[Any, Any, int | None]] = {
         "before": (old, model, 0),
         "before, new words": (new, larger, 0),
         "old words": (old, model, steps[old]),
         "new words, same documents": (new, larger, steps[new]),
         "new words, same steps": (new, larger, steps[old]),
+        "new words, same time": (new, larger, None),
     }
-    rows, figures = [], {}
-    for run, (tokenizer, start, count) in runs.items():
-        results, seconds = [], []
-        for seed in args.seeds if count else args.seeds[:1]:
-            trained, took = adapt(args, start, tokenizer, passes[tokenizer], count, seed)
-            results.append(measure(trained, tokenizer, old, new, sets))
-            seconds.append(took)
+    rows: list[tuple[str, ...]] = []
+    figures: dict[str, dict[str, Any]] = {}
+    done: dict[tuple[Any, int], tuple[list[Measured], list[float]]] = {}
+    for run, (tokenizer, start, wanted) in runs.items():
+        count = scale(steps[old], figures) if wanted is None else wanted
+        if (tokenizer, count) not in done:  # few words more may take no step less
+            results, seconds = done[tokenizer, count] = [], []
+            for seed in args.seeds if count else args.seeds[:1]:
+                trained, took = adapt(args, start, tokenizer, passes[tokenizer], count, seed)
+                results.append(measure(trained, tokenizer, old, new, sets))
+                seconds.append(took)
+        results, seconds = done[tokenizer, count]
         length = float(np.mean([*map(len, tokenizer(sets[0])["input_ids"])]))
         cells = [study.spread(values, 3) for values in zip(*results, strict=True)]
         rows.append((run, *cells, f"{length:.1f}", f"{count:,}", study.spread(seconds)))
@@ -111,6 +121,14 @@ def study_corpus(
     print(f"{name.capitalize()}: {added}.\n")
     study.show_table((f"{name}, nats per word", *COLUMNS), rows)
     return figures
+
+
+def scale(steps: int, figures: dict[str, dict[str, Any]]) -> int:
+    """Return the steps with new words that take as long as those with the old ones."""
+    old, new = (
+        statistics.mean(figures[run]["seconds"]) for run in ("old words", "new words, same steps")
+    )
+    return max(round(steps * old / new), 1)
 
 
 def take(texts: dict[str, int], tokenizer: Any, rows: int) -> list[str]:
@@ -135,12 +153,13 @@ def cut(texts: Sequence[str], tokenizer: Any) -> Dataset:
 def adapt(
     args: argparse.Namespace, start: Any, tokenizer: Any, rows: Dataset, steps: int, seed: int
 ) -> tuple[Any, float]:
-    """Train a copy of a model for some steps; return it and the seconds."""
+    """Train a copy of a model for some steps; return it and the CPU seconds."""
     if not steps:
         return start, 0.0
     folder = args.models / "vocabulary"
     start.save_pretrained(folder)
-    result = accelerate_train(
+    began = os.times().user
+    accelerate_train(
         AutoModelForMaskedLM.from_pretrained(folder),
         rows,
         tokenizer=tokenizer,
@@ -155,7 +174,8 @@ def adapt(
             disable_tqdm=True,
         ),
     )
-    return AutoModelForMaskedLM.from_pretrained(folder / "run"), result.seconds
+    took = os.times().user - began
+    return AutoModelForMaskedLM.from_pretrained(folder / "run"), took
 
 
 def measure(model: Any, tokenizer: Any, old: Any, new: Any, sets: list[list[str]]) -> Measured:

@@ -20,18 +20,17 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING
 
 from mlmadapt._types import Tokenizer
+from mlmadapt.data.counting import count_pre_tokens, pre_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
-# Distinct strings that are counted before they are split into words: some 20 MB.
-_MOST_STRINGS = 1 << 17
 # Above what is lost when scores are written to a file, below any difference between two words.
 _HAIR = 1e-6
 _IS_UNUSED = re.compile(r"[\[<]unused_?\d+[\]>]").fullmatch
@@ -89,6 +88,7 @@ def find_domain_words(
     min_length: int = 4,
     letters_only: bool = True,
     general_texts: Iterable[str] | None = None,
+    num_proc: int | None = None,
 ) -> DomainWords:
     """Find the words of a corpus that are worth a token each, by the tokens that they save.
 
@@ -110,6 +110,7 @@ def find_domain_words(
         min_length: Leave words of fewer characters out.
         letters_only: Leave words out that hold anything but letters.
         general_texts: Leave words out that are not at least twice as frequent in `texts` as here.
+        num_proc: Count in so many processes, for corpora above 100 MB. The result is the same.
 
     Returns:
         The words (``.words``), each with its count, pieces and tokens saved (``.found``), and the
@@ -127,15 +128,17 @@ def find_domain_words(
         >>> found.words, found.found[0].tokens_saved, round(found.share, 2)
         (['electroencephalography'], 90, 0.6)
     """
-    for name, value in {"size": size, "min_count": min_count, "min_length": min_length}.items():
+    limits = {"size": size, "min_count": min_count, "min_length": min_length}
+    for name, value in {**limits, "num_proc": 1 if num_proc is None else num_proc}.items():
         if isinstance(value, bool) or not hasattr(value, "__index__") or index(value) < 1:
             raise ValueError(f"{name} is {value!r}; it must be a whole number, 1 or more")
     backend = _splitting_backend(tokenizer)
-    counts = _count(texts, backend, name="texts")
+    counts = count_pre_tokens(texts, backend, num_proc, name="texts")
     tokens = sum(count * len(backend.model.tokenize(each)) for each, count in counts.items())
     own, general = _count_words(counts, backend), Counter[str]()
     if general_texts is not None:
-        general = _count_words(_count(general_texts, backend, name="general_texts"), backend)
+        general = count_pre_tokens(general_texts, backend, num_proc, name="general_texts")
+        general = _count_words(general, backend)
     # How often a word may stand in the general text, per time that it stands here.
     ratio = general.total() / max(own.total(), 1) / 2
     decode = backend.decoder.decode if backend.decoder else "".join
@@ -150,7 +153,7 @@ def find_domain_words(
         if len(word) >= min_length
         and not (letters_only and any(unicodedata.category(c)[0] not in "LM" for c in word))
         # RoBERTa's words without a space before them are others than those with one.
-        and _pre_tokens(backend, f"x {word} x")[1:-1] == [form]
+        and pre_tokens(backend, f"x {word} x")[1:-1] == [form]
     }
     found = [
         DomainWord(word, count, [*map(str, map(backend.id_to_token, pieces))])
@@ -217,16 +220,6 @@ def add_words(
     return extended, pieces
 
 
-def _count(texts: Iterable[str], backend: "Backend", *, name: str) -> Counter[str]:
-    """Count what the pre-tokenizer makes of the texts."""
-    counts: Counter[str] = Counter()
-    for before, strings in _count_strings(texts, name):
-        for string, count in strings.items():
-            for each in _pre_tokens(backend, before + string):
-                counts[each] += count
-    return counts
-
-
 def _count_words(counts: Counter[str], backend: "Backend") -> Counter[str]:
     """Count words without the marks that SentencePiece leaves behind them: ``▁film,``."""
     if type(backend.model).__name__ != "Unigram":
@@ -236,35 +229,6 @@ def _count_words(counts: Counter[str], backend: "Backend") -> Counter[str]:
         marks = (i for i, c in enumerate(each) if i > 1 and unicodedata.category(c)[0] in "PS")
         words[each if each[1:].isalpha() else each[: next(marks, None)]] += count
     return words
-
-
-def _count_strings(texts: Iterable[str], name: str) -> Iterator[tuple[str, Counter[str]]]:
-    """Count what stands between spaces, which is split far fewer times than it occurs.
-
-    The first string of a text has no space before it, which byte-level tokenizers tell apart.
-    """
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
-        raise TypeError(f"{name} is {texts!r:.40}; it must be a list or column of documents")
-    firsts, others = Counter[str](), Counter[str]()
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(
-                f"document {row} of {name} is {text!r:.40}, of type {type(text).__name__}; each "
-                "document must be a str"
-            )
-        first, *rest = text.split(" ")
-        firsts[first] += 1
-        others.update(rest)
-        if len(firsts) + len(others) > _MOST_STRINGS:
-            yield from (("", firsts), (" ", others))
-            firsts, others = Counter(), Counter()
-    yield from (("", firsts), (" ", others))
-
-
-def _pre_tokens(backend: "Backend", text: str) -> list[str]:
-    if backend.normalizer is not None:
-        text = backend.normalizer.normalize_str(text)
-    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
 
 
 def _splitting_backend(tokenizer: Tokenizer) -> "Backend":
@@ -277,7 +241,7 @@ def _splitting_backend(tokenizer: Tokenizer) -> "Backend":
     backend: Backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
-    if backend.pre_tokenizer is None or len(_pre_tokens(backend, "one two")) != 2:
+    if backend.pre_tokenizer is None or len(pre_tokens(backend, "one two")) != 2:
         raise ValueError(
             f"tokenizer {type(tokenizer).__name__} does not split texts into words at white space, "
             "so that no word can be told from the text around it; use one with such a pre-tokenizer"
@@ -310,7 +274,7 @@ def _check_words(words: Iterable[str], tokenizer: Tokenizer, backend: "Backend")
     forms: dict[str, str] = {}
     problems = {}
     for word, pieces in zip(words, _pieces(backend, words), strict=True):
-        form = _pre_tokens(backend, f"x {word} x")[1:-1]
+        form = pre_tokens(backend, f"x {word} x")[1:-1]
         if word in added:
             problems[word] = "is a special or an added token"
         elif len(form) != 1 or word.split() != [word]:

@@ -25,6 +25,9 @@ os.environ["HF_DATASETS_CACHE"] = _DATASETS_CACHE.name
 # Tiny models gain nothing from a second thread, and on a busy machine threads wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# It changes each process that imports it for good.
+collect_ignore = ["scripts/pretend_device.py"]
+
 settings.register_profile(
     "mlmadapt",
     derandomize=True,

@@ -121,11 +121,13 @@ def split_stream(dataset: Any, accelerator: Accelerator) -> tuple[Any, bool]:
     Raises:
         ValueError: If the stream was split for others than these processes, on all of them.
     """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if world == 1:
+        return dataset, False
     from datasets import IterableDataset  # noqa: PLC0415  # half a second to load
     from datasets.distributed import split_dataset_by_node  # noqa: PLC0415
 
-    rank, world = accelerator.process_index, accelerator.num_processes
-    if world == 1 or not isinstance(dataset, IterableDataset):
+    if not isinstance(dataset, IterableDataset):
         return dataset, False
     given = dataset._distributed  # noqa: SLF001  # nothing else tells
     parts = gather_object([given and (given.rank, given.world_size)])

@@ -7,10 +7,10 @@ shorter, and a process left without a row for a forward pass that others make ge
 labels are all -100. Rows of mixed lengths can be grouped, so that those of a step are alike: then
 the order is a function of the lengths and of the rows per step too.
 
-A stream keeps its own order. Each process reads all of it and takes its share of every step; or,
-where the stream is split, its own part only, with fillers until all parts are at their end. To
-resume, the rows of finished steps are read and passed over, which is exact for shuffle buffers too
-(their `state_dict` loses rows).
+A stream keeps its own order, in which datasets 5.2 shuffles shards by the epoch. Each process reads
+all of it and takes its share of every step; or, where the stream is split, its own part only, with
+fillers until all parts are at their end. To resume, the rows of finished steps are read and passed
+over, which is exact for shuffle buffers too (their `state_dict` loses rows).
 """
 
 import math

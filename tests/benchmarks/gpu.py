@@ -67,7 +67,7 @@ def main() -> None:
     if arguments.turn:
         print(json.dumps(take_turn(**arguments.turn)))
         return
-    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "no CUDA device"
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "No CUDA device"
     print(f"\n## On a GPU\n\n{name}, torch {torch.__version__}.")
     if DEVICE == "cpu" and not arguments.small:
         print("Nothing was measured. The script is `tests/benchmarks/gpu.py`.")

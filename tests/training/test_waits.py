@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from mlmadapt import TrainingConfig, WholeWordMaskingCollator, accelerate_train
 from mlmadapt.testing import tiny_model, tiny_tokenizer
@@ -18,6 +20,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+# Earlier, it makes its masks in a way that the pretended device does not know.
+needs_transformers = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="transformers makes other masks"
+)
+
+
 def on_device(function: str, **arguments: Any) -> Any:
     """Call a function of `pretend_device` in a process of its own."""
     (ended,) = start("on_pretend_device", what=function, **arguments)
@@ -25,6 +33,7 @@ def on_device(function: str, **arguments: Any) -> Any:
     return ended.result
 
 
+@needs_transformers
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_turn_of_the_loop_waits_once(*, fused: bool, packed: bool) -> None:
@@ -38,6 +47,7 @@ def test_a_turn_of_the_loop_waits_once(*, fused: bool, packed: bool) -> None:
         assert turn == {"wait: copy to the host": 1}
 
 
+@needs_transformers
 def test_evaluation_waits_once_per_batch() -> None:
     """What it costs to set up, with 1 batch as with 5, left out."""
     one, five = on_device("evaluate")

@@ -28,6 +28,8 @@ from mlmadapt.model.sparse_head import (
 
 # Columns of a batch that are not the model's.
 _TARGETS = ("labels", "words", "sizes")
+# What transformers calls the reach of attention that is not to all tokens, now and before.
+_WINDOWS = ("sliding_window", "local_attention", "attention_window")
 
 
 class Sent(NamedTuple):
@@ -149,5 +151,6 @@ def _try_masks(model: Model, probe: Batch) -> tuple[bool, bool]:
 
     with evaluation_mode(model), torch.compiler.set_stance("force_eager"):
         # A square has no window, which a probe may be too short to show.
-        has_window = getattr(model.config.get_text_config(), "sliding_window", None) is not None
+        settings = model.config.get_text_config().to_dict()
+        has_window = any(settings.get(name) is not None for name in _WINDOWS)
         return is_same(full, None), not has_window and is_same(cut, _as_square(cut))

@@ -110,7 +110,7 @@ def find_domain_words(
         min_length: Leave words of fewer characters out.
         letters_only: Leave words out that hold anything but letters.
         general_texts: Leave words out that are not at least twice as frequent in `texts` as here.
-        num_proc: Count in so many processes, for corpora above 100 MB. The result is the same.
+        num_proc: Count in so many processes. The result is the same.
 
     Returns:
         The words (``.words``), each with its count, pieces and tokens saved (``.found``), and the

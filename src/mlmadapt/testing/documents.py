@@ -29,7 +29,7 @@ def assert_documents_isolated(
 
     Raises:
         AssertionError: With row, document, position and difference of the first fault.
-        ValueError: If there is no row with several documents.
+        ValueError: If no row holds several documents.
 
     Examples:
         >>> from mlmadapt import isolate_documents

@@ -190,7 +190,7 @@ def _refusing(checkpoint: Path) -> Iterator[None]:
     """Say of a checkpoint from elsewhere, whatever is wrong with it, which one it is."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # files of someone else can fail in any way
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
             f"{checkpoint.name} does not fit this run ({problem}); delete it to resume from an "

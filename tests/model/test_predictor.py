@@ -100,3 +100,14 @@ def test_a_model_that_wants_a_mask_gets_it() -> None:
         assert not predictor.is_free
         assert not predictor.takes_square
         predictor(model, make_batch())
+
+
+def test_a_window_is_kept_though_the_probe_is_shorter() -> None:
+    """On rows within the window a square does the same, and on longer ones it would reach on."""
+    model = tiny_model(tiny_tokenizer(), architecture="modernbert")
+    batch = make_batch()
+    probe = {name: values[:, :20] for name, values in batch.items()}
+    assert batch["input_ids"].shape[1] > 64  # its window
+    with predicting(model, probe, is_packed=False) as predictor, evaluation_mode(model):
+        found, _ = replace(predictor, sparse=None)(model, batch)
+        assert torch.equal(found, plain(model, batch))

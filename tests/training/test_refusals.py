@@ -12,6 +12,7 @@ import sys
 import weakref
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import (
     BertForPreTraining,
@@ -36,6 +38,7 @@ from transformers import (
 from mlmadapt import TrainingConfig, WholeWordMaskingCollator, accelerate_train, evaluate_mlm
 from mlmadapt.testing import tiny_model, tiny_tokenizer
 from mlmadapt.training.fingerprint import describe_run
+from mlmadapt.training.prepare import check_whole
 from tests.scripts.short_run import freeze, make_rows
 
 if TYPE_CHECKING:
@@ -572,3 +575,13 @@ def test_the_fingerprint_is_the_same_in_another_process(run: Run) -> None:
             check=True,
         )
         assert printed.stdout.splitlines()[-1] == str(run.fingerprint())
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_a_plugin_that_would_shard_the_model_is_refused(kind: str) -> None:
+    """Accelerate's own, by name; several processes that each hold the model are not."""
+    model = tiny_model(tiny_tokenizer())
+    with pytest.raises(ValueError, match=rf"model is sharded \(Accelerate's {kind}\)"):
+        check_whole(model, SimpleNamespace(distributed_type=DistributedType[kind]))
+    for whole in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        check_whole(model, SimpleNamespace(distributed_type=DistributedType[whole]))

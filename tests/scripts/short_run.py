@@ -10,6 +10,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import random
@@ -43,6 +44,8 @@ from mlmadapt.training.batches import BatchPlan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+logging.getLogger("mlmadapt.training.stream").setLevel(logging.INFO)
 
 SETTINGS = {
     "num_train_epochs": 2,

@@ -225,6 +225,8 @@ FORGED = {
     "an optimizer without groups": in_state(
         lambda state: state["objects"]["pairs"][0].__setitem__(1, {"pairs": []})
     ),
+    "no places": in_state(lambda state: state.update(places=[])),
+    "a place of another kind": in_state(lambda state: state.update(places=[{"row": 3}])),
     "no scheduler": in_state(lambda state: state["objects"]["pairs"].pop(1)),
     "a learning rate of another kind": in_objects("optimizer", "lr", "fast"),
     "a group without its betas": in_objects("optimizer", "betas", [0.9]),

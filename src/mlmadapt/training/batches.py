@@ -9,13 +9,13 @@ the order is a function of the lengths and of the rows per step too.
 
 A stream keeps its own order, in which datasets 5.2 shuffles shards by the epoch. Each process reads
 all of it and takes its share of every step; or, where the stream is split, its own part only, with
-fillers until all parts are at their end. To resume, the rows of finished steps are read and passed
-over, which is exact for shuffle buffers too (their `state_dict` loses rows).
+fillers until all parts are at their end. To resume, it goes on at its own state where that is exact
+(see `training.stream`). Else the rows of finished steps are read and passed over, which is exact
+for shuffle buffers too.
 """
 
 import math
 import signal
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -31,6 +31,7 @@ from mlmadapt.data.table import table_reader
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.freezing import collate_seeded, purify
 from mlmadapt.masking.seeding import derive_key
+from mlmadapt.training.stream import StreamPlace, go_on, has_exact_state
 
 Dealt = TypeVar("Dealt")
 # The share of the run done before a row's step, the row's place, and whether it counts; and rows,
@@ -156,6 +157,7 @@ def training_batches(
     done: int = 0,
     total_steps: int = 1,
     num_workers: int = 0,
+    place: StreamPlace | None = None,
 ) -> Iterator[tuple[list[Batch], bool]]:
     """Yield this process's batches of each optimizer step, and whether the step ends the epoch.
 
@@ -165,6 +167,8 @@ def training_batches(
     Masks come from (seed, epoch, row), with the collator's own seed where it has one, and their
     rate from the share of steps that are `done` before theirs, of `total_steps`.
 
+    A stream goes on from `place`, if it is that of step `start`, and keeps it up to date.
+
     Raises:
         ValueError: If a stream has no rows, or none that a resumed run has not had.
     """
@@ -172,7 +176,9 @@ def training_batches(
     collate = partial(_collate, data_collator=collator, seed=plan.seed, epoch=epoch)
     progress = (min(1.0, step / total_steps) for step in count(done))
     if not plan.rows:
-        yield from _stream_batches(dataset, plan, collate, progress, epoch=epoch, start=start)
+        yield from _stream_batches(
+            dataset, plan, collate, progress, epoch=epoch, start=start, place=place or StreamPlace()
+        )
         return
     # As they are asked for: a list of all rows to come is large. Each batch brings its progress,
     # since workers collate ahead.
@@ -208,25 +214,28 @@ def _stream_batches(
     *,
     epoch: int,
     start: int,
+    place: StreamPlace,
 ) -> Iterator[tuple[list[Batch], bool]]:
     if hasattr(dataset, "set_epoch"):
         dataset.set_epoch(epoch)
     # Over all parts, each row has a number of its own, since other collators draw by it.
-    numbers = count(plan.rank, plan.world) if plan.is_split else count()
-    rows = zip(numbers, dataset, strict=False)
+    number, stride = (plan.rank, plan.world) if plan.is_split else (0, 1)
     plan = replace(plan, rank=0, world=1) if plan.is_split else plan
-    passed = islice(rows, start * plan.rows_per_step)
-    first = next(passed, None)
-    deque(passed, maxlen=0)  # passed over here and now
+    passed, is_exact = start * plan.rows_per_step, has_exact_state(dataset)
+    first = next(zip([number], dataset, strict=False), None) if start and plan.is_split else None
+    ahead = go_on(dataset, passed, place, count=plan.rows_per_step)
+    rows = zip(count(number + passed * stride, stride), ahead, strict=False)
     step = list(islice(rows, plan.rows_per_step))
     first = first or next(iter(step), None)
     if not (first if plan.is_split else step):
         raise ValueError(
-            f"train_dataset, a stream, ended before row {start * plan.rows_per_step} of epoch "
-            f"{epoch}; it must have rows, and yield the same ones each time it is read"
+            f"train_dataset, a stream, ended before row {passed} of epoch {epoch}; it must have "
+            "rows, and yield the same ones each time it is read"
         )
     while step or plan.is_split:
+        place.state = dataset.state_dict() if is_exact else None
         following = list(islice(rows, plan.rows_per_step))
+        place.rows = [row for _, row in following]
         share = next(progress)
         passes = plan.deal(step)
         if first is not None and plan.is_split:  # as many as the others make

@@ -29,6 +29,7 @@ from torch import nn
 from mlmadapt.model.evaluation import MaskedLMMetrics
 from mlmadapt.training.fingerprint import check_same_run
 from mlmadapt.training.run import Run, RunState
+from mlmadapt.training.stream import StreamPlace
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,13 @@ _TENSORS = "optimizer.safetensors"
 _STATE = "state.json"
 
 
-def write_run(run: Run, *, loss_sums: list[float]) -> None:
+def write_run(run: Run, *, loss_sums: list[float], places: list[Any]) -> None:
     """Write a checkpoint that `read_run` takes up again and ``from_pretrained`` loads.
 
     Args:
         run: The run, between two steps.
         loss_sums: `RunState.loss_sum` of each process.
+        places: `StreamPlace.stored` of each process.
 
     Raises:
         OSError: As `whole_checkpoint`.
@@ -70,6 +72,7 @@ def write_run(run: Run, *, loss_sums: list[float]) -> None:
         "fingerprint": run.fingerprint,
         "counts": asdict(replace(run.state, seconds=run.seconds)),
         "loss_sums": loss_sums,
+        "places": places,
         "objects": objects,
     }
     with whole_checkpoint(run.folder, run.state.step) as folder:
@@ -118,7 +121,11 @@ def read_run(checkpoint: Path, run: Run) -> None:
         sums, rank = stored["loss_sums"], run.accelerator.process_index
         same = len(sums) == run.accelerator.num_processes
         state.loss_sum = float(sums[rank] if same else sum(sums) if rank == 0 else 0.0)
-    run.state = state
+        # Not in checkpoints of before. If the number of processes differs, the stream is not split,
+        # and its place is the same on all.
+        places = stored.get("places", [{}])
+        place = StreamPlace(**places[rank % len(places)])
+    run.state, run.place = state, place
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:

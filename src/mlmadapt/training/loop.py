@@ -229,10 +229,11 @@ def in_plain_code(run: Run) -> AbstractContextManager[object]:
 
 def save_checkpoint(run: Run) -> None:
     """Write a checkpoint, then remove those that are not to be kept."""
-    loss_sums = gather_object([run.state.loss_sum])
+    told = gather_object([(run.state.loss_sum, run.place.stored())])
 
     def write() -> None:
-        checkpoint.write_run(run, loss_sums=loss_sums)
+        loss_sums, places = map(list, zip(*told, strict=True))
+        checkpoint.write_run(run, loss_sums=loss_sums, places=places)
         checkpoint.prune(
             run.folder,
             keep=run.config.save_total_limit,

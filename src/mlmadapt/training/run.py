@@ -24,6 +24,7 @@ from mlmadapt.model.predictor import Predictor
 from mlmadapt.training.batches import BatchPlan, training_batches
 from mlmadapt.training.config import TrainingConfig
 from mlmadapt.training.result import TrainingResult
+from mlmadapt.training.stream import StreamPlace
 
 
 @dataclass
@@ -138,6 +139,7 @@ class Run:
         launched: Steps whose outcome was not read yet, which `state` counts in `step` and
             `epoch_step` only.
         state: What has been done so far.
+        place: Where a stream is before the next step of this epoch, on this process.
     """
 
     config: TrainingConfig
@@ -159,6 +161,7 @@ class Run:
     stop_signal: int = 0
     launched: deque[Launched] = field(default_factory=deque)
     state: RunState = field(default_factory=RunState)
+    place: StreamPlace = field(default_factory=StreamPlace)
 
     @property
     def folder(self) -> Path:
@@ -196,6 +199,7 @@ class Run:
             done=self.state.step,
             total_steps=self.total_steps,
             num_workers=self.config.dataloader_num_workers,
+            place=self.place,
         ):
             going_on = int(not ends)
             if self.plan.is_split:  # until all parts are at their end

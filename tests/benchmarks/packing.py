@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -40,7 +41,7 @@ from mlmadapt.data.chunking import cut_rows
 from mlmadapt.model.loss import summed_cross_entropy
 from mlmadapt.model.sparse_head import masked_logits, round_up
 from mlmadapt.testing import tiny_corpus, tiny_tokenizer
-from mlmadapt.training.batches import BatchPlan
+from mlmadapt.training.batches import BatchPlan, training_batches
 
 if TYPE_CHECKING:
     import argparse
@@ -196,24 +197,37 @@ def one_per_row(table: pa.Table, length: int) -> pa.Table:
 
 
 def measure_collating(report: measure.Report, corpus: Corpus, rounds: int) -> list[measure.Claim]:
-    """Print how long a batch of packed rows takes beside one of joined rows."""
+    """Print how long batches of packed rows take beside those of joined rows, from lists and not.
+
+    A table is read as `accelerate_train` does; lists, fresh from Arrow, are what a dataset without
+    a format hands out.
+    """
     collator = WholeWordMaskingCollator(corpus.tokenizer, seed=0)
     made = {
         "packed": pack_texts(corpus.documents),
         "joined": group_texts(corpus.documents, labels=False),
     }
-    contenders = {
-        name: measure.Contender(collator, table.slice(0, corpus.batch_size).to_pylist)
-        for name, table in made.items()
-    }
-    times = measure.take_turns(contenders, rounds=3 * rounds)
-    title = f"collating {corpus.batch_size} rows of 128, {corpus.name}"
-    report.times(title, times, count=corpus.batch_size, unit="rows")
-    return [
-        measure.Claim.ratio(
-            "collating: packed / joined", times["packed"], times["joined"], at_most=1.3
+    plan = BatchPlan(rows=min(map(len, made.values())), batch_size=corpus.batch_size)
+    contenders, claims = {}, []
+    for name, table in made.items():
+        rows = Dataset(table)
+        contenders[f"{name}, table"] = measure.Contender(
+            lambda rows: deque(training_batches(rows, plan, collator, epoch=0), maxlen=0),
+            lambda rows=rows: rows,
         )
-    ]
+        steps = [table.take(step) for step in plan.order(0).split(corpus.batch_size)]
+        contenders[f"{name}, lists"] = measure.Contender(
+            lambda batches: deque(map(collator, batches), maxlen=0),
+            lambda steps=steps: [step.to_pylist() for step in steps],
+        )
+    times = measure.take_turns(contenders, rounds=5 * rounds)
+    title = f"collating {plan.rows:,} rows of 128, {corpus.name}"
+    report.times(title, times, count=plan.rows, unit="rows")
+    for form in ("table", "lists"):
+        packed, joined = times[f"packed, {form}"], times[f"joined, {form}"]
+        title = f"collating, {form}: packed / joined"
+        claims.append(measure.Claim.ratio(title, packed, joined, at_most=1.3))
+    return claims
 
 
 def measure_steps(report: measure.Report, corpus: Corpus, rounds: int) -> list[measure.Claim]:

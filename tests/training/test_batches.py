@@ -373,6 +373,23 @@ class Noting(WholeWordMaskingCollator):
         return super().collate(features, **settings)
 
 
+class NoWords(WholeWordMaskingCollator):
+    """Has no targets, by a method of its own, which knows rows as they come."""
+
+    def mask(self, columns: Any, *, key: Any, progress: float = 1.0) -> Any:  # type: ignore[override]
+        """Mask rows."""
+        masked, lengths = super().mask(columns, key=key, progress=progress)
+        return {**masked, "labels": masked["labels"] * 0 - 100}, lengths
+
+
+def test_a_mask_of_a_subclass_is_its_own(rows: list[dict[str, Any]]) -> None:
+    """Whether rows come from a list or from a table."""
+    plan = BatchPlan(rows=len(rows), batch_size=len(rows))
+    for dataset in (rows, datasets.Dataset.from_list(rows)):
+        ((batch,), _) = next(training_batches(dataset, plan, NoWords(TOKENIZER), epoch=0))
+        assert (batch["labels"] == -100).all()
+
+
 def test_other_collators_get_rows(rows: list[dict[str, Any]]) -> None:
     """As the dataset makes them: those of other libraries, and those made from ours."""
     plan = BatchPlan(rows=len(rows), batch_size=len(rows))

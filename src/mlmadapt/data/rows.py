@@ -77,6 +77,23 @@ def to_columns(features: Features) -> dict[str, list[Any]]:
     return {name: [feature[name] for feature in features] for name in names}
 
 
+def check_words(columns: Mapping[str, Any]) -> None:
+    """Check that rows have words.
+
+    Raises:
+        ValueError: If a row has no ``word_ids``.
+
+    Examples:
+        >>> check_words({"input_ids": [[7, 8]], "word_ids": [[0, 1]]})
+    """
+    for row, words in enumerate(columns.get("word_ids", [None])):
+        if words is None:
+            raise ValueError(
+                f"row {row} of the batch has no 'word_ids', of columns {list(columns)}; tokenize "
+                "with tokenize_with_word_ids, and pass remove_unused_columns=False to Trainer"
+            )
+
+
 def join_rows(columns: Mapping[str, Any]) -> tuple[dict[str, Ints], Ints]:
     """Lay the rows of each column one after the other; return the columns and the rows' lengths.
 

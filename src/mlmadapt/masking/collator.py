@@ -9,7 +9,6 @@ The hash is splitmix64's finaliser over a counter (Steele, Lea and Flood, OOPSLA
 of counter-based generators (Salmon et al., SC 2011).
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import KW_ONLY, dataclass, fields
@@ -20,13 +19,27 @@ import numpy.typing as npt
 import torch
 
 from mlmadapt._types import Features, Hashes, Ints, Tokenizer
-from mlmadapt.data.rows import check_count, document_bounds, join_rows, pad_rows, to_columns
+from mlmadapt.data.rows import (
+    check_count,
+    check_words,
+    document_bounds,
+    join_rows,
+    pad_rows,
+    to_columns,
+)
 from mlmadapt.data.tokenization import ordinary_token_ids, special_token_ids
 from mlmadapt.masking.clock import Clock
 from mlmadapt.masking.packed import PackedAttentionMask
 from mlmadapt.masking.rates import RateSchedule, is_share, rate_at, sample_rates
 from mlmadapt.masking.seeding import check_whole, derive_key, hash_counters, hash_rows
-from mlmadapt.masking.selection import WordWeights, choose_words, find_words, split_blocks
+from mlmadapt.masking.selection import (
+    WordWeights,
+    choose_words,
+    find_words,
+    list_places,
+    split_blocks,
+    warn_if_collapsed,
+)
 
 _Key: TypeAlias = int | Hashes
 
@@ -274,7 +287,12 @@ class WholeWordMaskingCollator:
         return pad_rows(masked, lengths, self.tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
 
     def mask(
-        self, columns: Mapping[str, Any], *, key: _Key, progress: float = 1.0
+        self,
+        columns: Mapping[str, Any],
+        *,
+        key: _Key,
+        progress: float = 1.0,
+        lengths: Ints | None = None,
     ) -> tuple[dict[str, Ints], Ints]:
         """Mask rows given as columns, without padding them.
 
@@ -282,6 +300,7 @@ class WholeWordMaskingCollator:
             columns: Lists of rows by name, as a batch of `map` has them.
             key: As for `collate`; or a key per row, of shape ``(rows,)``, in place of its tokens.
             progress: As for `collate`.
+            lengths: Tokens of each row, where the columns are arrays with the rows end to end.
 
         Returns:
             Arrays of shape ``(tokens,)``, the rows end to end, and the rows' lengths in tokens.
@@ -300,16 +319,10 @@ class WholeWordMaskingCollator:
         if not isinstance(key, np.ndarray):
             key = check_whole("key", key, range(2**64))
         rate = rate_at(self.wwm_probability, progress)
-        for row, words in enumerate(columns.get("word_ids", [None])):
-            if words is None:
-                raise ValueError(
-                    f"row {row} of the batch has no 'word_ids', of columns {list(columns)}; "
-                    "tokenize with tokenize_with_word_ids, and pass remove_unused_columns=False to "
-                    "Trainer"
-                )
-        masked, lengths = join_rows(
-            {name: rows for name, rows in columns.items() if name != "labels"}
-        )
+        masked = {name: rows for name, rows in columns.items() if name != "labels"}
+        if lengths is None:
+            check_words(columns)
+            masked, lengths = join_rows(masked)
         tokens, word_ids = masked["input_ids"], masked.pop("word_ids")
         self._check_ids(tokens, lengths)
         is_special = self._is_special.take(tokens)
@@ -359,14 +372,14 @@ class WholeWordMaskingCollator:
         """Return which tokens of some rows are targets, and what stands there instead."""
         first, size = find_words(words, bounds)
         words_before = np.searchsorted(first, bounds)
-        self._warn_if_collapsed(size, words_before)
+        self._warned = self._warned or warn_if_collapsed(size, words_before)
         weights = None
         if self._weights is not None:
             weights = self._weights.weigh(tokens[words >= 0], size, np.diff(words_before))
         row_keys = hash_rows(tokens, bounds, key) if isinstance(key, int) else key
         chosen, fate = choose_words(words_before, row_keys, weights, rate=rate, budget=self.budget)
         size = size[chosen]
-        targets = np.arange(size.sum()) + np.repeat(first[chosen] - np.cumsum(size) + size, size)
+        targets = list_places(first[chosen], size)
         fate = np.repeat(fate, size)
         instead = tokens[targets]
         instead[fate < self.mask_replace_prob] = self._mask_id
@@ -390,27 +403,7 @@ class WholeWordMaskingCollator:
                 "and make the collator after adding tokens"
             )
 
-    def _warn_if_collapsed(self, size: Ints, words_before: Ints) -> None:
-        # A mean over the row, since a single word can be as long as it likes.
-        if self._warned or size.max(initial=0) < _TOO_LONG:
-            return
-        words_in_row = np.diff(words_before)
-        tokens_in_row = np.diff(np.append(0, np.cumsum(size))[words_before])
-        collapsed = np.flatnonzero(tokens_in_row >= _TOO_LONG * np.maximum(words_in_row, 1))
-        if collapsed.size:
-            self._warned = True
-            row = collapsed[0]
-            warnings.warn(
-                f"word_ids make {words_in_row[row]} word(s) of the {tokens_in_row[row]} tokens of "
-                "a row, each masked as a whole: they come from a tokenizer that does not split "
-                "words. Tokenize with tokenize_with_word_ids, and pass word_boundaries for a "
-                "language without spaces",
-                stacklevel=7,
-            )
 
-
-# This many tokens per word, over a whole row, come from a tokenizer that does not split words.
-_TOO_LONG = 32
 # Keeps the draws of replacements apart from those of words.
 _REPLACEMENT = np.uint64(0x6A09E667F3BCC909)
 

@@ -4,6 +4,7 @@ A domain's own words are few among its words. If all words were masked evenly, m
 would go to words that the model knows already; weights move it to others, at the same overall rate.
 """
 
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal
@@ -14,16 +15,49 @@ import numpy.typing as npt
 from mlmadapt._types import Floats, Hashes, Ints, Tokenizer
 from mlmadapt.masking.seeding import hash_counters, spread_keys, to_unit
 
+# This many tokens per word, over a whole row, come from a tokenizer that does not split words.
+_TOO_LONG = 32
+
 
 def find_words(words: Ints, bounds: Ints) -> tuple[Ints, Ints]:
     """Return the first token and the size of each word: a run of one number, 0 or more."""
-    changes = np.ones(len(words) + 1, bool)
-    np.not_equal(words[1:], words[:-1], out=changes[1:-1])
-    changes[bounds] = True
-    edges = np.flatnonzero(changes)
-    runs = np.flatnonzero(words.take(edges[:-1]) >= 0)
-    first = edges.take(runs)
-    return first, edges.take(runs + 1) - first
+    is_word = words >= 0
+    begins = np.ones(len(words) + 1, bool)
+    np.not_equal(words[1:], words[:-1], out=begins[1:-1])
+    begins[bounds] = True
+    first = np.flatnonzero(begins[:-1] & is_word)
+    return first, np.flatnonzero(begins[1:] & is_word) - first + 1
+
+
+def warn_if_collapsed(size: Ints, words_before: Ints) -> bool:
+    """Warn of a row whose words have 32 tokens or more on average; tell whether there is one.
+
+    On average, since a single word can be as long as it likes.
+    """
+    if size.max(initial=0) < _TOO_LONG:
+        return False
+    words = np.diff(words_before)
+    tokens = np.diff(np.append(0, np.cumsum(size))[words_before])
+    collapsed = np.flatnonzero(tokens >= _TOO_LONG * np.maximum(words, 1))
+    for row in collapsed[:1]:
+        warnings.warn(
+            f"word_ids make {words[row]} word(s) of the {tokens[row]} tokens of a row, each masked "
+            "as a whole: they come from a tokenizer that does not split words. Tokenize with "
+            "tokenize_with_word_ids, and pass word_boundaries for a language without spaces",
+            stacklevel=7,
+        )
+    return bool(collapsed.size)
+
+
+def list_places(first: Ints, size: Ints) -> Ints:
+    """Return the places in runs that begin at `first`.
+
+    Examples:
+        >>> list_places(np.array([5, 9]), np.array([3, 1]))
+        array([5, 6, 7, 9])
+    """
+    places: Ints = np.arange(size.sum()) + np.repeat(first - np.cumsum(size) + size, size)
+    return places
 
 
 def split_blocks(bounds: Ints) -> list[Ints]:
@@ -72,11 +106,12 @@ def choose_words(
     else:
         is_chosen = draw < spread_rate(rate, weights, words_in_row)
     chosen = np.flatnonzero(is_chosen)
-    without = (np.diff(np.searchsorted(chosen, words_before)) == 0) & (words_in_row > 0)
-    if without.any():
-        words = np.flatnonzero(np.repeat(without, words_in_row))
-        is_chosen[words[_rank(urgency[words], words_in_row[without]) == 0]] = True
-        chosen = np.flatnonzero(is_chosen)
+    has_none = (np.diff(np.searchsorted(chosen, words_before)) == 0) & (words_in_row > 0)
+    without = np.flatnonzero(has_none)
+    if without.size:
+        size = words_in_row[without]
+        words = list_places(words_before[without], size)
+        chosen = np.sort(np.append(chosen, words[_rank(urgency[words], size) == 0]))
     return chosen, to_unit(hash_counters(keys[chosen], 1))
 
 

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
-from mlmadapt._types import Batch, DataCollator, Rows
+from mlmadapt._types import Batch, DataCollator, Ints, Rows
 from mlmadapt.data.rows import pad_rows
 from mlmadapt.data.table import table_reader
 from mlmadapt.masking.collator import WholeWordMaskingCollator
@@ -35,7 +35,7 @@ from mlmadapt.training.stream import StreamPlace, go_on, has_exact_state
 
 Dealt = TypeVar("Dealt")
 # The share of the run done before a row's step, the row's place, and whether it counts; and rows,
-# or columns of rows, with one for each.
+# or what `table_reader` reads of them, with one for each.
 Pick: TypeAlias = tuple[float, int, bool]
 Picked: TypeAlias = tuple[list[Pick], Any]
 
@@ -192,7 +192,10 @@ def training_batches(
         # A subclass may collate rows in a way of its own, as other collators do.
         _IndexedRows(
             dataset,
-            as_columns=getattr(type(collator), "collate", None) is WholeWordMaskingCollator.collate,
+            as_columns=all(
+                getattr(type(collator), name, None) is getattr(WholeWordMaskingCollator, name)
+                for name in ("collate", "mask")
+            ),
         ),
         batch_sampler=told,
         collate_fn=collate,
@@ -273,7 +276,7 @@ class _IndexedRows(torch.utils.data.Dataset[Any]):
         self.dataset, self.as_columns = dataset, as_columns
 
     @cached_property  # where it is used: to another process, views would go as copies
-    def _read(self) -> Callable[[list[int]], dict[str, list[Any]]] | None:
+    def _read(self) -> Callable[[list[int]], tuple[dict[str, Ints], Ints]] | None:
         return table_reader(self.dataset) if self.as_columns else None
 
     def __getitems__(self, picks: list[Pick]) -> Picked:
@@ -293,8 +296,10 @@ def _collate(picked: Picked, *, data_collator: DataCollator, seed: int, epoch: i
     if isinstance(data_collator, WholeWordMaskingCollator):
         own_seed = seed if data_collator.seed is None else data_collator.seed
         key = derive_key(own_seed, "mask", epoch)
-        if isinstance(rows, dict):
-            masked, lengths = data_collator.mask(rows, key=key, progress=progress)
+        if isinstance(rows, tuple):  # straight from a table
+            masked, lengths = data_collator.mask(
+                rows[0], key=key, progress=progress, lengths=rows[1]
+            )
             multiple = data_collator.pad_to_multiple_of
             batch = pad_rows(masked, lengths, data_collator.tokenizer, pad_to_multiple_of=multiple)
         else:

@@ -82,7 +82,7 @@ class Corpus:
 
 def main() -> None:
     """Measure rows, then batches, then training steps on each corpus."""
-    arguments = measure.parse_arguments(__doc__, rounds=3)
+    arguments = measure.parse_arguments(__doc__, rounds=5)
     corpora, description = load_corpora(arguments)
     report = measure.Report("Packing", description, arguments)
     claims = measure_rows(report, corpora[0], arguments.rounds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -130,7 +131,7 @@ def test_the_card_tells_what_the_result_says(run: Run) -> None:
     assert training["mixed_precision"] == "no"
     assert training["rows per step (processes x batch x accumulation)"] == "4"
     assert f"{result.global_step} steps, {result.tokens_seen:,} tokens" in run.card.text
-    assert run.card.settings("Versions")["torch"] == torch.__version__
+    assert run.card.settings("Versions")["torch"] == version("torch")
 
 
 def test_the_hub_can_read_it(run: Run) -> None:

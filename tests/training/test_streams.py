@@ -25,10 +25,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlmadapt import WholeWordMaskingCollator
+from mlmadapt.data.stream import StreamPlace
 from mlmadapt.testing import tiny_tokenizer
 from mlmadapt.training.batches import BatchPlan, training_batches
 from mlmadapt.training.distributed import split_stream
-from mlmadapt.training.stream import StreamPlace
 from tests.scripts.processes import outcome, start
 from tests.scripts.short_run import stream_shards, yield_rows
 from tests.training.test_attacks import in_state, sign

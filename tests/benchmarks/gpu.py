@@ -51,6 +51,8 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "mlmadapt, torch_compile": {"torch_compile": True},
     "mlmadapt, padded": {"rows": "padded"},
     "mlmadapt, packed": {"rows": "packed"},
+    "mlmadapt, torch_compile, padded": {"torch_compile": True, "rows": "padded"},
+    "mlmadapt, torch_compile, packed": {"torch_compile": True, "rows": "packed"},
 }
 SKIPPED = 5  # first steps, in which memory is taken and code compiled
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

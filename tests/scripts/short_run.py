@@ -69,6 +69,12 @@ def make_rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
     return rows_of(tokenize_with_word_ids(columns, tiny_tokenizer()))
 
 
+def pack(rows: list[dict[str, Any]], *, chunk_size: int) -> list[dict[str, Any]]:
+    """Lay documents side by side."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return rows_of(pack_texts(columns, chunk_size=chunk_size))
+
+
 def yield_rows(shards: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     """Yield the rows of all shards."""
     for shard in shards:
@@ -202,8 +208,7 @@ def train(
         data_collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3)
     train_rows: Any = make_rows(rows, seed=rows_seed)
     if packed:
-        columns = {name: [row[name] for row in train_rows] for name in train_rows[0]}
-        train_rows = rows_of(pack_texts(columns, chunk_size=40))
+        train_rows = pack(train_rows, chunk_size=40)
     if stream is not None:
         train_rows = make_stream(train_rows, stream)
     events = _watch_files(folder, at_event)

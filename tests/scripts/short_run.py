@@ -45,7 +45,7 @@ from mlmadapt.training.batches import BatchPlan
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-logging.getLogger("mlmadapt.training.stream").setLevel(logging.INFO)
+logging.getLogger("mlmadapt.data.stream").setLevel(logging.INFO)
 
 SETTINGS = {
     "num_train_epochs": 2,

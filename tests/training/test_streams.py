@@ -25,10 +25,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlmadapt import WholeWordMaskingCollator
+from mlmadapt.data.stream import StreamPlace
 from mlmadapt.testing import tiny_tokenizer
 from mlmadapt.training.batches import BatchPlan, training_batches
 from mlmadapt.training.distributed import split_stream
-from mlmadapt.training.stream import StreamPlace
 from tests.scripts.processes import outcome, start
 from tests.scripts.short_run import stream_shards, yield_rows
 from tests.training.test_attacks import in_state, sign
@@ -459,6 +459,7 @@ def test_streams_of_other_kinds_are_passed_over(caplog: Any) -> None:
     for stream in (Keeping(), number_rows([12])[0].__iter__, Own(from_generator()._ex_iterable)):
         make = stream if callable(stream) else lambda stream=stream: stream
         check_every_resume(make, plan, epoch=0, at_state=False, log=caplog)
+        assert {stored for _, stored in steps_with_places(make(), plan, epoch=0)} == {"{}"}
 
 
 @pytest.mark.parametrize("forged", [7, [], {}, {"epoch": 0}, {"epoch": 0, "examples_iterable": 3}])
@@ -520,3 +521,23 @@ def test_a_killed_run_goes_on_at_its_state(
     how = "goes on behind row {} by its state_dict" if at_state else "{} rows are passed over"
     rows = 8 if world == 1 or kind in ("shards", "parts") else 16
     assert [how.format(rows) in each.log for each in ended] == [True] * world
+
+
+def test_a_stream_keeps_the_state_that_its_caller_gave_it(caplog: Any) -> None:
+    """None, mostly: after a resumed run, it is read from its start; and that of the caller's."""
+    caplog.set_level(logging.INFO, "mlmadapt")
+    plan = BatchPlan(rows=0, batch_size=3)
+    stream = from_generator()
+    _, (_, stored), *_ = steps_with_places(stream, plan, epoch=0)
+    resumed = enter(stream, plan, 2, stored)
+    assert ("by its state_dict" in caplog.text) == IS_EXACT
+    assert list(stream) == list(from_generator())
+    rows = iter(stream)
+    for _ in range(6):
+        next(rows)
+    stream.load_state_dict(stream.state_dict())
+    behind = list(steps_with_places(stream, plan, epoch=0))
+    assert [step for step, _ in behind] != resumed  # the rows, with other numbers
+    assert enter(stream, plan, 2, behind[1][1]) == [step for step, _ in behind[2:]]
+    assert behind[1][1] == "{}"
+    assert list(stream) == list(from_generator())[6:]

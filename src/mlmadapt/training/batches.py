@@ -10,7 +10,7 @@ the order is a function of the lengths and of the rows per step too.
 A stream keeps its own order, in which datasets 5.2 shuffles shards by the epoch. Each process reads
 all of it and takes its share of every step; or, where the stream is split, its own part only, with
 fillers until all parts are at their end. To resume, it goes on at its own state where that is exact
-(see `training.stream`). Else the rows of finished steps are read and passed over, which is exact
+(see `data.stream`). Else the rows of finished steps are read and passed over, which is exact
 for shuffle buffers too.
 """
 
@@ -27,12 +27,12 @@ from torch.utils.data import DataLoader
 
 from mlmadapt._types import Batch, DataCollator, Ints, Rows
 from mlmadapt.data.rows import pad_rows
+from mlmadapt.data.stream import StreamPlace, go_on, has_exact_state
 from mlmadapt.data.table import table_reader
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.freezing import collate_seeded, purify
 from mlmadapt.masking.rates import is_share
 from mlmadapt.masking.seeding import derive_key
-from mlmadapt.training.stream import StreamPlace, go_on, has_exact_state
 
 Dealt = TypeVar("Dealt")
 # The share of the run done before a row's step, the row's place, and whether it counts; and rows,

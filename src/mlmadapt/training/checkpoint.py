@@ -29,7 +29,6 @@ from torch import nn
 from mlmadapt.model.evaluation import MaskedLMMetrics
 from mlmadapt.training.fingerprint import check_same_run
 from mlmadapt.training.run import Run, RunState
-from mlmadapt.training.stream import StreamPlace
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +39,12 @@ _TENSORS = "optimizer.safetensors"
 _STATE = "state.json"
 
 
-def write_run(run: Run, *, loss_sums: list[float], places: list[Any]) -> None:
+def write_run(run: Run, *, told: Mapping[str, list[Any]]) -> None:
     """Write a checkpoint that `read_run` takes up again and ``from_pretrained`` loads.
 
     Args:
         run: The run, between two steps.
-        loss_sums: `RunState.loss_sum` of each process.
-        places: `StreamPlace.stored` of each process.
+        told: What each process has of its own: `loss_sums`, and `places` in a stream.
 
     Raises:
         OSError: As `whole_checkpoint`.
@@ -71,9 +69,8 @@ def write_run(run: Run, *, loss_sums: list[float], places: list[Any]) -> None:
     state = {
         "fingerprint": run.fingerprint,
         "counts": asdict(replace(run.state, seconds=run.seconds)),
-        "loss_sums": loss_sums,
-        "places": places,
         "objects": objects,
+        **told,
     }
     with whole_checkpoint(run.folder, run.state.step) as folder:
         # The format is what from_pretrained looks for. Tied weights are stored once.
@@ -121,11 +118,10 @@ def read_run(checkpoint: Path, run: Run) -> None:
         sums, rank = stored["loss_sums"], run.accelerator.process_index
         same = len(sums) == run.accelerator.num_processes
         state.loss_sum = float(sums[rank] if same else sum(sums) if rank == 0 else 0.0)
-        # Not in checkpoints of before. If the number of processes differs, the stream is not split,
-        # and its place is the same on all.
+        # Checkpoints of before have none. A stream that is not split has one for all processes.
         places = stored.get("places", [{}])
-        place = StreamPlace(**places[rank % len(places)])
-    run.state, run.place = state, place
+        run.place = replace(run.place, **places[rank % len(places)])
+    run.state = state
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
@@ -258,11 +254,8 @@ def whole_checkpoint(output_dir: Path, step: int) -> Iterator[Path]:
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
     """Return the checkpoints in a folder, newest first, whole or not."""
-    found = [
-        path
-        for path in output_dir.glob(f"{_PREFIX}*")
-        if re.fullmatch(rf"{_PREFIX}[0-9]+", path.name)
-    ]
+    is_one = re.compile(rf"{_PREFIX}[0-9]+").fullmatch
+    found = [path for path in output_dir.glob(f"{_PREFIX}*") if is_one(path.name)]
     return sorted(found, key=_step_of, reverse=True)
 
 

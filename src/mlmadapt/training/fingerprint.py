@@ -75,10 +75,10 @@ def describe_run(
     return {
         **{name: value for name, value in asdict(config).items() if name not in _FREE},
         "rows per step (processes x batch x accumulation)": rows_per_step,
-        "model": f"{type(bare).__name__} {digest(weights)}",
-        "model_settings": f"configuration and modules {digest(settings)}",
+        "model": f"{type(bare).__name__} {_digest(weights)}",
+        "model_settings": f"configuration and modules {_digest(settings)}",
         **({"weights of -inf": left_out} if left_out else {}),
-        "tokenizer": f"{len(tokenizer)} tokens {digest(sorted(tokenizer.get_vocab().items()))}",
+        "tokenizer": f"{len(tokenizer)} tokens {_digest(sorted(tokenizer.get_vocab().items()))}",
         "data_collator": _describe_collator(data_collator),
         **own,
         **{name: _describe_rows(rows) for name, rows in datasets.items()},
@@ -125,17 +125,17 @@ def _describe_collator(data_collator: Any) -> str:
         public = [each for each in own if not each[0].startswith("_")]  # the rest may change
         if isinstance(data_collator, partial):
             public = [data_collator.func, data_collator.args, *data_collator.keywords.items()]
-        return f"{name} {json.dumps({'settings': digest(public)})}" if public else str(name)
+        return f"{name} {json.dumps({'settings': _digest(public)})}" if public else str(name)
     settings = {each.name: getattr(data_collator, each.name) for each in fields(data_collator)}
     settings.pop("tokenizer", None)
     schedule = settings.get("wwm_probability")
     if isinstance(schedule, Mapping):
         settings["wwm_probability"] = str(dict(schedule))
     elif callable(schedule):  # by its rates, since all lambdas have one name
-        settings["wwm_probability"] = f"{_in_json(schedule)} {digest(sample_rates(schedule))}"
+        settings["wwm_probability"] = f"{_in_json(schedule)} {_digest(sample_rates(schedule))}"
     for field, value in settings.items():
         if not isinstance(value, int | float | str | None):
-            settings[field] = f"{type(value).__name__} {digest(value)}"
+            settings[field] = f"{type(value).__name__} {_digest(value)}"
     return f"{name} {json.dumps(settings, sort_keys=True)}"
 
 
@@ -147,11 +147,10 @@ def _describe_rows(dataset: Any) -> str:
         )
     # A sample spread over all rows: to read a whole large dataset would take longer than to resume.
     places = sorted({i * (len(dataset) - 1) // _ROWS_LOOKED_AT for i in range(_ROWS_LOOKED_AT + 1)})
-    return f"{len(dataset)} rows {digest([sorted(dataset[place].items()) for place in places])}"
+    return f"{len(dataset)} rows {_digest([sorted(dataset[place].items()) for place in places])}"
 
 
-def digest(value: Any) -> str:
-    """Hash a value, by its numbers and strings where JSON cannot hold it."""
+def _digest(value: Any) -> str:
     text = json.dumps(value, skipkeys=True, default=_in_json)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 

@@ -229,11 +229,11 @@ def in_plain_code(run: Run) -> AbstractContextManager[object]:
 
 def save_checkpoint(run: Run) -> None:
     """Write a checkpoint, then remove those that are not to be kept."""
-    told = gather_object([(run.state.loss_sum, run.place.stored())])
+    own = gather_object([(run.state.loss_sum, run.place.stored())])
+    told = {"loss_sums": [loss for loss, _ in own], "places": [place for _, place in own]}
 
     def write() -> None:
-        loss_sums, places = map(list, zip(*told, strict=True))
-        checkpoint.write_run(run, loss_sums=loss_sums, places=places)
+        checkpoint.write_run(run, told=told)
         checkpoint.prune(
             run.folder,
             keep=run.config.save_total_limit,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -24,6 +25,10 @@ _DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="mlmadapt-datasets-")
 os.environ["HF_DATASETS_CACHE"] = _DATASETS_CACHE.name
 # Tiny models gain nothing from a second thread, and on a busy machine threads wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A process of "forkserver" begins with nothing of its parent, as a spawned one does, at the price
+# of a fork: the server loads once what takes seconds.
+multiprocessing.set_forkserver_preload(["mlmadapt.masking.collator", "transformers.trainer"])
 
 # It changes each process that imports it for good.
 collect_ignore = ["scripts/pretend_device.py"]

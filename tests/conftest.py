@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -42,6 +43,12 @@ settings.register_profile(
 )
 settings.register_profile("thorough", settings.get_profile("mlmadapt"), max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "mlmadapt"))
+
+
+def pytest_collection_finish() -> None:
+    """Have no test wait while what all of them import is looked through for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import faulthandler
 import functools
+import gc
 import io
 import json
 import logging
@@ -165,6 +166,7 @@ def _serve() -> None:
     short_run.freeze(short_run.make_rows(2))
     with tempfile.TemporaryDirectory() as folder:
         short_run.warm_up(folder)
+    gc.freeze()  # or each fork would look through, and so copy, all that is here
     for line in sys.stdin:
         request = json.loads(line)
         with tempfile.TemporaryDirectory() as folder:

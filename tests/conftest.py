@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -25,6 +27,10 @@ os.environ["HF_DATASETS_CACHE"] = _DATASETS_CACHE.name
 # Tiny models gain nothing from a second thread, and on a busy machine threads wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A process of "forkserver" begins with nothing of its parent, as a spawned one does, at the price
+# of a fork: the server loads once what takes seconds.
+multiprocessing.set_forkserver_preload(["mlmadapt.masking.collator", "transformers.trainer"])
+
 # It changes each process that imports it for good.
 collect_ignore = ["scripts/pretend_device.py"]
 
@@ -37,6 +43,12 @@ settings.register_profile(
 )
 settings.register_profile("thorough", settings.get_profile("mlmadapt"), max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "mlmadapt"))
+
+
+def pytest_collection_finish() -> None:
+    """Have no test wait while what all of them import is looked through for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:

@@ -247,7 +247,7 @@ def start_workers_first(collator: WholeWordMaskingCollator, told: Any) -> None:
         told.put("")
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
 def test_workers_that_would_not_see_an_epoch_are_noticed(context: Any) -> None:
     """They hold the epoch of the process that made the collator, and would go on with it."""
     processes = multiprocessing.get_context(context)

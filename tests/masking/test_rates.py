@@ -128,7 +128,7 @@ def test_frozen_sets_have_the_rate_of_the_end() -> None:
         assert lists(insert_random_mask(rows[:], following, prefix="")) == expected
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
 def test_persistent_workers_see_the_progress(context: Any) -> None:
     """What is told before an epoch's first batch holds in all of them."""
     rows = list(rows_of("wordpiece"))

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import faulthandler
 import functools
+import gc
 import io
 import json
 import logging
@@ -62,13 +63,19 @@ def start(
 
     Raises:
         TimeoutError: If they have not ended in time; they are killed.
+        RuntimeError: If the server has ended; the next call starts another.
     """
     server = _server()
     request = {"function": function, "world": world, "seconds": seconds, "arguments": arguments}
     request |= {"kill_after": kill_after, "kill_by": kill_by}
-    server.stdin.write(json.dumps(request) + "\n")
-    server.stdin.flush()
-    answer = json.loads(server.stdout.readline())
+    with contextlib.suppress(BrokenPipeError):
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+    line = server.stdout.readline()
+    if not line:
+        _server.cache_clear()
+        raise RuntimeError(f"the server ended with {server.wait()}; it was asked for {request}")
+    answer = json.loads(line)
     if isinstance(answer, str):
         took = f"{function} {arguments} on {world} processes took over {seconds} s"
         raise TimeoutError(f"{took}:\n{answer}")
@@ -140,7 +147,8 @@ def _server() -> subprocess.Popen[str]:
     )
 
     def stop() -> None:
-        server.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            server.stdin.close()
         try:
             server.wait(SECONDS)
         finally:
@@ -158,6 +166,7 @@ def _serve() -> None:
     short_run.freeze(short_run.make_rows(2))
     with tempfile.TemporaryDirectory() as folder:
         short_run.warm_up(folder)
+    gc.freeze()  # or each fork would look through, and so copy, all that is here
     for line in sys.stdin:
         request = json.loads(line)
         with tempfile.TemporaryDirectory() as folder:
@@ -173,23 +182,38 @@ def _fork(function: Any, request: dict[str, Any], folder: Path) -> list[dict[str
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children: dict[int, int] = {}
+    # Until a child is in its run: Python's own code after a fork would lose an interrupt.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     for rank in range(world):
+        (folder / f"{rank}.log").touch()
         child = os.fork()
         if child == 0:
-            _work(function, request["arguments"], folder, rank=rank, world=world, port=port)
+            try:
+                _work(function, request["arguments"], folder, rank=rank, world=world, port=port)
+            finally:  # it must not go on as a second server
+                os._exit(1)
+        # Here too, or a signal at once would find no group.
+        with contextlib.suppress(OSError):
+            os.setpgid(child, child)
         children[child] = rank
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     now, kill_after = time.monotonic(), request["kill_after"]
     kill_at = None if kill_after is None else now + kill_after
     codes = _wait(list(children), now + request["seconds"], kill_at, request["kill_by"])
     if codes is None:
-        return "\n".join((folder / f"{rank}.log").read_text() for rank in range(world))
+        return "\n".join(_read_log(folder, rank) for rank in range(world))
     answers = []
     for child, rank in children.items():
         report = folder / f"{rank}.json"
         answer = json.loads(report.read_text()) if report.exists() else {}
-        log = (folder / f"{rank}.log").read_text()
-        answers.append({"result": None, "error": "", **answer, "code": codes[child], "log": log})
+        told = {"code": codes[child], "log": _read_log(folder, rank)}
+        answers.append({"result": None, "error": "", **answer, **told})
     return answers
+
+
+def _read_log(folder: Path, rank: int) -> str:
+    # Of a killed process it may end within a character.
+    return (folder / f"{rank}.log").read_text(encoding="utf-8", errors="replace")
 
 
 def _wait(
@@ -201,7 +225,8 @@ def _wait(
         if kill_at is not None and time.monotonic() >= kill_at:
             kill_at = None
             for child in set(children) - set(codes):
-                os.killpg(child, kill_by)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child, kill_by)
         for child in set(children) - set(codes):
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid:
@@ -224,7 +249,8 @@ def _wait(
 def _work(
     function: Any, arguments: dict[str, Any], folder: Path, *, rank: int, world: int, port: int
 ) -> None:
-    os.setpgid(0, 0)
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)
     # Ignored where the tests run in the background, and then left so by what is tested.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with (folder / f"{rank}.log").open("w") as log:
@@ -243,12 +269,15 @@ def _work(
     answer: dict[str, Any] = {"result": None, "error": ""}
     code = 0
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         answer["result"] = function(**arguments)
     except BaseException as error:  # noqa: BLE001
         traceback.print_exc()
         answer["error"] = f"{type(error).__name__}: {error}"
         code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
-    (folder / f"{rank}.json").write_text(json.dumps(answer))
+    # Whole or not at all, whenever a signal comes.
+    (folder / f"{rank}.tmp").write_text(json.dumps(answer))
+    (folder / f"{rank}.tmp").rename(folder / f"{rank}.json")
     sys.stderr.flush()
     os._exit(code)
 

@@ -439,11 +439,14 @@ def test_processes_bring_the_best_checkpoint_along_together(tmp_path: Path) -> N
 
 
 WORKERS = """
-import sys
+import signal, sys
 from torch.utils.data import get_worker_info
 from mlmadapt import TrainingConfig, WholeWordMaskingCollator, accelerate_train
 from mlmadapt.testing import tiny_model, tiny_tokenizer
 from tests.scripts.short_run import make_rows
+
+# Ignored where the tests run in the background, and then left so.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 class Rows(list):
     is_held = True

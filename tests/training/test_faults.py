@@ -382,6 +382,17 @@ def test_torchrun_hands_on_a_sigterm_and_the_run_goes_on(tmp_path: Path) -> None
     assert resumed == outcome(tmp_path / "whole", world=2, **settings)
 
 
+@pytest.mark.parametrize(("number", "code"), [(9, -9), (signal.SIGTERM, -15), (signal.SIGINT, 130)])
+def test_a_signal_at_once_ends_a_run_and_not_what_starts_runs(
+    tmp_path: Path, number: int, code: int
+) -> None:
+    """Before it has a group, a log or a handler; the server of these tests goes on."""
+    for place in range(3):
+        folder = str(tmp_path / str(place))
+        ended = start("train", world=2, folder=folder, kill_after=0.0, kill_by=number)
+        assert [each.code for each in ended] == [code, code]
+
+
 @pytest.mark.parametrize("error", ["", "raise ArithmeticError('on purpose')"])
 def test_a_process_leaves_its_group_as_python_ends(tmp_path: Path, error: str) -> None:
     """Unless it failed: the others may wait for it then, and leaving could wait for them."""

@@ -227,21 +227,20 @@ def document_bounds(document_ids: Ints, bounds: Ints) -> Ints:
         >>> document_bounds(np.array([0, 0, 1, 0, 1]), np.array([0, 3, 5]))
         array([0, 2, 3, 4, 5])
     """
-    begins = np.ones(len(document_ids) + 1, bool)
-    np.not_equal(document_ids[1:], document_ids[:-1], out=begins[1:-1])
-    falls = (document_ids[1:] < document_ids[:-1]) & (document_ids[1:] >= 0)
-    starts = bounds[(bounds > 0) & (bounds < len(document_ids))]  # of rows with a row before
-    falls[starts - 1] = False
-    if falls.any():
-        place = int(falls.argmax())
-        row = int(np.searchsorted(bounds, place, side="right")) - 1
+    changes = (document_ids[1:] != document_ids[:-1]).nonzero()[0] + 1
+    now, before = document_ids[changes], document_ids[changes - 1]
+    falls = changes[(now < before) & (now >= 0)]
+    falls = falls[bounds[bounds.searchsorted(falls)] != falls]  # a row begins with any number
+    if falls.size:
+        row = int(bounds.searchsorted(falls[0])) - 1
         raise ValueError(
-            f"document_ids of row {row} of the batch fall from {document_ids[place]} to "
-            f"{document_ids[place + 1]}; a document is one run of tokens, and each has a higher "
+            f"document_ids of row {row} of the batch fall from {document_ids[falls[0] - 1]} to "
+            f"{document_ids[falls[0]]}; a document is one run of tokens, and each has a higher "
             "number than the one before, as pack_texts numbers them"
         )
-    begins[bounds] = True
-    return np.flatnonzero(begins)
+    begins = np.zeros(len(document_ids) + 1, bool)
+    begins[changes] = begins[bounds] = True
+    return begins.nonzero()[0]
 
 
 def split_rows(joined: npt.NDArray[Any], lengths: Ints) -> npt.NDArray[Any]:

@@ -197,10 +197,10 @@ def one_per_row(table: pa.Table, length: int) -> pa.Table:
 
 
 def measure_collating(report: measure.Report, corpus: Corpus, rounds: int) -> list[measure.Claim]:
-    """Print how long batches of packed rows take beside those of joined rows, from lists and not.
+    """Print how long packed rows take beside joined ones, to become batches.
 
-    A table is read as `accelerate_train` does; lists, fresh from Arrow, are what a dataset without
-    a format hands out.
+    From a table as `accelerate_train` reads it, all rows; and from lists, fresh from Arrow, which a
+    dataset without a format hands out, 64 rows.
     """
     collator = WholeWordMaskingCollator(corpus.tokenizer, seed=0)
     made = {
@@ -208,25 +208,28 @@ def measure_collating(report: measure.Report, corpus: Corpus, rounds: int) -> li
         "joined": group_texts(corpus.documents, labels=False),
     }
     plan = BatchPlan(rows=min(map(len, made.values())), batch_size=corpus.batch_size)
-    contenders, claims = {}, []
-    for name, table in made.items():
-        rows = Dataset(table)
-        contenders[f"{name}, table"] = measure.Contender(
+    epochs = {
+        name: measure.Contender(
             lambda rows: deque(training_batches(rows, plan, collator, epoch=0), maxlen=0),
-            lambda rows=rows: rows,
+            lambda table=table: Dataset(table),
         )
-        steps = [table.take(step) for step in plan.order(0).split(corpus.batch_size)]
-        contenders[f"{name}, lists"] = measure.Contender(
-            lambda batches: deque(map(collator, batches), maxlen=0),
-            lambda steps=steps: [step.to_pylist() for step in steps],
-        )
-    times = measure.take_turns(contenders, rounds=5 * rounds)
-    title = f"collating {plan.rows:,} rows of 128, {corpus.name}"
-    report.times(title, times, count=plan.rows, unit="rows")
-    for form in ("table", "lists"):
-        packed, joined = times[f"packed, {form}"], times[f"joined, {form}"]
+        for name, table in made.items()
+    }
+    batches = {
+        name: measure.Contender(collator, table.slice(0, corpus.batch_size).to_pylist)
+        for name, table in made.items()
+    }
+    claims = []
+    for form, contenders, count in (
+        ("table", epochs, plan.rows),
+        ("lists", batches, corpus.batch_size),
+    ):
+        times = measure.take_turns(contenders, rounds=5 * rounds)
+        title = f"collating {count:,} rows of 128, {corpus.name}, {form}"
+        report.times(title, times, count=count, unit="rows")
         title = f"collating, {form}: packed / joined"
-        claims.append(measure.Claim.ratio(title, packed, joined, at_most=1.3))
+        claim = measure.Claim.ratio(title, times["packed"], times["joined"], at_most=1.3)
+        claims.append(claim)
     return claims
 
 

@@ -23,7 +23,7 @@ from mlmadapt._types import Model
 from mlmadapt.data.rows import document_bounds
 from mlmadapt.model.checks import check_model, position_table, unwrap
 from mlmadapt.model.document_mask import mask_documents
-from mlmadapt.model.mode import evaluation_mode, reset_compiled
+from mlmadapt.model.mode import evaluation_mode, plain_code, reset_compiled
 
 
 def isolate_documents(model: Model) -> "DocumentIsolation":
@@ -223,7 +223,7 @@ def _check_isolation(model: Model) -> None:
 
     reason = None
     try:
-        with evaluation_mode(model), torch.compiler.set_stance("force_eager"):
+        with evaluation_mode(model), plain_code():
             packed = {"document_ids": documents[None]}
             together = predict(tokens, **packed)
             in_other_company = predict(torch.where(middle, tokens, others), **packed)

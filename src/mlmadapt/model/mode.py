@@ -1,10 +1,15 @@
-"""A model's mode: put back where it was, and code compiled for another one forgotten."""
+"""A model's mode: put back where it was, and code compiled for another one left or forgotten."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from threading import Lock
 
 import torch
 from torch import nn
+
+_plain = ExitStack()
+_inside: list[object] = []
+_turn = Lock()
 
 
 @contextmanager
@@ -18,6 +23,27 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was_training in modes:
             module.training = was_training
+
+
+@contextmanager
+def plain_code() -> Iterator[None]:
+    """Leave compiled code aside inside the block, which several threads may be in at once.
+
+    torch has one stance for all threads. Blocks that overlap would put back each other's, and leave
+    compiled code aside for good; so the first sets it, and the last one puts it back.
+    """
+    inside = object()
+    with _turn:
+        if not _inside:
+            _plain.enter_context(torch.compiler.set_stance("force_eager"))
+        _inside.append(inside)
+    try:
+        yield
+    finally:
+        with _turn:
+            _inside.remove(inside)
+            if not _inside:
+                _plain.close()
 
 
 def reset_compiled(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from mlmadapt._types import Batch, Model
 from mlmadapt.model.isolation import isolate_documents
-from mlmadapt.model.mode import evaluation_mode
+from mlmadapt.model.mode import evaluation_mode, plain_code
 from mlmadapt.model.sparse_head import (
     MaskedPositions,
     SparsePrediction,
@@ -149,7 +149,7 @@ def _try_masks(model: Model, probe: Batch) -> tuple[bool, bool]:
         )
         return torch.equal(first, second)
 
-    with evaluation_mode(model), torch.compiler.set_stance("force_eager"):
+    with evaluation_mode(model), plain_code():
         # A square has no window, which a probe may be too short to show.
         settings = model.config.get_text_config().to_dict()
         has_window = any(settings.get(name) is not None for name in _WINDOWS)

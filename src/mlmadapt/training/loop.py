@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from mlmadapt._types import DataCollator, Model, Rows, Stream, Tokenizer
 from mlmadapt.model.evaluation import FrozenCollator, as_log, evaluate_rows, is_frozen, name_sets
 from mlmadapt.model.fill_mask import fill_masks
+from mlmadapt.model.mode import plain_code
 from mlmadapt.training import checkpoint
 from mlmadapt.training.config import TrainingConfig
 from mlmadapt.training.distributed import join_group, make_accelerator, on_main_process
@@ -224,7 +225,7 @@ def fill_in(run: Run) -> dict[str, str]:
 
 def in_plain_code(run: Run) -> AbstractContextManager[object]:
     """Leave compiled code aside: rows to evaluate have many shapes, and figures stay the same."""
-    return torch.compiler.set_stance("force_eager") if run.config.torch_compile else nullcontext()
+    return plain_code() if run.config.torch_compile else nullcontext()
 
 
 def save_checkpoint(run: Run) -> None:

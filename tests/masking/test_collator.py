@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from mlmadapt import WholeWordMaskingCollator, group_texts, tokenize_with_word_ids
+from mlmadapt.data.rows import join_rows, to_columns
 from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_tokenizer
 from tests.masking.reference_masking import reference_collate, reference_key, special_ids, words_of
 
@@ -728,3 +729,24 @@ def test_documents_collapsed_into_one_word_warn_once() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             collator([bad])
+
+
+def test_rows_that_lie_end_to_end_are_masked_as_they_are() -> None:
+    """With their lengths; and lengths of other rows are refused."""
+    collator = WholeWordMaskingCollator(shared("wordpiece"), seed=0)
+    columns = to_columns(rows_of("wordpiece"))
+    joined, lengths = join_rows(columns)
+    given = {name: values.copy() for name, values in joined.items()}
+    apart, together = (
+        collator.mask(columns, key=5),
+        collator.mask(joined, key=5, lengths=lengths),
+    )
+    assert together[1].tolist() == apart[1].tolist()
+    assert together[0].keys() == apart[0].keys()
+    for name, values in apart[0].items():
+        assert together[0][name].tolist() == values.tolist()
+    assert joined.keys() == given.keys()
+    for name, values in given.items():
+        assert joined[name].tolist() == values.tolist()
+    with pytest.raises(ValueError, match=r"lengths sum to \d+ tokens, but the rows have \d+ 'inp"):
+        collator.mask(joined, key=5, lengths=lengths[1:])

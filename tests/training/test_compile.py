@@ -112,7 +112,7 @@ def test_packed_rows_train_and_resume_by_compiled_code(
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "stopped", **saving)
     assert train(tmp_path / "stopped", resume_from_checkpoint=True, **saving)[:2] == whole
-    assert len(backend) <= 8
+    assert 0 < len(backend) <= 8
     plain, other = (
         train(tmp_path / name, dropout=False, **settings)[1]
         for name, settings in (("plain", {"packed": True}), ("compiled", compiled))

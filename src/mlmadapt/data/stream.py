@@ -10,6 +10,7 @@ came when the checkpoint was written. Any other stream is read from its start.
 import hashlib
 import json
 import logging
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -45,10 +46,11 @@ class StreamPlace:
 
 def has_exact_state(dataset: Any) -> bool:
     """Tell whether a stream is known to go on from its `state_dict` with the rows that follow."""
-    import datasets  # noqa: PLC0415  # half a second to load
-
-    version = tuple(map(int, datasets.__version__.split(".")[:2]))
-    if version < (5, 2) or type(dataset) is not datasets.IterableDataset:
+    # What is not loaded, for half a second, made no stream.
+    loaded = sys.modules.get("datasets")
+    if loaded is None or type(dataset) is not loaded.IterableDataset:
+        return False
+    if tuple(map(int, loaded.__version__.split(".")[:2])) < (5, 2):
         return False
     parts = [getattr(dataset, "_ex_iterable", None)]  # a state does not tell of a buffer
     for part in parts:

@@ -103,7 +103,7 @@ def find_domain_words(
 
     Args:
         texts: The documents, read once: a list, a column of a dataset, or a generator over a
-            stream. About 5 MB are read per second; memory grows with the distinct words only.
+            stream. About 10 MB are read per second; memory grows with the distinct words only.
         tokenizer: A fast tokenizer.
         size: Return this many words at most.
         min_count: Leave rarer words out.

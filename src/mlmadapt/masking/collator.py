@@ -323,6 +323,11 @@ class WholeWordMaskingCollator:
         if lengths is None:
             check_words(columns)
             masked, lengths = join_rows(masked)
+        elif lengths.sum() != len(masked["input_ids"]):
+            raise ValueError(
+                f"lengths sum to {lengths.sum()} tokens, but the rows have "
+                f"{len(masked['input_ids'])} 'input_ids'; pass them as join_rows returns them"
+            )
         tokens, word_ids = masked["input_ids"], masked.pop("word_ids")
         self._check_ids(tokens, lengths)
         is_special = self._is_special.take(tokens)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from mlmadapt.model import predictor as predictors
+from mlmadapt.model.document_mask import is_near
 from mlmadapt.model.evaluation import FrozenCollator
 from mlmadapt.model.mode import evaluation_mode
 from mlmadapt.model.predictor import predicting
@@ -102,12 +104,31 @@ def test_a_model_that_wants_a_mask_gets_it() -> None:
         predictor(model, make_batch())
 
 
-def test_a_window_is_kept_though_the_probe_is_shorter() -> None:
-    """On rows within the window a square does the same, and on longer ones it would reach on."""
+@pytest.mark.skipif(IS_OLD, reason="transformers makes other masks")
+def test_layers_of_sliding_attention_get_a_mask_of_their_own() -> None:
+    """Without a window it would see other tokens, which a row as short as the probe cannot show."""
     model = tiny_model(tiny_tokenizer(), architecture="modernbert")
     batch = make_batch()
     probe = {name: values[:, :20] for name, values in batch.items()}
-    assert batch["input_ids"].shape[1] > 64  # its window
+    assert batch["input_ids"].shape[1] > model.config.sliding_window
     with predicting(model, probe, is_packed=False) as predictor, evaluation_mode(model):
-        found, _ = replace(predictor, sparse=None)(model, batch)
+        assert predictor.takes_square
+        predictor = replace(predictor, sparse=None)
+        found, _ = predictor(model, batch)
         assert torch.equal(found, plain(model, batch))
+        found, _ = replace(predictor, window=None)(model, batch)
+        assert not torch.equal(found, plain(model, batch))
+
+
+@pytest.mark.parametrize("off", [-1, 1])
+def test_another_window_than_the_model_has_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, off: int
+) -> None:
+    """By a token to each side, though the first row has far fewer; it then keeps the plain mask."""
+    monkeypatch.setattr(
+        predictors, "is_near", lambda length, window, device: is_near(length, window + off, device)
+    )
+    model = tiny_model(tiny_tokenizer(), architecture="modernbert")
+    probe = {name: values[:, :20] for name, values in make_batch().items()}
+    with predicting(model, probe, is_packed=False) as predictor:
+        assert not predictor.takes_square

@@ -27,6 +27,7 @@ from mlmadapt import (
     pack_texts,
 )
 from mlmadapt.testing import tiny_model, tiny_tokenizer
+from mlmadapt.training.distributed import is_any
 
 WAITS = {
     "aten::_local_scalar_dense",
@@ -129,17 +130,24 @@ class Enough(Exception):  # noqa: N818  # no error
     """Ends a run before it saves a model, which has no memory to save here."""
 
 
-def train(*, fused: bool = True, packed: bool = False, accumulation: int = 2) -> list[Any]:
+def make_accelerator() -> Accelerator:
+    """Make one that takes the pretend device for its own."""
+    accelerator = Accelerator()
+    for shared in (PartialState._shared_state, AcceleratorState._shared_state):
+        shared["device"] = DEVICE
+    return accelerator
+
+
+def train(
+    *, fused: bool = True, packed: bool = False, accumulation: int = 2, architecture: str = "bert"
+) -> list[Any]:
     """Train a few steps; return what each turn of the loop costs, from step to step."""
     tokenizer, rows = tiny_tokenizer(), make_rows(64)
     if packed:
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         rows = rows_of(pack_texts(columns, chunk_size=40))
-    model = drop_nothing(tiny_model(tokenizer))
-    accelerator = Accelerator()
-    for shared in (PartialState._shared_state, AcceleratorState._shared_state):
-        shared["device"] = DEVICE
-    model.to(DEVICE)
+    model = drop_nothing(tiny_model(tokenizer, architecture=architecture)).to(DEVICE)
+    accelerator = make_accelerator()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
     turns: list[Any] = []
 
@@ -172,13 +180,19 @@ def train(*, fused: bool = True, packed: bool = False, accumulation: int = 2) ->
     return turns
 
 
-def evaluate() -> list[Any]:
+def evaluate(*, architecture: str = "bert") -> list[Any]:
     """Evaluate 1 batch and 5 of mixed lengths; return what each costs."""
     tokenizer = tiny_tokenizer()
-    model = tiny_model(tokenizer).to(DEVICE)
+    model = tiny_model(tokenizer, architecture=architecture).to(DEVICE)
     rows, found = freeze(make_rows(40)), []
     for number in (8, 40):
         counts.clear()
         evaluate_mlm(model, rows[:number], tokenizer=tokenizer, batch_size=8)
         found.append(dict(+counts))
     return found
+
+
+def agree() -> tuple[list[bool], Any]:
+    """Tell on 2 processes whether something holds on the second, and on none, and what it costs."""
+    rank = make_accelerator().process_index
+    return [is_any(own=rank == 1), is_any(own=False)], dict(+counts)

@@ -27,18 +27,20 @@ needs_transformers = pytest.mark.skipif(
 
 
 def on_device(function: str, **arguments: Any) -> Any:
-    """Call a function of `pretend_device` in a process of its own."""
-    (ended,) = start("on_pretend_device", what=function, **arguments)
-    assert not ended.code, ended.log
-    return ended.result
+    """Call a function of `pretend_device` in processes of its own; return what the first did."""
+    first, *others = start("on_pretend_device", what=function, **arguments)
+    for ended in (first, *others):
+        assert not ended.code, ended.log
+    return first.result
 
 
 @needs_transformers
+@pytest.mark.parametrize("architecture", ["bert", "modernbert"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_turn_of_the_loop_waits_once(*, fused: bool, packed: bool) -> None:
+def test_a_turn_of_the_loop_waits_once(*, fused: bool, packed: bool, architecture: str) -> None:
     """With padded rows and accumulation, for what was found in the turn before."""
-    turns = on_device("train", fused=fused, packed=packed)
+    turns = on_device("train", fused=fused, packed=packed, architecture=architecture)
     assert len(turns) == 6
     # The first step is read at once, the second a turn later, unless the host has to know.
     assert ("wait: copy to the host" in turns[2]) is not fused
@@ -48,12 +50,19 @@ def test_a_turn_of_the_loop_waits_once(*, fused: bool, packed: bool) -> None:
 
 
 @needs_transformers
-def test_evaluation_waits_once_per_batch() -> None:
+@pytest.mark.parametrize("architecture", ["bert", "modernbert"])
+def test_evaluation_waits_once_per_batch(architecture: str) -> None:
     """What it costs to set up, with 1 batch as with 5, left out."""
-    one, five = on_device("evaluate")
+    one, five = on_device("evaluate", architecture=architecture)
     assert five.pop("copy") - one.pop("copy") >= 4 * 3
     assert five.pop("wait: copy to the host") - one.pop("wait: copy to the host") == 4
     assert five == one
+
+
+@pytest.mark.distributed
+def test_processes_agree_without_their_devices() -> None:
+    """Where the parts of a stream end, which is asked in each step."""
+    assert on_device("agree", world=2) == [[True, False], {}]
 
 
 @pytest.mark.usefixtures("no_curves")

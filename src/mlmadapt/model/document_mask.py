@@ -182,11 +182,19 @@ def make_dense(
         )
     sees = documents[:, None, :, None] == documents[:, None, None, :]
     if window is not None:
-        sees &= _is_near(sequence, window, documents.device)
+        sees &= is_near(sequence, window, documents.device)
     return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
 
 
-def _is_near(length: int, window: int, device: torch.device) -> torch.Tensor:
+def is_near(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """Tell which of `length` tokens see each other, if each sees `window` of them to each side.
+
+    Examples:
+        >>> is_near(3, 1, torch.device("cpu")).int()
+        tensor([[1, 1, 0],
+                [1, 1, 1],
+                [0, 1, 1]], dtype=torch.int32)
+    """
     places = torch.arange(length, device=device)
     return (places[:, None] - places).abs() <= window
 
@@ -197,7 +205,7 @@ def _sees(is_token: torch.Tensor, window: int | None) -> torch.Tensor | None:
     sees = None if is_token.all() else is_token[:, None, None, :]
     if window is None or length <= window + 1:
         return sees
-    near = _is_near(length, window, is_token.device)
+    near = is_near(length, window, is_token.device)
     # Padding that saw nothing would be NaN.
     return near if sees is None else sees & (near | ~is_token[:, None, :, None])
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from mlmadapt._types import Batch, Model
+from mlmadapt.model.document_mask import is_near
 from mlmadapt.model.isolation import isolate_documents
 from mlmadapt.model.mode import evaluation_mode, plain_code
 from mlmadapt.model.sparse_head import (
@@ -28,7 +29,7 @@ from mlmadapt.model.sparse_head import (
 
 # Columns of a batch that are not the model's.
 _TARGETS = ("labels", "words", "sizes")
-# What transformers calls the reach of attention that is not to all tokens, now and before.
+# What transformers calls the reach of attention that is not to all tokens.
 _WINDOWS = ("sliding_window", "local_attention", "attention_window")
 
 
@@ -41,7 +42,7 @@ class Sent(NamedTuple):
         targets: The tokens there, of shape ``(masked,)``.
     """
 
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, Any]
     masked: MaskedPositions
     targets: torch.Tensor
 
@@ -55,12 +56,15 @@ class Predictor:
         sparse: Its sparse head, or None where its full head runs.
         is_free: Whether it needs no attention mask where nothing is padded.
         takes_square: Whether it takes a mask of shape ``(batch, 1, sequence, sequence)``.
+        window: How many tokens to each side its layers of sliding attention see, if it has some;
+            these take a mask of their own.
     """
 
     device: torch.device
     sparse: SparsePrediction | None = None
     is_free: bool = False
     takes_square: bool = False
+    window: int | None = None
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits in 32 bits, of shape ``(masked, vocabulary)``, and the tokens to predict.
@@ -88,7 +92,7 @@ class Predictor:
         positions = batch["labels"] != -100
         masked = MaskedPositions.of(round_up(positions) if rounded else positions)
         targets = batch["labels"].flatten()[masked.indices[: masked.number]]
-        inputs = {
+        inputs: dict[str, Any] = {
             name: self._copy(values) for name, values in batch.items() if name not in _TARGETS
         }
         if "attention_mask" in batch:
@@ -96,7 +100,7 @@ class Predictor:
             if is_full and self.is_free:
                 del inputs["attention_mask"]
             elif self.takes_square and "document_ids" not in batch:
-                inputs["attention_mask"] = _as_square(inputs["attention_mask"])
+                inputs["attention_mask"] = _as_square(inputs["attention_mask"], self.window)
         masked = masked._replace(indices=self._copy(masked.indices))
         return Sent(inputs, masked, self._copy(targets))
 
@@ -118,28 +122,46 @@ def predicting(model: Model, probe: Batch, *, is_packed: bool) -> Iterator[Predi
     """
     with isolate_documents(model) if is_packed else nullcontext():
         sparse = try_sparse(model, probe)
-        is_free, takes_square = _try_masks(model, probe)
+        is_free, takes_square, window = _try_masks(model, probe)
         with sparse or nullcontext():
             yield Predictor(
-                device=model.device, sparse=sparse, is_free=is_free, takes_square=takes_square
+                device=model.device,
+                sparse=sparse,
+                is_free=is_free,
+                takes_square=takes_square,
+                window=window,
             )
 
 
-def _as_square(mask: torch.Tensor) -> torch.Tensor:
+def _as_square(mask: torch.Tensor, window: int | None) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Return a padding mask in the form in which attention takes it, for each kind of layers."""
     batch, sequence = mask.shape
-    return mask.bool()[:, None, None].expand(batch, 1, sequence, sequence)
+    square = mask.bool()[:, None, None].expand(batch, 1, sequence, sequence)
+    if window is None:
+        return square
+    near = square & is_near(sequence, window, mask.device)
+    return {"full_attention": square, "sliding_attention": near}
 
 
-def _try_masks(model: Model, probe: Batch) -> tuple[bool, bool]:
-    """Tell whether a model gives the same bits without a full mask, and with a square one."""
+def _try_masks(model: Model, probe: Batch) -> tuple[bool, bool, int | None]:
+    """Tell whether a model gives the same bits without a full mask, and with a square one.
+
+    The third is the window of its layers of sliding attention.
+    """
     inputs = {name: values[:1].to(model.device) for name, values in probe.items()}
     for name in (*_TARGETS, "document_ids"):
         inputs.pop(name, None)
+    config = model.config.get_text_config()
+    is_sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    window = config.sliding_window if is_sliding else None
+    if window is not None:  # which a row within it would not show
+        copies = 2 + 2 * window // inputs["input_ids"].shape[1]
+        inputs = {name: values.repeat(1, copies) for name, values in inputs.items()}
     full = torch.ones_like(inputs.pop("attention_mask", inputs["input_ids"]))
     cut = full.clone()
     cut[:, -1] = 0
 
-    def is_same(plain: torch.Tensor, other: torch.Tensor | None) -> bool:
+    def is_same(plain: torch.Tensor, other: Any) -> bool:
         try:
             outputs: list[Any] = [model(**inputs, attention_mask=mask) for mask in (plain, other)]
         except Exception:  # noqa: BLE001  # of a model that takes no such mask
@@ -150,7 +172,8 @@ def _try_masks(model: Model, probe: Batch) -> tuple[bool, bool]:
         return torch.equal(first, second)
 
     with evaluation_mode(model), plain_code():
-        # A square has no window, which a probe may be too short to show.
-        settings = model.config.get_text_config().to_dict()
-        has_window = any(settings.get(name) is not None for name in _WINDOWS)
-        return is_same(full, None), not has_window and is_same(cut, _as_square(cut))
+        # Of other kinds of windows, nothing is known.
+        settings = config.to_dict()
+        is_known = window is not None or all(settings.get(name) is None for name in _WINDOWS)
+        takes_square = is_known and is_same(cut, _as_square(cut, window))
+        return is_same(full, None), takes_square, window

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import broadcast_object_list, gather_object
+from torch.distributed import ProcessGroup, ReduceOp, group
 
 from mlmadapt.training.config import TrainingConfig
 
@@ -142,6 +143,18 @@ def split_stream(dataset: Any, accelerator: Accelerator) -> tuple[Any, bool]:
             "split_dataset_by_node(stream, process_index, num_processes)"
         )
     return dataset, True
+
+
+def is_any(*, own: bool) -> bool:
+    """Tell whether something holds on any process, without a wait for what their devices do."""
+    told = torch.tensor(own, dtype=torch.uint8)
+    torch.distributed.all_reduce(told, ReduceOp.MAX, group=_host_group(group.WORLD))
+    return bool(told)
+
+
+@functools.lru_cache(maxsize=1)  # a new one only where all processes have met anew
+def _host_group(world: ProcessGroup) -> ProcessGroup:  # noqa: ARG001  # told apart by it
+    return torch.distributed.new_group(backend="gloo")
 
 
 def total(accelerator: Accelerator, masked: int, tokens: int, stop_signal: int) -> torch.Tensor:

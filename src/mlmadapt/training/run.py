@@ -24,6 +24,7 @@ from mlmadapt.model.evaluation import MaskedLMMetrics
 from mlmadapt.model.predictor import Predictor
 from mlmadapt.training.batches import BatchPlan, training_batches
 from mlmadapt.training.config import TrainingConfig
+from mlmadapt.training.distributed import is_any
 from mlmadapt.training.result import TrainingResult
 
 
@@ -201,12 +202,10 @@ class Run:
             num_workers=self.config.dataloader_num_workers,
             place=self.place,
         ):
-            going_on = int(not ends)
             if self.plan.is_split:  # until all parts are at their end
-                own = torch.tensor(going_on, device=self.accelerator.device)
-                going_on = int(self.accelerator.reduce(own, "sum"))
-            yield batches, not going_on
-            if not going_on:
+                ends = not is_any(own=not ends)
+            yield batches, ends
+            if ends:
                 return
 
     def due(self, *, ends_epoch: bool) -> tuple[bool, bool, bool]:

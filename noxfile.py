@@ -48,8 +48,9 @@ def install(session: nox.Session, *packages: str, constraint: str = "constraints
     session.env["HF_HOME"] = str(Path(session.virtualenv.location, "huggingface").resolve())
     session.env["HF_HUB_OFFLINE"] = "1"
     session.env["PIP_BUILD_CONSTRAINT"] = "constraints.txt"
-    # Seconds a test. Not in pyproject.toml: there, pytest would fail without pytest-timeout.
-    session.env["PYTEST_TIMEOUT"] = "300"
+    # Seconds a test, on a busy machine. Not in pyproject.toml: there, pytest would fail without
+    # pytest-timeout.
+    session.env["PYTEST_TIMEOUT"] = "900"
     session.install("--constraint", constraint, *packages)
 
 

@@ -121,7 +121,7 @@ def start(*options: object, command: tuple[str, ...] = (sys.executable,), **env:
         env={**os.environ, **env},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
 
@@ -180,7 +180,7 @@ def runs(inputs: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -
         env={**os.environ, "HF_DATASETS_CACHE": str(cache)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert process.returncode == 0, process.stderr

@@ -71,7 +71,7 @@ def made() -> list[dict[str, Any]]:
         for seed in ("1", "2")
     ]
     try:
-        printed = [process.communicate(timeout=120)[0] for process in processes]
+        printed = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

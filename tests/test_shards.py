@@ -77,6 +77,6 @@ def test_a_shard_in_is_a_shard_out(
 def test_ray_makes_the_same_shards(command: list[str], tmp_path: Path) -> None:
     """Ray Data as the engine: several workers, and the same files."""
     environment = {"RAY_USAGE_STATS_ENABLED": "0"}
-    ended = run_script([sys.executable, *command, "--ray"], seconds=150, **environment)
+    ended = run_script([sys.executable, *command, "--ray"], seconds=600, **environment)
     assert ended.returncode == 0, ended.stdout
     check_rows(tmp_path)

@@ -341,7 +341,7 @@ def test_second_run_hits_the_cache(tmp_path: Path) -> None:
             check=True,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         printed |= {*done.stdout.splitlines()}
         files.append({path: path.stat().st_mtime_ns for path in tmp_path.glob("cache-*")})

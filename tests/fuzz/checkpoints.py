@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from random import Random
 
-SECONDS = 30
+SECONDS = 120
 SIGNED = 0.9  # the share of forged checkpoints with a manifest that fits them
 ERRORS = [
     r"ValueError: checkpoint-\d+ does not fit this run \(.*\); delete it to resume from an earlier",

@@ -86,7 +86,7 @@ def test_a_fault_in_texts_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str, fault: Callable[..., Any], told: str
 ) -> None:
     """With the command that repeats its case alone."""
-    monkeypatch.setattr(fuzz, "SECONDS", 1 if "1 s" in told else 30)
+    monkeypatch.setattr(fuzz, "SECONDS", 1 if "1 s" in told else 120)
     monkeypatch.setattr(texts, name, fault)
     assert session("texts", 40) == 1
     said = capsys.readouterr().out
@@ -112,7 +112,7 @@ def test_a_fault_after_a_forged_checkpoint_is_found(
     """An error without a name, a run that never ends, and one that ends elsewhere."""
     monkeypatch.setattr(checkpoints, "FORGERIES", [lambda *_: "manifest.json, as it was"])
     monkeypatch.setattr(checkpoints, "PLANTED", fault)
-    monkeypatch.setattr(checkpoints, "SECONDS", 1 if "1 s" in told else 30)
+    monkeypatch.setattr(checkpoints, "SECONDS", 1 if "1 s" in told else 120)
     monkeypatch.setattr(checkpoints, "SIGNED", 0.0)
     assert session("checkpoints", 6) == 1
     assert told in capsys.readouterr().out
@@ -136,7 +136,7 @@ def test_what_a_forged_checkpoint_runs_is_found(
 def test_a_fault_in_an_interrupted_run_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: Any, fault: str
 ) -> None:
-    """In one bit of a weight, too."""
+    """In the last bits of a few weights, too."""
     monkeypatch.setattr(runs, "PLANTED", {"at_step": {str(step): [fault] for step in range(99)}})
     assert session("runs", 3) == 1
     assert "FOUND by runs" in capsys.readouterr().out

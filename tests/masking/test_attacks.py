@@ -255,7 +255,7 @@ def test_workers_that_would_not_see_an_epoch_are_noticed(context: Any) -> None:
     collator = WholeWordMaskingCollator(tokenizer, seed=0)
     process = processes.Process(target=start_workers_first, args=(collator, told))
     process.start()
-    assert "call set_epoch(0) before they start" in told.get(timeout=60)
+    assert "call set_epoch(0) before they start" in told.get(timeout=180)
     process.join(60)
 
 

@@ -423,7 +423,7 @@ def test_processes_stay_in_step(
     """Every process makes as many forward passes, and all have the figures of one."""
     tokenizer = tiny_tokenizer()
     monkeypatch.setattr(evaluation, "MAX_LOGITS", 400 * len(tokenizer))
-    barrier, mail, found = threading.Barrier(3, timeout=30), [None] * 3, [None] * 3
+    barrier, mail, found = threading.Barrier(3, timeout=120), [None] * 3, [None] * 3
     passes = [0, 0, 0]
 
     def evaluate(rank: int) -> None:

@@ -384,7 +384,7 @@ def test_workers_hand_over_packed_batches() -> None:
         batch_size=4,
         num_workers=1,
         collate_fn=WholeWordMaskingCollator(TOKENIZER, seed=0),
-        timeout=30,
+        timeout=120,
     )
     batch = next(iter(loader))
     with pytest.raises(ValueError, match="call isolate_documents"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -100,7 +101,7 @@ def test_a_model_that_wants_a_mask_gets_it() -> None:
     model.register_forward_pre_hook(refuse, with_kwargs=True)
     with predicting(model, make_batch(), is_packed=False) as predictor:
         assert not predictor.is_free
-        assert not predictor.takes_square
+        assert predictor.to_square is None
         predictor(model, make_batch())
 
 
@@ -112,11 +113,11 @@ def test_layers_of_sliding_attention_get_a_mask_of_their_own() -> None:
     probe = {name: values[:, :20] for name, values in batch.items()}
     assert batch["input_ids"].shape[1] > model.config.sliding_window
     with predicting(model, probe, is_packed=False) as predictor, evaluation_mode(model):
-        assert predictor.takes_square
-        predictor = replace(predictor, sparse=None)
-        found, _ = predictor(model, batch)
+        assert predictor.to_square
+        found, _ = replace(predictor, sparse=None)(model, batch)
         assert torch.equal(found, plain(model, batch))
-        found, _ = replace(predictor, window=None)(model, batch)
+        without = partial(predictor.to_square.func, window=None)
+        found, _ = replace(predictor, sparse=None, to_square=without)(model, batch)
         assert not torch.equal(found, plain(model, batch))
 
 
@@ -131,4 +132,4 @@ def test_another_window_than_the_model_has_is_noticed(
     model = tiny_model(tiny_tokenizer(), architecture="modernbert")
     probe = {name: values[:, :20] for name, values in make_batch().items()}
     with predicting(model, probe, is_packed=False) as predictor:
-        assert not predictor.takes_square
+        assert predictor.to_square is None

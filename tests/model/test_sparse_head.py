@@ -345,7 +345,7 @@ def test_threads_do_not_share_positions(model: PreTrainedModel) -> None:
     without_dropout(model)
     batches = [make_batch(rows=2, seed=1), make_batch(rows=4, seed=2)]
     expected = [model(**batch).loss.item() for batch in batches]
-    both_are_inside = threading.Barrier(2, timeout=30)
+    both_are_inside = threading.Barrier(2, timeout=120)
     found = [0.0, 0.0]
 
     def wait(*call: Any) -> None:

@@ -157,7 +157,7 @@ def test_processes_have_the_figures_of_one(bert: PreTrainedModel) -> None:
     """Three share the rows out, the last with fewer."""
     tokenizer = tiny_tokenizer()
     rows = freeze(tokenizer)[:7]
-    barrier, mail = threading.Barrier(3, timeout=30), [None] * 3
+    barrier, mail = threading.Barrier(3, timeout=120), [None] * 3
     found: list[Any] = [None] * 3
 
     def evaluate(rank: int) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 
-SECONDS = 60
+SECONDS = 180
 
 
 @dataclass
@@ -232,7 +232,7 @@ def _wait(
             if pid:
                 codes[child] = os.waitstatus_to_exitcode(status)
                 if codes[child] != 0:  # torchrun ends the others too, after some time
-                    deadline = min(deadline, time.monotonic() + 30)
+                    deadline = min(deadline, time.monotonic() + 60)
         time.sleep(0.005)
     late = set(children) - set(codes)
     for child in late:

@@ -185,7 +185,7 @@ def test_processes_agree_and_the_import_is_light() -> None:
             check=True,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         assert done.stdout.strip() == f"[] {hashlib.sha256(here.encode()).hexdigest()}"
 

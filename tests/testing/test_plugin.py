@@ -53,7 +53,7 @@ def run(folder: Path, code: str, *arguments: str) -> str:
         stderr=subprocess.STDOUT,
         check=False,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     return done.stdout
 

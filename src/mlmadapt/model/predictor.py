@@ -7,9 +7,10 @@ batch's attention mask, whether it hides anything: so there is none where nothin
 else one that it takes as it is.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -55,16 +56,14 @@ class Predictor:
         device: Where the model is.
         sparse: Its sparse head, or None where its full head runs.
         is_free: Whether it needs no attention mask where nothing is padded.
-        takes_square: Whether it takes a mask of shape ``(batch, 1, sequence, sequence)``.
-        window: How many tokens to each side its layers of sliding attention see, if it has some;
-            these take a mask of their own.
+        to_square: Makes a mask of shape ``(batch, 1, sequence, sequence)``, or one for each kind of
+            layers, of one of shape ``(batch, sequence)``; None if the model does not take it.
     """
 
     device: torch.device
     sparse: SparsePrediction | None = None
     is_free: bool = False
-    takes_square: bool = False
-    window: int | None = None
+    to_square: Callable[[torch.Tensor], Any] | None = None
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits in 32 bits, of shape ``(masked, vocabulary)``, and the tokens to predict.
@@ -99,8 +98,8 @@ class Predictor:
             is_full = bool(batch["attention_mask"].all())
             if is_full and self.is_free:
                 del inputs["attention_mask"]
-            elif self.takes_square and "document_ids" not in batch:
-                inputs["attention_mask"] = _as_square(inputs["attention_mask"], self.window)
+            elif self.to_square and "document_ids" not in batch:
+                inputs["attention_mask"] = self.to_square(inputs["attention_mask"])
         masked = masked._replace(indices=self._copy(masked.indices))
         return Sent(inputs, masked, self._copy(targets))
 
@@ -122,19 +121,14 @@ def predicting(model: Model, probe: Batch, *, is_packed: bool) -> Iterator[Predi
     """
     with isolate_documents(model) if is_packed else nullcontext():
         sparse = try_sparse(model, probe)
-        is_free, takes_square, window = _try_masks(model, probe)
+        is_free, to_square = _try_masks(model, probe)
         with sparse or nullcontext():
             yield Predictor(
-                device=model.device,
-                sparse=sparse,
-                is_free=is_free,
-                takes_square=takes_square,
-                window=window,
+                device=model.device, sparse=sparse, is_free=is_free, to_square=to_square
             )
 
 
 def _as_square(mask: torch.Tensor, window: int | None) -> torch.Tensor | dict[str, torch.Tensor]:
-    """Return a padding mask in the form in which attention takes it, for each kind of layers."""
     batch, sequence = mask.shape
     square = mask.bool()[:, None, None].expand(batch, 1, sequence, sequence)
     if window is None:
@@ -143,11 +137,8 @@ def _as_square(mask: torch.Tensor, window: int | None) -> torch.Tensor | dict[st
     return {"full_attention": square, "sliding_attention": near}
 
 
-def _try_masks(model: Model, probe: Batch) -> tuple[bool, bool, int | None]:
-    """Tell whether a model gives the same bits without a full mask, and with a square one.
-
-    The third is the window of its layers of sliding attention.
-    """
+def _try_masks(model: Model, probe: Batch) -> tuple[bool, Callable[[torch.Tensor], Any] | None]:
+    """Tell whether a model gives the same bits without a full mask, and with which square one."""
     inputs = {name: values[:1].to(model.device) for name, values in probe.items()}
     for name in (*_TARGETS, "document_ids"):
         inputs.pop(name, None)
@@ -171,9 +162,10 @@ def _try_masks(model: Model, probe: Batch) -> tuple[bool, bool, int | None]:
         )
         return torch.equal(first, second)
 
+    to_square = partial(_as_square, window=window)
     with evaluation_mode(model), plain_code():
         # Of other kinds of windows, nothing is known.
         settings = config.to_dict()
         is_known = window is not None or all(settings.get(name) is None for name in _WINDOWS)
-        takes_square = is_known and is_same(cut, _as_square(cut, window))
-        return is_same(full, None), takes_square, window
+        takes_square = is_known and is_same(cut, to_square(cut))
+        return is_same(full, None), to_square if takes_square else None

@@ -154,7 +154,7 @@ def is_any(*, own: bool) -> bool:
 
 @functools.lru_cache(maxsize=1)  # a new one only where all processes have met anew
 def _host_group(world: ProcessGroup) -> ProcessGroup:  # noqa: ARG001  # told apart by it
-    return torch.distributed.new_group(backend="gloo")
+    return torch.distributed.new_group(backend="gloo")  # type: ignore[no-any-return]
 
 
 def total(accelerator: Accelerator, masked: int, tokens: int, stop_signal: int) -> torch.Tensor:

@@ -191,7 +191,7 @@ class Run:
 
     def batches(self) -> Iterator[tuple[list[Batch], bool]]:
         """Yield the batches of each step that is left of this epoch, and whether it is the last."""
-        for batches, ends in training_batches(
+        for batches, own_ends in training_batches(
             self.train_dataset,
             self.plan,
             self.data_collator,
@@ -202,8 +202,8 @@ class Run:
             num_workers=self.config.dataloader_num_workers,
             place=self.place,
         ):
-            if self.plan.is_split:  # until all parts are at their end
-                ends = not is_any(own=not ends)
+            # A part's end is not yet that of the others.
+            ends = not is_any(own=not own_ends) if self.plan.is_split else own_ends
             yield batches, ends
             if ends:
                 return

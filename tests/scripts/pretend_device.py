@@ -27,7 +27,7 @@ from mlmadapt import (
     pack_texts,
 )
 from mlmadapt.testing import tiny_model, tiny_tokenizer
-from mlmadapt.training.distributed import is_any
+from mlmadapt.training.distributed import is_everywhere
 
 WAITS = {
     "aten::_local_scalar_dense",
@@ -193,6 +193,6 @@ def evaluate(*, architecture: str = "bert") -> list[Any]:
 
 
 def agree() -> tuple[list[bool], Any]:
-    """Tell on 2 processes whether something holds on the second, and on none, and what it costs."""
+    """Tell on 2 processes whether something holds that does on the second, and what it costs."""
     rank = make_accelerator().process_index
-    return [is_any(own=rank == 1), is_any(own=False)], dict(+counts)
+    return [is_everywhere(own=rank == 1), is_everywhere(own=True)], dict(+counts)

@@ -62,7 +62,7 @@ def test_evaluation_waits_once_per_batch(architecture: str) -> None:
 @pytest.mark.distributed
 def test_processes_agree_without_their_devices() -> None:
     """Where the parts of a stream end, which is asked in each step."""
-    assert on_device("agree", world=2) == [[True, False], {}]
+    assert on_device("agree", world=2) == [[False, True], {}]
 
 
 @pytest.mark.usefixtures("no_curves")

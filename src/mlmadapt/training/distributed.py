@@ -145,10 +145,10 @@ def split_stream(dataset: Any, accelerator: Accelerator) -> tuple[Any, bool]:
     return dataset, True
 
 
-def is_any(*, own: bool) -> bool:
-    """Tell whether something holds on any process, without a wait for what their devices do."""
+def is_everywhere(*, own: bool) -> bool:
+    """Tell whether something holds on all processes, without a wait for what their devices do."""
     told = torch.tensor(own, dtype=torch.uint8)
-    torch.distributed.all_reduce(told, ReduceOp.MAX, group=_host_group(group.WORLD))
+    torch.distributed.all_reduce(told, ReduceOp.MIN, group=_host_group(group.WORLD))
     return bool(told)
 
 

@@ -19,7 +19,12 @@ from mlmadapt.model.fill_mask import fill_masks
 from mlmadapt.model.mode import plain_code
 from mlmadapt.training import checkpoint
 from mlmadapt.training.config import TrainingConfig
-from mlmadapt.training.distributed import join_group, make_accelerator, on_main_process
+from mlmadapt.training.distributed import (
+    is_everywhere,
+    join_group,
+    make_accelerator,
+    on_main_process,
+)
 from mlmadapt.training.hub import make_repository, push
 from mlmadapt.training.model_card import write_model_card
 from mlmadapt.training.output_dir import own_output_dir, save_model
@@ -144,7 +149,9 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
         if not resume(run):
             evaluate(run)
         while not run.is_done:
-            for batches, ends_epoch in run.batches():
+            for batches, ends in run.batches():
+                # The parts of a stream go on, with fillers, until all are at their end.
+                ends_epoch = is_everywhere(own=ends) if run.plan.is_split else ends
                 take_step(run, batches, stop_signal=signals.noted)
                 logs, evaluates, saves = run.due(ends_epoch=ends_epoch)
                 # Read behind the device, unless something is to be told now.
@@ -166,7 +173,7 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
                     save_checkpoint(run)
                 if stop_signal:
                     signals.leave(stop_signal)
-                if run.is_done:
+                if ends_epoch or run.is_done:
                     break
         files = save(run)
         result = run.result()

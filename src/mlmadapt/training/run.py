@@ -24,7 +24,6 @@ from mlmadapt.model.evaluation import MaskedLMMetrics
 from mlmadapt.model.predictor import Predictor
 from mlmadapt.training.batches import BatchPlan, training_batches
 from mlmadapt.training.config import TrainingConfig
-from mlmadapt.training.distributed import is_any
 from mlmadapt.training.result import TrainingResult
 
 
@@ -190,8 +189,8 @@ class Run:
         return self.state.step if best is None else best[0]
 
     def batches(self) -> Iterator[tuple[list[Batch], bool]]:
-        """Yield the batches of each step that is left of this epoch, and whether it is the last."""
-        for batches, own_ends in training_batches(
+        """Yield the batches of each step that is left of this epoch, as `training_batches` does."""
+        return training_batches(
             self.train_dataset,
             self.plan,
             self.data_collator,
@@ -201,12 +200,7 @@ class Run:
             total_steps=self.total_steps,
             num_workers=self.config.dataloader_num_workers,
             place=self.place,
-        ):
-            # A part's end is not yet that of the others.
-            ends = not is_any(own=not own_ends) if self.plan.is_split else own_ends
-            yield batches, ends
-            if ends:
-                return
+        )
 
     def due(self, *, ends_epoch: bool) -> tuple[bool, bool, bool]:
         """Tell whether to log, to evaluate and to save after a step."""

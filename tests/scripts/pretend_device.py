@@ -195,4 +195,5 @@ def evaluate(*, architecture: str = "bert") -> list[Any]:
 def agree() -> tuple[list[bool], Any]:
     """Tell on 2 processes whether something holds that does on the second, and what it costs."""
     rank = make_accelerator().process_index
-    return [is_everywhere(own=rank == 1), is_everywhere(own=True)], dict(+counts)
+    hosts = torch.distributed.new_group(backend="gloo")
+    return [is_everywhere(hosts, own=rank == 1), is_everywhere(hosts, own=True)], dict(+counts)

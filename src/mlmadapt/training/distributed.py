@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import broadcast_object_list, gather_object
-from torch.distributed import ProcessGroup, ReduceOp, group
+from torch.distributed import ProcessGroup, ReduceOp
 
 from mlmadapt.training.config import TrainingConfig
 
@@ -145,16 +145,11 @@ def split_stream(dataset: Any, accelerator: Accelerator) -> tuple[Any, bool]:
     return dataset, True
 
 
-def is_everywhere(*, own: bool) -> bool:
+def is_everywhere(hosts: ProcessGroup, *, own: bool) -> bool:
     """Tell whether something holds on all processes, without a wait for what their devices do."""
     told = torch.tensor(own, dtype=torch.uint8)
-    torch.distributed.all_reduce(told, ReduceOp.MIN, group=_host_group(group.WORLD))
+    torch.distributed.all_reduce(told, ReduceOp.MIN, group=hosts)
     return bool(told)
-
-
-@functools.lru_cache(maxsize=1)  # a new one only where all processes have met anew
-def _host_group(world: ProcessGroup) -> ProcessGroup:  # noqa: ARG001  # told apart by it
-    return torch.distributed.new_group(backend="gloo")  # type: ignore[no-any-return]
 
 
 def total(accelerator: Accelerator, masked: int, tokens: int, stop_signal: int) -> torch.Tensor:

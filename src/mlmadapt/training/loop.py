@@ -151,7 +151,7 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
         while not run.is_done:
             for batches, ends in run.batches():
                 # The parts of a stream go on, with fillers, until all are at their end.
-                ends_epoch = is_everywhere(own=ends) if run.plan.is_split else ends
+                ends_epoch = ends if run.hosts is None else is_everywhere(run.hosts, own=ends)
                 take_step(run, batches, stop_signal=signals.noted)
                 logs, evaluates, saves = run.due(ends_epoch=ends_epoch)
                 # Read behind the device, unless something is to be told now.

@@ -246,6 +246,8 @@ def prepare(
             scheduler=scheduler,
             progress=progress,
             started=started,
+            # That of the devices would have the hosts wait for what these do.
+            hosts=torch.distributed.new_group(backend="gloo") if is_split else None,
         )
 
 

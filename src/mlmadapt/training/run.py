@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
 from mlmadapt.data.stream import StreamPlace
@@ -135,6 +136,7 @@ class Run:
         scheduler: The schedule of this optimizer.
         progress: The progress bar.
         started: When this process began, in seconds of `time.perf_counter`.
+        hosts: In which processes agree where the parts of a stream end, if each reads its own.
         stop_signal: The signal that any process has noted, as far as `launched` was read.
         launched: Steps whose outcome was not read yet, which `state` counts in `step` and
             `epoch_step` only.
@@ -158,6 +160,7 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     progress: Any
     started: float
+    hosts: ProcessGroup | None
     stop_signal: int = 0
     launched: deque[Launched] = field(default_factory=deque)
     state: RunState = field(default_factory=RunState)

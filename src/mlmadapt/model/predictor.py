@@ -144,7 +144,7 @@ def _try_masks(model: Model, probe: Batch) -> tuple[bool, Callable[[torch.Tensor
         inputs.pop(name, None)
     config = model.config.get_text_config()
     is_sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    window = config.sliding_window if is_sliding else None
+    window = getattr(config, "sliding_window", None) if is_sliding else None
     if window is not None:  # which a row within it would not show
         copies = 2 + 2 * window // inputs["input_ids"].shape[1]
         inputs = {name: values.repeat(1, copies) for name, values in inputs.items()}

@@ -136,7 +136,7 @@ class Run:
         scheduler: The schedule of this optimizer.
         progress: The progress bar.
         started: When this process began, in seconds of `time.perf_counter`.
-        hosts: In which processes agree where the parts of a stream end, if each reads its own.
+        hosts: The group in which processes agree where parts of a stream end, if each has its own.
         stop_signal: The signal that any process has noted, as far as `launched` was read.
         launched: Steps whose outcome was not read yet, which `state` counts in `step` and
             `epoch_step` only.

@@ -552,7 +552,7 @@ def test_gaps_are_words_of_the_domain_filled_as_the_pipeline_fills_them(script: 
 
 @pytest.mark.data
 def test_real_reviews(data_dir: Path, tmp_path: Path) -> None:
-    """A real model gains on real reviews within 8 steps, with the recipe's settings."""
+    """A real model gains on real reviews within 16 steps, with the recipe's settings."""
     run = adapt(
         tmp_path,
         "--model",
@@ -560,10 +560,10 @@ def test_real_reviews(data_dir: Path, tmp_path: Path) -> None:
         "--dataset",
         data_dir / "imdb" / "small" / "train.parquet",
         "--masking=token",
-        "--train_size=512",
-        "--test_size=100",
+        "--train_size=1000",
+        "--test_size=200",
         "--num_train_epochs=1",
     )
     before, after = run.perplexities
     assert 95 < before < 120
-    assert after < 0.95 * before
+    assert after < 0.9 * before

@@ -39,7 +39,7 @@ def test_a_session_ends_in_time(
     clock = SimpleNamespace(monotonic=itertools.count().__next__, time=time.time)
     monkeypatch.setattr(fuzz, "time", clock)
     monkeypatch.setitem(fuzz.PARTS, "texts", lambda *_: Counter(rows=2))
-    assert fuzz.main(["--minutes", "1", "--only", "texts"]) == 0
+    assert fuzz.main(["--minutes", "1", "--only", "texts", "--cases", "99"]) == 0
     assert "\ntexts: 20 cases (40 rows), 0 found" in capsys.readouterr().out
 
 

@@ -105,22 +105,32 @@ def test_a_model_that_wants_a_mask_gets_it() -> None:
         predictor(model, make_batch())
 
 
-@pytest.mark.skipif(IS_OLD, reason="transformers makes other masks")
-def test_layers_of_sliding_attention_get_a_mask_of_their_own() -> None:
-    """Without a window it would see other tokens, which a row as short as the probe cannot show."""
+def test_a_window_is_kept_though_the_probe_is_shorter() -> None:
+    """On rows within the window a square does the same, and on longer ones it would reach on."""
     model = tiny_model(tiny_tokenizer(), architecture="modernbert")
     batch = make_batch()
     probe = {name: values[:, :20] for name, values in batch.items()}
-    assert batch["input_ids"].shape[1] > model.config.sliding_window
+    assert batch["input_ids"].shape[1] > 64  # its window
     with predicting(model, probe, is_packed=False) as predictor, evaluation_mode(model):
-        assert predictor.to_square
         found, _ = replace(predictor, sparse=None)(model, batch)
         assert torch.equal(found, plain(model, batch))
+        if IS_OLD:  # where its layers take no mask of their own
+            return
+        assert predictor.to_square
         without = partial(predictor.to_square.func, window=None)
         found, _ = replace(predictor, sparse=None, to_square=without)(model, batch)
         assert not torch.equal(found, plain(model, batch))
 
 
+def test_a_window_of_another_kind_keeps_the_plain_mask() -> None:
+    """Of it, rows as short as the first tell nothing."""
+    model = tiny_model(tiny_tokenizer())
+    model.config.attention_window = 4
+    with predicting(model, make_batch(), is_packed=False) as predictor:
+        assert predictor.to_square is None
+
+
+@pytest.mark.skipif(IS_OLD, reason="its layers take no mask of their own")
 @pytest.mark.parametrize("off", [-1, 1])
 def test_another_window_than_the_model_has_is_noticed(
     monkeypatch: pytest.MonkeyPatch, off: int

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.distributed.fsdp import fully_shard
@@ -232,6 +233,15 @@ def train(
         "randomness_moved": global_states() != before,
         **({"events": len(events)} if count_events else {}),
     }
+
+
+def count_reductions(folder: str, **arguments: Any) -> int:
+    """Train; return how often processes asked their devices for a sum."""
+    sums: list[Any] = []
+    original = Accelerator.reduce
+    Accelerator.reduce = lambda *given, **more: sums.append(0) or original(*given, **more)
+    train(folder, **arguments)
+    return len(sums)
 
 
 def execute(*, script: str, name: str) -> Any:

@@ -65,6 +65,20 @@ def test_processes_agree_without_their_devices() -> None:
     assert on_device("agree", world=2) == [[False, True], {}]
 
 
+@pytest.mark.distributed
+def test_a_step_on_parts_of_a_stream_asks_the_devices_no_more_than_any_other(
+    tmp_path: Path,
+) -> None:
+    """Over the end of an epoch, where one part is longer than the other."""
+    settings = {"rows": 30, "max_steps": 7, "per_device_train_batch_size": 4, "world": 2}
+    whole, parts = (
+        start("count_reductions", folder=str(tmp_path / stream), stream=stream, **settings)[0]
+        for stream in ("plain", "shards")
+    )
+    assert not parts.code, parts.log
+    assert parts.result == whole.result >= 7
+
+
 @pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("logging_steps", [1, 100])
 @pytest.mark.parametrize("fused", [False, True])

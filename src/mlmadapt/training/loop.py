@@ -73,8 +73,8 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
         tokenizer: Saved beside the model, and pads evaluation rows.
         data_collator: `WholeWordMaskingCollator`, or another library's.
         config: Settings; `TrainingConfig()` by default.
-        optimizer: In place of AdamW with the settings' learning rate and weight decay, which is
-            fused. For the update of one that is not (``fused=True``), the host waits for a device.
+        optimizer: In place of AdamW with the settings' learning rate and weight decay. Before each
+            update of one that is not fused (``fused=True``), the host waits for the device.
         lr_scheduler: In place of the settings' schedule. It must be one of the `optimizer` that is
             passed, and takes a step with each optimizer step.
         accelerator: In place of one made from the settings.

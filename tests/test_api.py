@@ -23,7 +23,7 @@ import mlmadapt.testing
 from mlmadapt import accelerate_train
 from mlmadapt._pytest_plugin import mlmadapt_model, mlmadapt_tokenizer
 from mlmadapt.masking.show import MaskView
-from mlmadapt.model.sparse_head import SparsePrediction
+from mlmadapt.model.head import SparsePrediction
 
 SOURCE = Path(mlmadapt.__file__).parent
 ROOT = Path(__file__).parents[1]

@@ -16,19 +16,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlmadapt.data.chunking import group_texts
     from mlmadapt.data.packing import pack_texts
-    from mlmadapt.data.phrases import phrases
-    from mlmadapt.data.tokenization import tokenize_with_word_ids
+    from mlmadapt.data.tokenization import phrases, tokenize_with_word_ids
     from mlmadapt.data.vocabulary import find_domain_words
     from mlmadapt.masking.callback import MaskingCallback
     from mlmadapt.masking.collator import WholeWordMaskingCollator
-    from mlmadapt.masking.freezing import insert_random_mask
+    from mlmadapt.masking.frozen_masks import insert_random_mask
     from mlmadapt.masking.show import show_masks
+    from mlmadapt.model.documents import isolate_documents
     from mlmadapt.model.embeddings import extend_vocabulary
-    from mlmadapt.model.evaluation import MaskedLMMetrics, evaluate_mlm
-    from mlmadapt.model.isolation import isolate_documents
-    from mlmadapt.model.loss import masked_lm_loss
-    from mlmadapt.model.sparse_head import sparse_prediction
-    from mlmadapt.model.word_evaluation import MaskedWordMetrics, evaluate_words
+    from mlmadapt.model.evaluation import (
+        MaskedLMMetrics,
+        MaskedWordMetrics,
+        evaluate_mlm,
+        evaluate_words,
+    )
+    from mlmadapt.model.head import masked_lm_loss, sparse_prediction
     from mlmadapt.training.config import TrainingConfig
     from mlmadapt.training.loop import accelerate_train
     from mlmadapt.training.result import TrainingResult
@@ -60,24 +62,24 @@ __all__ = [
 
 _HOME = {
     "MaskedLMMetrics": "model.evaluation",
-    "MaskedWordMetrics": "model.word_evaluation",
+    "MaskedWordMetrics": "model.evaluation",
     "MaskingCallback": "masking.callback",
     "TrainingConfig": "training.config",
     "TrainingResult": "training.result",
     "WholeWordMaskingCollator": "masking.collator",
     "accelerate_train": "training.loop",
     "evaluate_mlm": "model.evaluation",
-    "evaluate_words": "model.word_evaluation",
+    "evaluate_words": "model.evaluation",
     "extend_vocabulary": "model.embeddings",
     "find_domain_words": "data.vocabulary",
     "group_texts": "data.chunking",
-    "insert_random_mask": "masking.freezing",
-    "isolate_documents": "model.isolation",
-    "masked_lm_loss": "model.loss",
+    "insert_random_mask": "masking.frozen_masks",
+    "isolate_documents": "model.documents",
+    "masked_lm_loss": "model.head",
     "pack_texts": "data.packing",
-    "phrases": "data.phrases",
+    "phrases": "data.tokenization",
     "show_masks": "masking.show",
-    "sparse_prediction": "model.sparse_head",
+    "sparse_prediction": "model.head",
     "tokenize_with_word_ids": "data.tokenization",
 }
 

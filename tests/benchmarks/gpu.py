@@ -276,8 +276,8 @@ def run_trainer(network, rows, tokenizer, batch, folder, clock, chosen) -> None:
 def run_ours(network, rows, tokenizer, batch, folder, clock, chosen) -> None:  # noqa: ANN001, PLR0917
     """Train with `accelerate_train` and whole-word masks."""
     from mlmadapt import TrainingConfig, WholeWordMaskingCollator, accelerate_train
-    from mlmadapt.model import predictor
-    from mlmadapt.training.optimizer import make_optimizer
+    from mlmadapt.model import forward as predictor
+    from mlmadapt.training.prepare import make_optimizer
 
     config = TrainingConfig(
         output_dir=folder,

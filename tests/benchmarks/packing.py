@@ -38,8 +38,7 @@ from mlmadapt import (
     tokenize_with_word_ids,
 )
 from mlmadapt.data.chunking import cut_rows
-from mlmadapt.model.loss import summed_cross_entropy
-from mlmadapt.model.sparse_head import masked_logits, round_up
+from mlmadapt.model.head import masked_logits, round_up, summed_cross_entropy
 from mlmadapt.testing import tiny_corpus, tiny_tokenizer
 from mlmadapt.training.batches import BatchPlan, training_batches
 
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from mlmadapt.model.sparse_head import SparsePrediction
+    from mlmadapt.model.head import SparsePrediction
 
 POSITIONS = 64 * 128  # of a batch whose rows are full
 DOCUMENTS = 10_000

@@ -267,7 +267,7 @@ def run_ours(model, rows, collator, tokenizer, batch, precision, folder, end, pa
     import torch
 
     from mlmadapt import TrainingConfig, accelerate_train
-    from mlmadapt.training.optimizer import make_optimizer
+    from mlmadapt.training.prepare import make_optimizer
 
     config = TrainingConfig(
         output_dir=folder,

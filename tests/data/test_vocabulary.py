@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
 from mlmadapt import find_domain_words, tokenize_with_word_ids
-from mlmadapt.data import counting
+from mlmadapt.data import vocabulary as counting
 from mlmadapt.data.vocabulary import add_words
 from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_model, tiny_tokenizer
 

@@ -32,7 +32,7 @@ from mlmadapt import (
     tokenize_with_word_ids,
 )
 from mlmadapt.data.tokenization import _unlimited
-from mlmadapt.masking.seeding import seeded
+from mlmadapt.masking.selection import seeded
 from mlmadapt.testing import tiny_corpus, tiny_tokenizer
 
 tokenizer = tiny_tokenizer("wordpiece")

@@ -27,7 +27,7 @@ from mlmadapt import (
     tokenize_with_word_ids,
 )
 from mlmadapt.masking.callback import _CountedBatches
-from mlmadapt.masking.clock import Clock
+from mlmadapt.masking.rates import Clock
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:

@@ -10,12 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import scaled_dot_product_attention as attend
-
-from mlmadapt import WholeWordMaskingCollator, isolate_documents, sparse_prediction
-from mlmadapt.model import document_mask, isolation
-from mlmadapt.model.document_mask import DocumentMask, make_dense, mask_documents
-from tests.model.test_isolation import (
+from tests.model.test_documents import (
     ALONE,
     IS_OLD,
     PACKED,
@@ -24,6 +19,12 @@ from tests.model.test_isolation import (
     loss_and_gradients,
     without_dropout,
 )
+from torch.nn.functional import scaled_dot_product_attention as attend
+
+from mlmadapt import WholeWordMaskingCollator, isolate_documents, sparse_prediction
+from mlmadapt.model import document_mask
+from mlmadapt.model import documents as isolation
+from mlmadapt.model.document_mask import DocumentMask, make_dense, mask_documents
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -25,10 +25,11 @@ from mlmadapt import (
     insert_random_mask,
     tokenize_with_word_ids,
 )
-from mlmadapt.model import evaluation, predictor
+from mlmadapt.model import evaluation
+from mlmadapt.model import forward as predictor
 from mlmadapt.model.evaluation import FrozenCollator, evaluate_rows, is_frozen, rank_targets
-from mlmadapt.model.predictor import Predictor
-from mlmadapt.model.sparse_head import masked_logits
+from mlmadapt.model.forward import Predictor
+from mlmadapt.model.head import masked_logits
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:

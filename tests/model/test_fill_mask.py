@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from mlmadapt.model.fill_mask import fill_masks, read_sentences
-from mlmadapt.model.predictor import Predictor
-from mlmadapt.model.sparse_head import SparsePrediction
+from mlmadapt.model.forward import Predictor
+from mlmadapt.model.head import SparsePrediction
 from mlmadapt.testing import tiny_model, tiny_tokenizer
+from mlmadapt.training.model_card import fill_masks, read_sentences
 from tests.scripts.short_run import global_states
 
 if TYPE_CHECKING:

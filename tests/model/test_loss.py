@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from mlmadapt.model import loss as loss_file
-from mlmadapt.model.loss import summed_cross_entropy
+from mlmadapt.model import head as loss_file
+from mlmadapt.model.head import summed_cross_entropy
 
 
 def loss_and_gradient(

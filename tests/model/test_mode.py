@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from mlmadapt.model.mode import plain_code
+from mlmadapt.model.checks import plain_code
 
 
 def is_compiled() -> bool:

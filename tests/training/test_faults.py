@@ -25,7 +25,7 @@ from mlmadapt import (
 )
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
 from mlmadapt.training.checkpoint import find_checkpoints, find_damage, newest_whole
-from mlmadapt.training.signals import Signals
+from mlmadapt.training.distributed import Signals
 from tests.scripts.processes import outcome, run_script, start, train
 from tests.scripts.short_run import rows_of
 

@@ -38,7 +38,7 @@ from mlmadapt import (
 )
 from mlmadapt.testing import tiny_model, tiny_tokenizer
 from mlmadapt.training import prepare as prepare_module
-from mlmadapt.training.optimizer import make_optimizer, make_scheduler
+from mlmadapt.training.prepare import make_optimizer, make_scheduler
 from mlmadapt.training.tracking import show_metrics
 from tests.scripts.short_run import drop_nothing, freeze, global_states, make_rows
 

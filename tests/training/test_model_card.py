@@ -22,9 +22,8 @@ from mlmadapt import (
     WholeWordMaskingCollator,
     accelerate_train,
 )
-from mlmadapt.model.fill_mask import fill_masks
 from mlmadapt.testing import tiny_model, tiny_tokenizer
-from mlmadapt.training.model_card import hub_name
+from mlmadapt.training.model_card import fill_masks, hub_name
 from tests.scripts.processes import outcome, start
 from tests.scripts.short_run import freeze, make_rows
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlmadapt.training.output_dir import check_output_dir
+from mlmadapt.training.checkpoint import check_output_dir
 
 
 def test_output_dir_is_made(tmp_path: Path) -> None:

@@ -9,9 +9,8 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import TrainerCallback
 
-from mlmadapt.masking.clock import Clock
 from mlmadapt.masking.collator import WholeWordMaskingCollator
-from mlmadapt.masking.rates import is_share
+from mlmadapt.masking.rates import Clock, is_share
 
 
 class MaskingCallback(TrainerCallback):

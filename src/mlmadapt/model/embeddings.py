@@ -20,8 +20,7 @@ from torch import nn
 from mlmadapt._types import Model, Tokenizer
 from mlmadapt.data.rows import check_count
 from mlmadapt.data.vocabulary import add_words
-from mlmadapt.model.checks import check_model, unwrap
-from mlmadapt.model.mode import evaluation_mode
+from mlmadapt.model.checks import check_model, evaluation_mode, unwrap
 
 
 def extend_vocabulary(

@@ -46,7 +46,7 @@ those that it has alone; at most 1e-05 is allowed
     __tracebackhide__ = True
     import torch
 
-    from mlmadapt.model.mode import evaluation_mode
+    from mlmadapt.model.checks import evaluation_mode
 
     device = next(model.parameters()).device
     is_packed = False

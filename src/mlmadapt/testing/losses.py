@@ -66,7 +66,8 @@ def assert_same_loss(
     __tracebackhide__ = True
     import torch
 
-    from mlmadapt.model import mode, sparse_head
+    from mlmadapt.model import checks as mode
+    from mlmadapt.model import head as sparse_head
 
     device = next(model.parameters()).device
     step = {name: torch.as_tensor(values).to(device) for name, values in batch.items()}

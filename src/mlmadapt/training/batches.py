@@ -30,9 +30,9 @@ from mlmadapt.data.rows import pad_rows
 from mlmadapt.data.stream import StreamPlace, go_on, has_exact_state
 from mlmadapt.data.table import table_reader
 from mlmadapt.masking.collator import WholeWordMaskingCollator
-from mlmadapt.masking.freezing import collate_seeded, purify
+from mlmadapt.masking.frozen_masks import collate_seeded, purify
 from mlmadapt.masking.rates import is_share
-from mlmadapt.masking.seeding import derive_key
+from mlmadapt.masking.selection import derive_key
 
 Dealt = TypeVar("Dealt")
 # The share of the run done before a row's step, the row's place, and whether it counts; and rows,

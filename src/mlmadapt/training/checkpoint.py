@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -22,13 +23,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, load_model, save_file
+from safetensors.torch import save_model as save_weights
 from torch import nn
 
+from mlmadapt._types import Model, Tokenizer
 from mlmadapt.model.evaluation import MaskedLMMetrics
+from mlmadapt.training.config import TrainingConfig
+from mlmadapt.training.distributed import on_main_process
 from mlmadapt.training.fingerprint import check_same_run
-from mlmadapt.training.run import Run, RunState
+from mlmadapt.training.state import Run, RunState
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +81,7 @@ def write_run(run: Run, *, told: Mapping[str, list[Any]]) -> None:
     }
     with whole_checkpoint(run.folder, run.state.step) as folder:
         # The format is what from_pretrained looks for. Tied weights are stored once.
-        save_model(run.model, str(folder / _WEIGHTS), metadata={"format": "pt"})
+        save_weights(run.model, str(folder / _WEIGHTS), metadata={"format": "pt"})
         save_file(tensors, folder / _TENSORS)
         (folder / "config.json").write_text(json.dumps(run.model.config.to_dict(), indent=1))
         (folder / _STATE).write_text(json.dumps(state, indent=1))
@@ -417,3 +424,108 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# ---- was training/output_dir: The output directory: held by one run at a time, and with a whole model in it at the end.
+
+
+@contextmanager
+def own_output_dir(accelerator: Accelerator, config: TrainingConfig) -> Iterator[Path]:
+    """Hold ``output_dir`` for one run; a second one is refused until the first has ended.
+
+    Raises:
+        BlockingIOError: If another run holds it.
+        OSError: If it cannot be used.
+    """
+    folder = Path(config.output_dir)
+    lock = FileLock(folder / ".lock")
+    resumes = bool(config.resume_from_checkpoint)
+
+    def take() -> None:
+        check_output_dir(folder, overwrite=config.overwrite or resumes)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise BlockingIOError(
+                f"output_dir is {str(folder)!r}, which another run is using; name another folder"
+            ) from None
+        clear(folder, checkpoints=config.overwrite and not resumes)
+
+    on_main_process(accelerator, take)
+    try:
+        yield folder
+    finally:
+        lock.release()
+
+
+def save_model(
+    folder: Path,
+    model: Model,
+    tokenizer: Tokenizer,
+    accelerator: Accelerator,
+) -> list[str]:
+    """Save model and tokenizer, whole or not at all; return their files' names.
+
+    Raises:
+        OSError: If the model could not be saved; `save_pretrained` alone does not always say so.
+    """
+
+    def write() -> list[str]:
+        building = folder / ".model.tmp"
+        shutil.rmtree(building, ignore_errors=True)
+        try:
+            model.save_pretrained(building)
+            tokenizer.save_pretrained(building)
+            if not any(building.rglob("*.safetensors")):
+                raise OSError("no weights were written")  # noqa: TRY301  # told below
+            names = [path.name for path in building.iterdir()]
+            for name in names:
+                shutil.rmtree(folder / name, ignore_errors=True)  # of an adapter that has a name
+                (building / name).replace(folder / name)
+            # from_pretrained would load the weights of an earlier model beside these.
+            for pattern in ("adapter_*", "model*.safetensors*", "pytorch_model*"):
+                for path in folder.glob(pattern):
+                    if path.name not in names:
+                        path.unlink()
+        except (OSError, SafetensorError) as error:
+            kept = [path.name for path in find_checkpoints(folder)] or ["no checkpoint"]
+            raise OSError(
+                f"the model could not be saved in {str(folder)!r} ({error}); {kept[0]} is intact"
+            ) from error
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+        return names
+
+    return on_main_process(accelerator, write)
+
+
+def check_output_dir(output_dir: str | Path, *, overwrite: bool) -> None:
+    """Make the folder and check that files can be written and renamed in it.
+
+    Raises:
+        NotADirectoryError: If `output_dir` is a file.
+        FileExistsError: If it holds files and `overwrite` is False.
+        OSError: If it cannot be written: of the class that the system's error has.
+    """
+    folder = Path(output_dir)
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"output_dir is {str(output_dir)!r}, which is a file; name a folder"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".probe-") as probe:
+            written = Path(probe, "written")
+            written.write_text("probe", encoding="utf-8")
+            written.rename(Path(probe, "renamed"))
+    except OSError as error:
+        raise type(error)(
+            f"output_dir is {str(output_dir)!r}, which cannot be written ({error.strerror}); name "
+            "a folder that can"
+        ) from error
+    # A run that failed before its first checkpoint leaves its lock, and nothing to lose.
+    if not overwrite and any(path.name != ".lock" for path in folder.iterdir()):
+        raise FileExistsError(
+            f"output_dir is {str(output_dir)!r}, which holds files of another run; name an empty "
+            "folder, or pass overwrite=True"
+        )

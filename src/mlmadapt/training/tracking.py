@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 
 from mlmadapt.model.evaluation import MaskedLMMetrics
 from mlmadapt.training.config import TrainingConfig
-from mlmadapt.training.run import Run
+from mlmadapt.training.state import Run
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,15 @@ from torch import nn
 
 from mlmadapt._types import Model
 from mlmadapt.data.rows import document_bounds
-from mlmadapt.model.checks import check_model, position_table, unwrap
+from mlmadapt.model.checks import (
+    check_model,
+    evaluation_mode,
+    plain_code,
+    position_table,
+    reset_compiled,
+    unwrap,
+)
 from mlmadapt.model.document_mask import mask_documents
-from mlmadapt.model.mode import evaluation_mode, plain_code, reset_compiled
 
 
 def isolate_documents(model: Model) -> "DocumentIsolation":

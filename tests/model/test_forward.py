@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tests.model.test_documents import IS_OLD
 
-from mlmadapt.model import predictor as predictors
+from mlmadapt.model import forward as predictors
+from mlmadapt.model.checks import evaluation_mode
 from mlmadapt.model.document_mask import is_near
 from mlmadapt.model.evaluation import FrozenCollator
-from mlmadapt.model.mode import evaluation_mode
-from mlmadapt.model.predictor import predicting
-from mlmadapt.model.sparse_head import masked_logits
+from mlmadapt.model.forward import predicting
+from mlmadapt.model.head import masked_logits
 from mlmadapt.testing import tiny_model, tiny_tokenizer
-from tests.model.test_isolation import IS_OLD
 from tests.scripts.short_run import freeze, make_rows
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from mlmadapt.data.rows import (
     split_rows,
 )
 from mlmadapt.masking.collator import WholeWordMaskingCollator
-from mlmadapt.masking.seeding import check_whole, derive_key, seeded
+from mlmadapt.masking.selection import check_whole, derive_key, seeded
 
 
 def insert_random_mask(

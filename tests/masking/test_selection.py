@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlmadapt.masking.seeding import derive_key, hash_counters, hash_rows, seeded, to_unit
+from mlmadapt.masking.selection import derive_key, hash_counters, hash_rows, seeded, to_unit
 from tests.masking.reference_masking import draw, mix, reference_key, unit
 
 parts = st.lists(st.integers() | st.text(max_size=5), max_size=4)

@@ -23,8 +23,7 @@ from transformers import (
 from transformers.modeling_outputs import MaskedLMOutput
 
 from mlmadapt import masked_lm_loss, sparse_prediction
-from mlmadapt.model.loss import summed_cross_entropy
-from mlmadapt.model.sparse_head import masked_logits, try_sparse
+from mlmadapt.model.head import masked_logits, summed_cross_entropy, try_sparse
 from mlmadapt.testing import tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from mlmadapt._types import Batch, Model
+from mlmadapt.model.checks import evaluation_mode, plain_code
 from mlmadapt.model.document_mask import is_near
-from mlmadapt.model.isolation import isolate_documents
-from mlmadapt.model.mode import evaluation_mode, plain_code
-from mlmadapt.model.sparse_head import (
+from mlmadapt.model.documents import isolate_documents
+from mlmadapt.model.head import (
     MaskedPositions,
     SparsePrediction,
     masked_logits,

@@ -33,7 +33,7 @@ from mlmadapt import (
     tokenize_with_word_ids,
 )
 from mlmadapt.data.rows import document_bounds
-from mlmadapt.model import isolation
+from mlmadapt.model import documents as isolation
 from mlmadapt.testing import (
     assert_documents_isolated,
     tiny_corpus,

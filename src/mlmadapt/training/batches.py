@@ -23,15 +23,17 @@ from itertools import chain, count, islice, pairwise, tee
 from typing import Any, TypeAlias, TypeVar
 
 import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from mlmadapt._types import Batch, DataCollator, Ints, Rows
-from mlmadapt.data.rows import pad_rows
+from mlmadapt.data.rows import dataset_lengths, pad_rows
 from mlmadapt.data.table import table_reader
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.frozen_masks import collate_seeded, purify
 from mlmadapt.masking.rates import is_share
 from mlmadapt.masking.selection import derive_key
+from mlmadapt.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +149,45 @@ class BatchPlan:
             cuts = [len(mine) * place // passes for place in range(passes + 1)]
             shares = [mine[first:end] for first, end in pairwise(cuts)]
         return [[(row, True) for row in share] or [(rows[0], False)] for share in shares]
+
+
+def plan_batches(
+    train_rows: Any, config: TrainingConfig, accelerator: Accelerator, *, is_split: bool
+) -> BatchPlan:
+    """Return which rows are trained when."""
+    return BatchPlan(
+        rows=0 if isinstance(train_rows, OpenStream) else len(train_rows),
+        batch_size=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        lengths=lengths_to_group_by(unopened(train_rows), config),
+        is_split=is_split,
+    )
+
+
+def lengths_to_group_by(train_dataset: Any, config: TrainingConfig) -> torch.Tensor | None:
+    """Return the rows' lengths if they are to be grouped and differ.
+
+    Raises:
+        ValueError: If they are to be grouped and their lengths are not known.
+
+    Examples:
+        >>> config = TrainingConfig(train_sampling_strategy="group_by_length")
+        >>> lengths_to_group_by([{"input_ids": [7, 8]}, {"input_ids": [9]}], config)
+        tensor([2, 1])
+    """
+    if config.train_sampling_strategy == "random":
+        return None
+    lengths = dataset_lengths(train_dataset)
+    if lengths is None:
+        raise ValueError(
+            f"train_sampling_strategy is {config.train_sampling_strategy!r}, but the lengths of a "
+            f"{type(train_dataset).__name__} are not known before its rows are read; pass "
+            "train_dataset as a Dataset with input_ids or a list of rows, or leave it at 'random'"
+        )
+    return torch.from_numpy(lengths) if (lengths != lengths[0]).any() else None
 
 
 def training_batches(
@@ -278,6 +319,11 @@ class OpenStream:
 def open_rows(dataset: Any) -> Any:
     """Return rows that can be counted as they are, and others as a stream."""
     return dataset if hasattr(dataset, "__len__") else OpenStream(dataset)
+
+
+def unopened(rows: Any) -> Any:
+    """Return what `open_rows` was given."""
+    return rows.dataset if isinstance(rows, OpenStream) else rows
 
 
 def _ignore_signals(worker: int) -> None:  # noqa: ARG001  # as DataLoader calls it

@@ -1,7 +1,9 @@
-"""What several processes need to stay in step.
+"""What several processes need to stay in step, and to leave in good order when asked to.
 
 Collective calls wait for every process, so a process that fails alone leaves the others waiting
-until a time-out of half an hour. So what one process checks, all are told.
+until a time-out of half an hour. So what one process checks, all learn. Schedulers send SIGTERM
+some seconds before they kill a process, and people press Ctrl-C: either is noted, and acted upon
+between two steps, when a checkpoint can be written. A second one acts at once.
 """
 
 import atexit
@@ -12,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, Self, TypeVar
 
@@ -20,13 +22,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
 from torch.distributed import ProcessGroup, ReduceOp
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
 from mlmadapt.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
 Outcome = TypeVar("Outcome")
+
+_SHARDED = (FSDPModule, FullyShardedDataParallel)
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -100,6 +107,40 @@ def _leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def check_whole(model: nn.Module, accelerator: Accelerator) -> None:
+    """Check that each process has the whole model, as all that follows takes for granted.
+
+    Raises:
+        ValueError: If it is sharded, or Accelerate would shard it.
+    """
+    kinds = [type(module).__name__ for module in model.modules() if isinstance(module, _SHARDED)]
+    kinds += [type(weight).__name__ for weight in model.parameters() if isinstance(weight, DTensor)]
+    kind = accelerator.distributed_type.value
+    if not kind.startswith(("NO", "MULTI_")):
+        kinds.append(f"Accelerate's {kind}")
+    if kinds:
+        raise ValueError(
+            f"model is sharded ({kinds[0]}), of which no checkpoint can be resumed here; pass the "
+            "model as it was before, under torchrun or accelerate's MULTI_GPU: each process then "
+            "holds all of it. gradient_checkpointing and mixed_precision='bf16' save memory"
+        )
+
+
+def check_same_everywhere(settings: Mapping[str, Any]) -> None:
+    """Check that all processes were given the same, or they would wait for each other for ever.
+
+    Raises:
+        ValueError: If not, on all processes.
+    """
+    for rank, others in enumerate(gather_object([settings])):
+        for name, value in others.items():
+            if value != settings.get(name):
+                raise ValueError(
+                    f"{name} is {value!r} on process {rank}, but {settings.get(name)!r} on "
+                    "another; give all processes the same rows and settings"
+                )
+
+
 def on_main_process(accelerator: Accelerator, action: Callable[[], Outcome]) -> Outcome:
     """Do something once; every process returns what came of it, or raises the same error."""
     outcome: list[Any] = [None, None]
@@ -164,9 +205,6 @@ def total(accelerator: Accelerator, masked: int, tokens: int, stop_signal: int) 
         return counts
     counts = counts.to(accelerator.device)
     return accelerator.reduce(counts, "sum")  # type: ignore[no-any-return]
-
-
-# ---- was training/signals: Leaving a run in good order when asked to.
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

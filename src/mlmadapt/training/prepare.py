@@ -18,25 +18,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, tqdm
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
-from mlmadapt.data.rows import dataset_lengths
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.frozen_masks import check_masks
 from mlmadapt.model.checks import check_collator, check_model, check_rows
 from mlmadapt.model.evaluation import is_frozen
 from mlmadapt.model.forward import Predictor, predicting
-from mlmadapt.training.batches import BatchPlan, OpenStream, training_batches
+from mlmadapt.training.batches import OpenStream, plan_batches, training_batches, unopened
 from mlmadapt.training.config import TrainingConfig
+from mlmadapt.training.distributed import check_same_everywhere, check_whole
 from mlmadapt.training.fingerprint import describe_run
 from mlmadapt.training.state import TrainingRun, waits_for_metric
 
 logger = logging.getLogger(__name__)
-
-_SHARDED = (FSDPModule, FullyShardedDataParallel)
 
 
 def check_run(
@@ -86,25 +82,6 @@ def check_run(
         )
     check_weights(model)
     check_whole(model, accelerator)
-
-
-def check_whole(model: nn.Module, accelerator: Accelerator) -> None:
-    """Check that each process has the whole model, as all that follows takes for granted.
-
-    Raises:
-        ValueError: If it is sharded, or Accelerate would shard it.
-    """
-    kinds = [type(module).__name__ for module in model.modules() if isinstance(module, _SHARDED)]
-    kinds += [type(weight).__name__ for weight in model.parameters() if isinstance(weight, DTensor)]
-    kind = accelerator.distributed_type.value
-    if not kind.startswith(("NO", "MULTI_")):
-        kinds.append(f"Accelerate's {kind}")
-    if kinds:
-        raise ValueError(
-            f"model is sharded ({kinds[0]}), of which no checkpoint can be resumed here; pass the "
-            "model as it was before, under torchrun or accelerate's MULTI_GPU: each process then "
-            "holds all of it. gradient_checkpointing and mixed_precision='bf16' save memory"
-        )
 
 
 def check_weights(model: nn.Module) -> None:
@@ -173,7 +150,7 @@ def prepare(
         tokenizer=tokenizer,
         data_collator=data_collator,
         replaced={name: type(made).__name__ for name, made in passed.items() if made is not None},
-        datasets={"train_dataset": getattr(train_rows, "dataset", train_rows), **eval_sets},
+        datasets={"train_dataset": unopened(train_rows), **eval_sets},
         rows_per_step=plan.rows_per_step,
     )
     # Before the first pass in which the processes meet.
@@ -219,45 +196,6 @@ def prepare(
         )
 
 
-def plan_batches(
-    train_rows: Any, config: TrainingConfig, accelerator: Accelerator, *, is_split: bool
-) -> BatchPlan:
-    """Return which rows are trained when."""
-    return BatchPlan(
-        rows=0 if isinstance(train_rows, OpenStream) else len(train_rows),
-        batch_size=config.per_device_train_batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        seed=config.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        lengths=lengths_to_group_by(train_rows, config),
-        is_split=is_split,
-    )
-
-
-def lengths_to_group_by(train_dataset: Any, config: TrainingConfig) -> torch.Tensor | None:
-    """Return the rows' lengths if they are to be grouped and differ.
-
-    Raises:
-        ValueError: If they are to be grouped and their lengths are not known.
-
-    Examples:
-        >>> config = TrainingConfig(train_sampling_strategy="group_by_length")
-        >>> lengths_to_group_by([{"input_ids": [7, 8]}, {"input_ids": [9]}], config)
-        tensor([2, 1])
-    """
-    if config.train_sampling_strategy == "random":
-        return None
-    lengths = dataset_lengths(train_dataset)
-    if lengths is None:
-        raise ValueError(
-            f"train_sampling_strategy is {config.train_sampling_strategy!r}, but the lengths of a "
-            f"{type(train_dataset).__name__} are not known before its rows are read; pass "
-            "train_dataset as a Dataset with input_ids or a list of rows, or leave it at 'random'"
-        )
-    return torch.from_numpy(lengths) if (lengths != lengths[0]).any() else None
-
-
 def check_masking(data_collator: DataCollator, batch: Batch) -> None:
     """Check by the first batch of all processes that another library's collator masks.
 
@@ -271,21 +209,6 @@ def check_masking(data_collator: DataCollator, batch: Batch) -> None:
     counts = gather_object([(int(is_target.sum()), int(is_hidden.sum()))])
     targets, hidden = map(sum, zip(*counts, strict=True))
     check_masks(data_collator, targets=targets, hidden=hidden)
-
-
-def check_same_everywhere(settings: Mapping[str, Any]) -> None:
-    """Check that all processes were given the same, or they would wait for each other for ever.
-
-    Raises:
-        ValueError: If not, on all processes.
-    """
-    for rank, others in enumerate(gather_object([settings])):
-        for name, value in others.items():
-            if value != settings.get(name):
-                raise ValueError(
-                    f"{name} is {value!r} on process {rank}, but {settings.get(name)!r} on "
-                    "another; give all processes the same rows and settings"
-                )
 
 
 @contextmanager

@@ -7,6 +7,7 @@ wrong.
 
 import logging
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -57,13 +58,12 @@ def show_step(run: TrainingRun) -> None:
     Of several processes, the first stands for all: to ask them would take a wait in each step.
     """
     state, lr = run.state, float(run.scheduler.get_last_lr()[0])
-    is_first = not getattr(run.progress, "postfix", True)  # which a bar that is off lacks
     if state.loss_tokens:
         loss = state.loss_sum * run.plan.world / state.loss_tokens
         text = f"loss={loss:.3f}, lr={lr:.1e}, {state.tokens_seen / run.seconds:,.0f} tokens/s"
         run.progress.set_postfix_str(text, refresh=False)
     run.progress.update()
-    if is_first:  # and not a tenth of a second later, or after many slow steps
+    if state.step == 1:  # and not a tenth of a second later, or after many slow steps
         run.progress.refresh()
 
 
@@ -80,4 +80,7 @@ def show_metrics(run: TrainingRun, metrics: Mapping[str, MaskedLMMetrics]) -> No
     if run.progress.disable:
         logger.info(line)
     else:
-        run.progress.write(line, file=run.progress.fp)
+        run.progress.write(
+            line,
+            file=sys.stderr,  # where the bar is
+        )

@@ -9,22 +9,12 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from os import PathLike
 from types import NoneType
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Literal,
-    Self,
-    TypeAlias,
-    TypeVar,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
-    _Checkpoint: TypeAlias = str | Literal[True] | None
-    _Arguments: TypeAlias = dict[str, Any] | str | None
-    _Names: TypeAlias = str | list[str]
+    _Checkpoint = str | Literal[True] | None
+    _Arguments = dict[str, Any] | str | None
+    _Names = str | list[str]
 else:
     # HfArgumentParser can read nothing else; it gives "true" for True, and JSON for arguments.
     _Checkpoint = _Arguments = str | None
@@ -39,6 +29,13 @@ _OTHERWISE_HERE = {
     "optim": "an optimizer to accelerate_train",
     "remove_unused_columns": "nothing, since the collator gets all columns",
 }
+
+
+_LEAST = dict.fromkeys(
+    ("save_total_limit", "early_stopping_patience", "eval_steps", "save_steps"), 1
+)
+_LEAST |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+_LEAST |= {"gradient_accumulation_steps": 1, "dataloader_num_workers": 0}
 
 
 def _with_help(settings: type[Settings]) -> type[Settings]:
@@ -195,23 +192,14 @@ class TrainingConfig:
                 self._require(name, _fits(value, hint), f"of type {text}")
         known = isinstance(self.resume_from_checkpoint, str | bool | None)
         self._require("resume_from_checkpoint", known, "True, a directory, or None")
-        at_least_one = (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "eval_steps",
-            "save_steps",
-        )
-        for name in at_least_one:
-            self._require(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("save_total_limit", "early_stopping_patience"):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            self._require(name, value is None or value >= 1, "None, or 1 or more")
+            none = "None, or " if getattr(type(self), name) is None else ""
+            self._require(name, value is None or value >= least, f"{none}{least} or more")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
             value = getattr(self, name)
             self._require(name, 0 <= value < math.inf, "a finite number, 0 or more")
         self._require("logging_steps", 0 < self.logging_steps < math.inf, "a finite number above 0")
-        self._require("dataloader_num_workers", self.dataloader_num_workers >= 0, "0 or more")
         self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
         is_count = self.max_steps == -1 or self.max_steps > 0
         self._require("max_steps", is_count, "above 0, or -1 for whole epochs")

@@ -9,17 +9,19 @@ import logging
 import math
 from collections.abc import Mapping  # noqa: TC003  # for those who ask for the types
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from mlmadapt._types import Batch, DataCollator, Model, Rows, Stream, Tokenizer
+from mlmadapt._types import Batch, DataCollator, Model, Row, Rows, Stream, Tokenizer
+from mlmadapt.data.rows import is_frozen, pad_frozen, to_columns
+from mlmadapt.masking.frozen_masks import insert_random_mask
 from mlmadapt.masking.selection import derive_key
-from mlmadapt.model.checks import plain_code
-from mlmadapt.model.evaluation import FrozenCollator, as_log, evaluate_rows, is_frozen, name_sets
-from mlmadapt.model.head import masked_logits, summed_cross_entropy
+from mlmadapt.model.evaluation import as_log, collate_frozen, evaluate_rows, name_sets
+from mlmadapt.model.head import summed_cross_entropy
 from mlmadapt.training import checkpoint
 from mlmadapt.training.batches import count_tokens
 from mlmadapt.training.checkpoint import own_output_dir, save_model
@@ -208,14 +210,16 @@ def evaluate(run: Run) -> None:
     """Evaluate every set; the first is the one that the result reports."""
     found = {}
     for place, (name, rows) in enumerate(run.eval_sets.items()):
-        collator = None if is_frozen(rows) else run.data_collator
+        collate = partial(collate_frozen, tokenizer=run.tokenizer)
+        if not is_frozen(rows):
+            collate = partial(collate_unfrozen, run)
         with in_plain_code(run):
             metrics = found[name] = evaluate_rows(
                 run.model,
                 rows,
-                collate=FrozenCollator(run.tokenizer, collator, run.config.seed),
+                collate=collate,
                 batch_size=run.config.per_device_eval_batch_size,
-                predictor=run.predictor,
+                forward=run.predictor,
                 accelerator=run.accelerator,
             )
         log(run, as_log(metrics, name))
@@ -228,6 +232,15 @@ def evaluate(run: Run) -> None:
         run.state.filled = fill_in(run)
 
 
+def collate_unfrozen(run: Run, rows: list[Row]) -> Batch:
+    """Freeze rows on the way into a batch, to the same masks at every call."""
+    columns = insert_random_mask(
+        to_columns(rows), run.data_collator, seed=run.config.seed, prefix=""
+    )
+    batch = pad_frozen(columns, run.tokenizer)
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
 def fill_in(run: Run) -> dict[str, str]:
     """Have the model fill in the masks of the settings' sentences, on every process."""
     sentences = run.config.fill_mask
@@ -237,7 +250,8 @@ def fill_in(run: Run) -> dict[str, str]:
 
 def in_plain_code(run: Run) -> AbstractContextManager[object]:
     """Leave compiled code aside: rows to evaluate have many shapes, and figures stay the same."""
-    return plain_code() if run.config.torch_compile else nullcontext()
+    is_compiled = run.config.torch_compile
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
 def save_checkpoint(run: Run) -> None:
@@ -292,12 +306,10 @@ def take_step(run: Run, batches: list[Batch], *, stop_signal: int) -> None:
     scale = plan.world * accelerator.gradient_accumulation_steps / masked.clamp(min=1)
     losses = []
     for place, batch in enumerate(batches):
-        sent = run.predictor.send(batch, rounded=True)
         is_last = place == len(batches) - 1  # which averages gradients over the processes
         with nullcontext() if is_last else accelerator.no_sync(run.wrapped):
-            with run.predictor.at(sent.masked):
-                logits = masked_logits(run.wrapped(**sent.inputs), sent.masked)
-            loss = summed_cross_entropy(logits, sent.targets)
+            logits, targets = run.predictor(run.wrapped, batch, rounded=True)
+            loss = summed_cross_entropy(logits, targets)
             losses.append(loss.detach())
             # An infinite loss can have a finite gradient; as NaN, all processes see it.
             accelerator.backward(loss * scale * (1 + losses[-1] * 0))

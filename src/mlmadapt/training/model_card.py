@@ -23,7 +23,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from mlmadapt._types import Model, Row, Tokenizer
 from mlmadapt.data.tokenization import tokenize_with_word_ids
 from mlmadapt.model.checks import evaluation_mode, unwrap
-from mlmadapt.model.forward import Predictor
+from mlmadapt.model.forward import MaskedForward
 from mlmadapt.training.result import TrainingResult
 from mlmadapt.training.state import Run
 
@@ -178,7 +178,7 @@ def fill_masks(
     sentences: Sequence[str],
     *,
     tokenizer: Tokenizer,
-    predictor: Predictor | None = None,
+    predictor: MaskedForward | None = None,
 ) -> dict[str, str]:
     """Return for each sentence the five likeliest tokens for its mask, with their probabilities.
 
@@ -190,7 +190,7 @@ def fill_masks(
         >>> fill_masks(tiny_model(tokenizer), ["a [MASK] film"], tokenizer=tokenizer)
         {'a [MASK] film': '...%, ...%, ...%, ...%, ...%'}
     """
-    filled, predictor = {}, predictor or Predictor(device=model.device)
+    filled, predictor = {}, predictor or MaskedForward(device=model.device)
     for sentence, row in zip(sentences, read_sentences(sentences, tokenizer), strict=True):
         batch = {name: torch.from_numpy(each.astype(np.int64))[None] for name, each in row.items()}
         is_mask = batch["input_ids"] == tokenizer.mask_token_id

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from itertools import islice
@@ -22,13 +22,11 @@ from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
-from mlmadapt.data.rows import dataset_lengths
+from mlmadapt.data.rows import dataset_lengths, is_frozen
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.frozen_masks import check_masks
 from mlmadapt.model.checks import check_collator, check_model, check_rows
-from mlmadapt.model.evaluation import is_frozen
-from mlmadapt.model.forward import Predictor, predicting
-from mlmadapt.model.head import masked_logits
+from mlmadapt.model.forward import MaskedForward, masked_forward
 from mlmadapt.training.batches import BatchPlan, training_batches
 from mlmadapt.training.checkpoint import split_state
 from mlmadapt.training.config import TrainingConfig
@@ -203,13 +201,13 @@ def prepare(
             undo.callback(getattr(model, f"{name}_disable"))
         columns = set(first).union(*(rows[0] for rows in eval_sets.values()))
         is_packed = not columns.isdisjoint({"document_ids", "masked_document_ids"})
-        predictor = undo.enter_context(predicting(model, first, is_packed=is_packed))
+        predictor = undo.enter_context(masked_forward(model, first, is_packed=is_packed))
         averages = accelerator.num_processes > 1
         if averages:
             # DDP would wait for the gradient of a parameter that gets none (poolers, mostly). Its
             # own search for them takes a reduction and a copy from the device in each step: 8 % of
             # a step at 3 M parameters on two CPU processes, 0.4 % at 14 M.
-            _zero_backward(model, first, predictor, torch.Tensor.backward)
+            predictor.touch_gradients(model, first, torch.Tensor.backward)
             for parameter in model.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.requires_grad_(False)  # noqa: FBT003  # torch's signature
@@ -317,7 +315,7 @@ def warm_up(
     wrapped: nn.Module,
     batch: Batch,
     *,
-    predictor: Predictor,
+    predictor: MaskedForward,
     accelerator: Accelerator,
     config: TrainingConfig,
 ) -> None:
@@ -336,7 +334,7 @@ def warm_up(
             backend = config.torch_compile_backend or "inductor"
             model.compile(backend=backend, mode=config.torch_compile_mode, dynamic=True)
         for _ in range(2 if accelerator.num_processes > 1 else int(config.torch_compile)):
-            _zero_backward(wrapped, batch, predictor, accelerator.backward)
+            predictor.touch_gradients(wrapped, batch, accelerator.backward)
     except Exception as error:
         if not config.torch_compile:
             raise
@@ -344,19 +342,6 @@ def warm_up(
             f"torch_compile is True, but the model cannot be compiled ({type(error).__name__}: "
             f"{str(error)[:300]}); leave it at False, or set torch_compile_backend"
         ) from error
-
-
-def _zero_backward(
-    model: nn.Module,
-    batch: Batch,
-    predictor: Predictor,
-    backward: Callable[[torch.Tensor], None],
-) -> None:
-    """Give each parameter that a training step reaches a gradient of zeros."""
-    sent = predictor.send(batch, rounded=True)
-    with predictor.at(sent.masked):
-        logits = masked_logits(model(**sent.inputs), sent.masked)
-    backward(logits.sum() * 0)
 
 
 def check_scheduler(

@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
 from mlmadapt.data.stream import StreamPlace
 from mlmadapt.model.evaluation import MaskedLMMetrics
-from mlmadapt.model.forward import Predictor
+from mlmadapt.model.forward import MaskedForward
 from mlmadapt.training.batches import BatchPlan, training_batches
 from mlmadapt.training.config import TrainingConfig
 from mlmadapt.training.result import TrainingResult
@@ -155,7 +155,7 @@ class Run:
     total_steps: int
     fingerprint: Mapping[str, Any]
     wrapped: nn.Module
-    predictor: Predictor
+    predictor: MaskedForward
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     progress: Any

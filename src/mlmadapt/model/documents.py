@@ -117,12 +117,7 @@ class DocumentIsolation(AbstractContextManager["DocumentIsolation"]):
         self.remove()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _take_documents(
-        self,
-        model: nn.Module,  # noqa: ARG002  # torch's signature
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _take_documents(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:  # noqa: ARG002  # torch's signature
         self._documents.pop(get_ident(), None)
         if kwargs.get("document_ids") is None:
             return None
@@ -133,17 +128,14 @@ class DocumentIsolation(AbstractContextManager["DocumentIsolation"]):
         return args, kwargs
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _isolate(
-        self, encoder: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _isolate(self, encoder: Model, args: Any, kwargs: dict[str, Any]) -> Any:
         documents = self._documents.get(get_ident())
         if documents is None:
             return None
         named = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         device = documents.device.type
-        dtype = encoder.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        is_mixed = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if is_mixed else encoder.dtype
         named["attention_mask"] = self._make_masks(documents, dtype)
         if "position_ids" in self._parameters:
             named["position_ids"] = _count_positions(documents) + self._first_position
@@ -157,14 +149,11 @@ class DocumentIsolation(AbstractContextManager["DocumentIsolation"]):
         self, documents: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """Return the attention mask, or one for each kind of layers."""
-        kinds = set(getattr(self._config, "layer_types", None) or ())
-        if not kinds - {"full_attention"}:
-            return mask_documents(documents, dtype)
-        window = self._config.sliding_window
-        return {
-            "full_attention": mask_documents(documents, dtype),
-            "sliding_attention": mask_documents(documents, dtype, window),
-        }
+        full = mask_documents(documents, dtype)
+        if set(getattr(self._config, "layer_types", None) or ()) <= {"full_attention"}:
+            return full
+        near = mask_documents(documents, dtype, self._config.sliding_window)
+        return {"full_attention": full, "sliding_attention": near}
 
 
 def _count_positions(documents: torch.Tensor) -> torch.Tensor:

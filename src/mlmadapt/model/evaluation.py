@@ -150,16 +150,8 @@ def evaluate_mlm(
         >>> evaluate_mlm(tiny_model(tokenizer), rows, tokenizer=tokenizer).masked_tokens
         1
     """
-    check_frozen(model, dataset, tokenizer=tokenizer, batch_size=batch_size)
-    sums = _try_and_sum(
-        model,
-        dataset,
-        collate=partial(collate_frozen, tokenizer=tokenizer),
-        measure=_sum_tokens,
-        batch_size=batch_size,
-        accelerator=accelerator,
-    )
-    return _divide(*sums)
+    options: Any = {"batch_size": batch_size, "accelerator": accelerator}
+    return _divide(*_sum_frozen(model, dataset, tokenizer, _sum_tokens, **options))
 
 
 def evaluate_words(
@@ -202,20 +194,9 @@ def evaluate_words(
         >>> evaluate_words(tiny_model(tokenizer), rows, tokenizer=tokenizer).masked_words
         1
     """
-    check_frozen(model, dataset, tokenizer=tokenizer, batch_size=batch_size)
-    if "word_ids" not in dataset[0]:
-        raise ValueError(
-            f"dataset has no 'word_ids', only {list(dataset[0])}; when freezing it, leave that "
-            "column out of remove_columns"
-        )
-    loss, right, size, count = _try_and_sum(
-        model,
-        dataset,
-        collate=partial(collate_frozen, tokenizer=tokenizer, with_words=True),
-        measure=partial(_sum_words, tokenizer=tokenizer),
-        batch_size=batch_size,
-        accelerator=accelerator,
-    )
+    options: Any = {"batch_size": batch_size, "accelerator": accelerator, "with_words": True}
+    measure = partial(_sum_words, tokenizer=tokenizer)
+    loss, right, size, count = _sum_frozen(model, dataset, tokenizer, measure, **options)
     if not count:
         raise ValueError("dataset has no masked word; freeze masks into it by insert_random_mask")
     return MaskedWordMetrics(
@@ -226,12 +207,17 @@ def evaluate_words(
     )
 
 
-def check_frozen(model: Model, dataset: Rows, *, tokenizer: Tokenizer, batch_size: int) -> None:
-    """Check that a model can be evaluated on a dataset.
-
-    Raises:
-        ValueError: If not.
-    """
+def _sum_frozen(
+    model: Model,
+    dataset: Rows,
+    tokenizer: Tokenizer,
+    measure: Callable[..., torch.Tensor],
+    *,
+    batch_size: int,
+    with_words: bool = False,
+    **options: Any,
+) -> list[float]:
+    """Check what is evaluated, and sum it as `sum_rows` does, as a few rows show that is best."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
     check_model(model)
@@ -242,6 +228,16 @@ def check_frozen(model: Model, dataset: Rows, *, tokenizer: Tokenizer, batch_siz
             "from the tokens or the prefix 'masked_'; mask it with dataset.map(insert_random_mask, "
             "batched=True, fn_kwargs={'data_collator': ...}, remove_columns=dataset.column_names)"
         )
+    if with_words and "word_ids" not in dataset[0]:
+        raise ValueError(
+            f"dataset has no 'word_ids', only {list(dataset[0])}; when freezing it, leave that "
+            "column out of remove_columns"
+        )
+    collate = partial(collate_frozen, tokenizer=tokenizer, with_words=with_words)
+    options |= {"collate": collate, "measure": measure, "batch_size": batch_size}
+    probe = collate([dataset[place] for place in range(min(4, len(dataset)))])
+    with masked_forward(model, probe) as forward:
+        return sum_rows(model, dataset, forward=forward, **options)
 
 
 def collate_frozen(rows: list[Row], tokenizer: Tokenizer, *, with_words: bool = False) -> Batch:
@@ -259,15 +255,6 @@ def _divide(loss: float, correct: float, top5_correct: float, count: float) -> M
     return MaskedLMMetrics.from_sums(
         loss=loss, correct=correct, top5_correct=top5_correct, masked_tokens=int(count)
     )
-
-
-def _try_and_sum(
-    model: Model, dataset: Rows, *, collate: Callable[[list[Row]], Batch], **options: Any
-) -> list[float]:
-    """Sum as `sum_rows` does, with what a few rows show that the model allows."""
-    probe = collate([dataset[place] for place in range(min(4, len(dataset)))])
-    with masked_forward(model, probe) as forward:
-        return sum_rows(model, dataset, collate=collate, forward=forward, **options)
 
 
 def sum_rows(

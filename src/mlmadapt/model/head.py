@@ -204,9 +204,7 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
             self._asked = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _take_labels(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _take_labels(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         self._masked.pop(get_ident(), None)
         labels = kwargs.get("labels")
         if labels is None or not model.training:

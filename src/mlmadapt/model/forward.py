@@ -103,8 +103,10 @@ def masked_forward(
         if is_packed or "document_ids" in probe:
             undo.enter_context(DocumentIsolation(model))
         inputs, labels = _cut(model, probe)
-        # The same places whatever is masked, which may be nothing.
-        positions = (torch.arange(labels.shape[1]) % 8 == 0).expand_as(labels)
+        # The same places whatever is masked, which may be nothing; not the first, which heads that
+        # mix positions look at.
+        places = torch.arange(labels.shape[1])
+        positions = (places % 8 == places[:5][-1]).expand_as(labels)
         full = masked_logits((try_model(model, inputs, labels=labels),), positions)
         sparse = try_sparse(model, inputs, positions, full)
         del inputs["attention_mask"]

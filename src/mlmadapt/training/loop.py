@@ -212,7 +212,8 @@ def evaluate(run: Run) -> None:
     for place, (name, rows) in enumerate(run.eval_sets.items()):
         collate = partial(collate_frozen, tokenizer=run.tokenizer)
         if not is_frozen(rows):
-            collate = partial(collate_unfrozen, run)
+            masks = {"data_collator": run.data_collator, "seed": run.config.seed}
+            collate = partial(collate_unfrozen, tokenizer=run.tokenizer, **masks)
         with in_plain_code(run):
             metrics = found[name] = evaluate_rows(
                 run.model,
@@ -232,12 +233,12 @@ def evaluate(run: Run) -> None:
         run.state.filled = fill_in(run)
 
 
-def collate_unfrozen(run: Run, rows: list[Row]) -> Batch:
+def collate_unfrozen(
+    rows: list[Row], tokenizer: Tokenizer, data_collator: DataCollator, *, seed: int
+) -> Batch:
     """Freeze rows on the way into a batch, to the same masks at every call."""
-    columns = insert_random_mask(
-        to_columns(rows), run.data_collator, seed=run.config.seed, prefix=""
-    )
-    batch = pad_frozen(columns, run.tokenizer)
+    columns = insert_random_mask(to_columns(rows), data_collator, seed=seed, prefix="")
+    batch = pad_frozen(columns, tokenizer)
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 

@@ -8,13 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from datasets import Dataset
-from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForMaskedLM,
     DataCollatorForLanguageModeling,
     Trainer,
     TrainingArguments,
@@ -30,76 +26,34 @@ from mlmadapt import (
     isolate_documents,
     pack_texts,
     sparse_prediction,
-    tokenize_with_word_ids,
 )
-from mlmadapt.data.rows import document_bounds
 from mlmadapt.model import documents as isolation
 from mlmadapt.testing import (
     assert_documents_isolated,
-    tiny_corpus,
     tiny_model,
-    tiny_tokenizer,
 )
-from tests.scripts.processes import outcome, start
+from tests.model.packed import (
+    ALONE,
+    IS_OLD,
+    PACKED,
+    TOKENIZER,
+    build,
+    columns_to_rows,
+    gradients_of,
+    loss_and_gradients,
+    tokenize,
+    without_dropout,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from transformers import PreTrainedModel
 
 BOTH = ["albert", "bert", "camembert", "distilbert", "electra", "ernie", "roberta", "xlm-roberta"]
 EAGER = ["megatron-bert", "mpnet", "rembert", "roformer"]
 REFUSED = ["convbert", "deberta", "deberta-v2", "esm", "fnet", "nystromformer", "yoso"]
-TOKENIZER = tiny_tokenizer()
-# Before transformers 5.23, these took masks of shapes of their own, and are refused.
-IS_OLD = Version(transformers.__version__) < Version("5.23")
+# These took masks of shapes of their own, and are refused.
 LATER = {*EAGER, "esm", "modernbert"} if IS_OLD else set()
-
-
-def columns_to_rows(columns: Any) -> list[dict[str, Any]]:
-    """Turn columns into rows."""
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def tokenize(count: int, *, seed: int = 0) -> dict[str, Any]:
-    """Tokenize documents of unequal lengths, of which none needs more than a row."""
-    columns = tokenize_with_word_ids({"text": tiny_corpus(count, seed=seed)}, TOKENIZER)
-    return {name: [row[:64] for row in rows] for name, rows in columns.items()}
-
-
-ALONE = columns_to_rows(tokenize(24))
-PACKED = columns_to_rows(pack_texts(tokenize(24), chunk_size=64))
-
-
-def build(architecture: str, attention: str = "sdpa") -> PreTrainedModel:
-    """Build a tiny model with an attention; ModernBERT's reaches 4 tokens to each side."""
-    model = tiny_model(TOKENIZER, architecture=architecture)
-    config = copy.deepcopy(model.config)
-    if architecture == "modernbert":
-        changed = {"local_attention": 8, "layer_types": ["full_attention", "sliding_attention"]}
-        config = type(config)(**{**config.to_dict(), **changed})
-    torch.manual_seed(0)
-    built: PreTrainedModel = AutoModelForMaskedLM.from_config(config, attn_implementation=attention)
-    return built.eval()
-
-
-def loss_and_gradients(
-    model: PreTrainedModel, rows: list[dict[str, Any]], **options: Any
-) -> tuple[float, torch.Tensor]:
-    """Sum the loss over rows in evaluation mode, and its gradient of all weights in one line."""
-    tokenizer = copy.deepcopy(TOKENIZER)
-    tokenizer.padding_side = options.get("side", "right")
-    batch = WholeWordMaskingCollator(tokenizer, seed=3)(rows)
-    batch.setdefault("document_ids", torch.zeros_like(batch["input_ids"]))
-    model.zero_grad()
-    labels = batch.pop("labels")
-    logits = model(**batch).logits
-    loss = torch.nn.functional.cross_entropy(
-        logits[labels != -100], labels[labels != -100], reduction="sum"
-    )
-    loss.backward()
-    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return loss.item(), torch.cat(gradients)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -242,22 +196,20 @@ def test_masks_of_a_document_know_nothing_of_its_row(budget: Any, random: float)
 def test_both_handles_in_any_order() -> None:
     """With `sparse_prediction` before or after, loss and gradients in training are the same."""
     batch = WholeWordMaskingCollator(TOKENIZER, seed=3)(PACKED)
-    found = []
+    gradients = []
     for order in [(isolate_documents,), (isolate_documents, sparse_prediction),
                   (sparse_prediction, isolate_documents)]:  # fmt: skip
         model = build("bert").train()
         handles = [install(model) for install in order]
         torch.manual_seed(0)
         model(**batch).loss.backward()
-        found.append(
-            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        )
+        gradients.append(gradients_of(model))
         for handle in handles:
             handle.remove()
         with pytest.raises(ValueError, match="call isolate_documents"):
             model(**batch)
-    for other in found[1:]:
-        assert (other - found[0]).norm() <= 1e-5 * found[0].norm()
+    for other in gradients[1:]:
+        assert (other - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -274,20 +226,6 @@ def test_gradient_checkpointing_and_adapters() -> None:
         alone = loss_and_gradients(model, ALONE)
     assert packed[0] == pytest.approx(alone[0], rel=1e-5)
     assert (packed[1] - alone[1]).norm() <= 1e-4 * alone[1].norm()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("compiled_first", [False, True])
-def test_compiled_models_isolate(compiled_first: Any) -> None:
-    """Documents stay apart under `torch.compile`, whichever comes first."""
-    model = build("bert")
-    if compiled_first:
-        model.compile()
-        model(input_ids=torch.tensor([[7, 8, 9]]))
-    with isolate_documents(model):
-        if not compiled_first:
-            model.compile()
-        assert_documents_isolated(model, PACKED[-2:], atol=1e-5)
 
 
 def test_collators_of_others_keep_the_documents(tmp_path: Path) -> None:
@@ -323,14 +261,6 @@ def test_evaluation_isolates_by_itself() -> None:
     assert packed.masked_tokens == alone.masked_tokens
     assert packed.loss == pytest.approx(alone.loss, rel=1e-6)
     assert (packed.accuracy, packed.top5_accuracy) == (alone.accuracy, alone.top5_accuracy)
-
-
-def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """Switch dropout off, which is drawn by place in the batch."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
 
 
 def test_training_isolates_by_itself(tmp_path: Path) -> None:
@@ -377,20 +307,6 @@ def test_trainer_isolates_with_the_handle(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_workers_hand_over_packed_batches() -> None:
-    """A batch from a worker process still refuses a model that would mix its documents."""
-    loader = DataLoader(
-        PACKED,
-        batch_size=4,
-        num_workers=1,
-        collate_fn=WholeWordMaskingCollator(TOKENIZER, seed=0),
-        timeout=120,
-    )
-    batch = next(iter(loader))
-    with pytest.raises(ValueError, match="call isolate_documents"):
-        build("bert")(**batch)
-
-
 @pytest.mark.parametrize("architecture", [*BOTH, *EAGER, *REFUSED, "modernbert"])
 def test_a_model_without_the_handle_says_so(architecture: str) -> None:
     """No architecture with attention takes a packed batch for an ordinary one without a word."""
@@ -429,14 +345,6 @@ def test_documents_that_make_no_sense_are_refused(documents: list[Any], message:
         model(input_ids=torch.tensor([[7, 8, 9, 7]]), document_ids=torch.tensor(documents))
 
 
-def test_empty_rows_hide_no_document_that_falls() -> None:
-    """Empty rows, wherever they stand, are neither an error nor a reason to overlook one."""
-    for bounds in ([0, 0, 4], [0, 4, 4], [0, 2, 2, 4]):
-        assert document_bounds(np.array([0, 1, 1, 2]), np.array(bounds))[-1] == 4
-    with pytest.raises(ValueError, match="row 1 of the batch fall from 1 to 0"):
-        document_bounds(np.array([0, 1, 0]), np.array([0, 0, 3]))
-
-
 def test_collators_refuse_documents_that_fall() -> None:
     """Rows whose documents do not rise are refused on the way to the model, by each collator."""
     row = {"input_ids": [7, 8, 9], "word_ids": [0, 1, 2], "document_ids": [0, 1, 0]}
@@ -469,30 +377,3 @@ def test_global_randomness_stays() -> None:
     before = torch.get_rng_state()
     isolate_documents(model)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(("world", "precision"), [(1, "no"), (1, "bf16"), (2, "no")])
-def test_packed_rows_resume_exactly(tmp_path: Path, world: int, precision: str) -> None:
-    """A run on packed rows, with dropout, ends bit for bit the same after a kill in an epoch."""
-    settings: dict[str, Any] = {"packed": True, "world": world, "mixed_precision": precision}
-    settings |= {"dataloader_num_workers": 1, "per_device_train_batch_size": 3 // world}
-    whole = outcome(tmp_path / "whole", **settings)
-    ended = start(
-        "train", folder=str(tmp_path / "killed"), at_step={"3": [["kill", -1]]}, **settings
-    )
-    assert ended[0].code == -9
-    assert outcome(tmp_path / "killed", resume_from_checkpoint=True, **settings) == whole
-
-
-@pytest.mark.distributed
-def test_packed_rows_on_two_processes(tmp_path: Path) -> None:
-    """Two processes learn from packed rows what one does, and resume exactly."""
-    settings = {"packed": True, "dropout": False}
-    one = outcome(tmp_path / "one", per_device_train_batch_size=4, **settings)
-    two = {"world": 2, "per_device_train_batch_size": 2, **settings}
-    both = outcome(tmp_path / "two", **two)
-    assert both["tokens"] == one["tokens"]
-    assert both["final"] == pytest.approx(one["final"], rel=1e-5)
-    start("train", folder=str(tmp_path / "killed"), at_step={"3": [["kill", -1]]}, **two)
-    assert outcome(tmp_path / "killed", resume_from_checkpoint=True, **two) == both

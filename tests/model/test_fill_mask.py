@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from mlmadapt.model.forward import Predictor
+from mlmadapt.model.forward import MaskedForward
 from mlmadapt.model.head import SparsePrediction
 from mlmadapt.testing import tiny_model, tiny_tokenizer
 from mlmadapt.training.model_card import fill_masks, read_sentences
@@ -38,7 +38,7 @@ def test_the_five_likeliest_words(tokenizer: PreTrainedTokenizerFast, *, is_spar
         model.get_output_embeddings().weight.mul_(50)
     expected = {each: guess(model, tokenizer, each) for each in SENTENCES}
     sparse = SparsePrediction(model) if is_sparse else None
-    predictor = Predictor(device=model.device, sparse=sparse)
+    predictor = MaskedForward(device=model.device, sparse=sparse)
     assert fill_masks(model, SENTENCES, tokenizer=tokenizer, predictor=predictor) == expected
     own = [each.replace("[MASK]", tokenizer.mask_token) for each in SENTENCES]
     filled = fill_masks(model, own, tokenizer=tokenizer, predictor=predictor)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import logging
-import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from transformers import (
     BartConfig,
@@ -23,7 +23,8 @@ from transformers import (
 from transformers.modeling_outputs import MaskedLMOutput
 
 from mlmadapt import masked_lm_loss, sparse_prediction
-from mlmadapt.model.head import masked_logits, summed_cross_entropy, try_sparse
+from mlmadapt.model import head
+from mlmadapt.model.head import masked_logits, summed_cross_entropy
 from mlmadapt.testing import tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -285,84 +286,6 @@ def test_autocast(model: PreTrainedModel) -> None:
     torch.testing.assert_close(sparse_gradients, gradients, rtol=0.1, atol=1e-2)
 
 
-# torch looks at the gradient of every tensor that a graph takes.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("hooked_first", [True, False])
-def test_compile(model: PreTrainedModel, hooked_first: bool) -> None:  # noqa: FBT001
-    """Compiled before or after, the hooks hold, and the number of masked tokens may vary."""
-    torch._dynamo.reset()
-    batches = [make_batch(seed=seed) for seed in range(3)]
-    expected = [loss_and_gradients(model, batch) for batch in batches]
-    handle = sparse_prediction(model) if hooked_first else None
-    compiled: Any = torch.compile(model, backend="eager")
-    handle = handle or sparse_prediction(compiled)
-    for batch, (loss, gradients) in zip(batches, expected, strict=True):
-        compiled.train()
-        found, _ = loss_and_gradients(compiled, batch)
-        torch.testing.assert_close(found, loss, rtol=1e-6, atol=1e-6)
-        found_gradients = {
-            name: p.grad for name, p in model.named_parameters() if name in gradients
-        }
-        torch.testing.assert_close(found_gradients, gradients, rtol=1e-4, atol=1e-6)
-    assert compiled(**batches[0]).logits.shape[0] == 1
-    torch._dynamo.reset()
-
-
-# As above.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("wrapped", [True, False])
-def test_what_was_compiled_before_gets_the_hooks(
-    model: PreTrainedModel,
-    wrapped: bool,  # noqa: FBT001
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """By `torch.compile(model)` or `model.compile()`, and called, with code that has no hooks."""
-    torch._dynamo.reset()
-    batch = make_batch()
-    if wrapped:
-        compiled: Any = torch.compile(model, backend="eager")
-    else:
-        model.compile(backend="eager")
-        compiled = model
-    expected, gradients = loss_and_gradients(compiled, batch)
-    compiled.eval()
-    with torch.no_grad():
-        compiled(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    handle = try_sparse(compiled, batch)
-    assert handle is not None
-    assert "full head" not in caplog.text
-    found, sparse_gradients = loss_and_gradients(compiled, batch)
-    assert compiled(**batch).logits.shape[0] == 1
-    torch.testing.assert_close(
-        (found, sparse_gradients), (expected, gradients), rtol=1e-4, atol=1e-6
-    )
-    torch._dynamo.reset()
-
-
-def test_threads_do_not_share_positions(model: PreTrainedModel) -> None:
-    """`DataParallel` calls replicas, whose hooks are the same objects, at the same time."""
-    without_dropout(model)
-    batches = [make_batch(rows=2, seed=1), make_batch(rows=4, seed=2)]
-    expected = [model(**batch).loss.item() for batch in batches]
-    both_are_inside = threading.Barrier(2, timeout=120)
-    found = [0.0, 0.0]
-
-    def wait(*call: Any) -> None:
-        both_are_inside.wait()
-
-    def run(place: int) -> None:
-        found[place] = model(**batches[place]).loss.item()
-
-    model.bert.embeddings.register_forward_hook(wait)
-    with sparse_prediction(model):
-        threads = [threading.Thread(target=run, args=(place,)) for place in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-    assert found == pytest.approx(expected, rel=1e-6)
-
-
 def test_a_copied_model_keeps_its_own_hooks(model: PreTrainedModel) -> None:
     """Averages of weights are kept in copies, which must not lean on the model they came from."""
     handle = sparse_prediction(model)
@@ -563,63 +486,54 @@ def test_masked_lm_loss_without_targets() -> None:
         assert not logits.grad.any()
 
 
-@pytest.mark.parametrize("taken_out", [0, 3])
-def test_self_check_falls_back(
-    model: PreTrainedModel,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    taken_out: int,
-) -> None:
-    """A sparse head is kept; one that mixes positions, or is refused, is told and left full.
-
-    That holds with tokens that are out of the vocabulary, too.
-    """
-    with torch.no_grad():
-        model.get_output_embeddings().bias[:taken_out] = -torch.inf
-    for module in model.bert.encoder.modules():
-        module.training = False
-    modes = [module.training for module in model.modules()]
-    handle = try_sparse(model, make_batch(rows=5))
-    assert handle is not None
-    handle.remove()
-    assert not caplog.records
-
-    head = model.cls.forward
-    monkeypatch.setattr(model.cls, "forward", lambda hidden: head(hidden + hidden.mean(1)[:, None]))
-    with caplog.at_level(logging.WARNING):
-        assert try_sparse(model, make_batch()) is None
-    assert "BertForMaskedLM runs with its full head, more slowly: its head" in caplog.text
-    assert not has_hooks(model)
-    assert [module.training for module in model.modules()] == modes
-
-    # Whatever the head needs of the other positions, such as the attention mask.
-    caplog.clear()
-    monkeypatch.setattr(model.cls, "forward", lambda hidden: head(hidden * torch.ones(3, 24, 1)))
-    assert try_sparse(model, make_batch()) is None
-    assert "by position (RuntimeError: The size of tensor a" in caplog.text
-    assert not has_hooks(model)
-
-    caplog.clear()
-    assert try_sparse(BartForConditionalGeneration(TINY_BART), make_batch()) is None
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+def gradient_in_place(
+    logits: torch.Tensor, labels: torch.Tensor, *, ours: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss times 3 and its gradient, of logits that a linear layer gives."""
+    leaf = logits.clone().requires_grad_()
+    computed = leaf * 1.0
+    if ours:
+        loss = summed_cross_entropy(computed, labels)
+    else:
+        loss = nn.functional.cross_entropy(computed, labels, reduction="sum")
+    (loss * 3).backward()
+    return loss.detach(), leaf.grad
 
 
-def test_an_error_of_the_model_is_not_one_of_its_head(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A model that fails or gives NaN with all positions is told as it is, and left as it was."""
+@given(st.integers(0, 40), st.integers(1, 50), st.integers(0, 5), st.integers(1, 300))
+def test_the_loss_is_torchs(tokens: int, vocabulary: int, seed: int, at_once: int) -> None:
+    """Whatever the sizes, however many logits are taken at once, targets or none."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 30 * torch.randn(tokens, vocabulary, generator=generator, dtype=torch.float64)
+    labels = torch.randint(vocabulary, (tokens,), generator=generator)
+    labels[torch.rand(tokens, generator=generator) < 0.3] = -100
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head, "_LOGITS_AT_ONCE", at_once)
+        result = gradient_in_place(logits, labels, ours=True)
+    torch.testing.assert_close(result, gradient_in_place(logits, labels, ours=False))
 
-    def fail(hidden: torch.Tensor) -> None:
-        raise RuntimeError("out of memory")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(model.cls, "forward", fail)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            try_sparse(model, make_batch())
-    for value in (torch.inf, torch.nan):
-        with torch.no_grad():
-            model.get_output_embeddings().weight[7, 0] = value
-        with pytest.raises(ValueError, match="BertForMaskedLM predicts NaN or infinity: its"):
-            try_sparse(model, make_batch())
-    assert not has_hooks(model)
-    assert model.training
+def test_the_gradient_lies_where_the_logits_lay() -> None:
+    """No array of their size is made."""
+    logits = torch.randn(5, 7, requires_grad=True) * 1.0
+    logits.retain_grad()
+    summed_cross_entropy(logits, torch.arange(5)).backward()
+    torch.testing.assert_close(logits.detach(), logits.grad)
+
+
+def test_logits_that_are_needed_again_are_an_error() -> None:
+    """Not a wrong gradient: the exponential's own backward pass reads what it returned."""
+    logits = torch.randn(5, 7, requires_grad=True).exp()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        summed_cross_entropy(logits, torch.arange(5)).backward()
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_shows(value: float) -> None:
+    """In the loss, as torch's, and where nothing is to be predicted not at all."""
+    logits = torch.zeros(2, 3)
+    logits[0, 1] = value
+    for labels in (torch.tensor([1, 2]), torch.tensor([0, 2]), torch.tensor([-100, 2])):
+        expected = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        loss = summed_cross_entropy(logits, labels)
+        assert torch.equal(loss.isfinite(), expected.isfinite())

@@ -36,8 +36,10 @@ from mlmadapt import (
     accelerate_train,
     evaluate_mlm,
 )
+from mlmadapt.model.evaluation import collate_frozen
 from mlmadapt.testing import tiny_model, tiny_tokenizer
 from mlmadapt.training import prepare as prepare_module
+from mlmadapt.training.loop import collate_unfrozen
 from mlmadapt.training.prepare import make_optimizer, make_scheduler
 from mlmadapt.training.tracking import show_metrics
 from tests.scripts.short_run import drop_nothing, freeze, global_states, make_rows
@@ -752,3 +754,16 @@ def test_a_peft_model_resumes_to_the_bit(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "out" / "checkpoint-6")
     resumed = train(tmp_path / "out", resume=True)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_rows_are_frozen_on_the_way() -> None:
+    """Evaluation rows become what `insert_random_mask` makes of them, whatever their batch."""
+    tokenizer, rows = tiny_tokenizer(), make_rows(12)
+    expected = collate_frozen(freeze(rows), tokenizer)
+    for place in (0, 5):
+        batch = collate_unfrozen(
+            rows[place : place + 5], tokenizer, WholeWordMaskingCollator(tokenizer), seed=0
+        )
+        width = batch["labels"].shape[1]
+        for name, values in batch.items():
+            assert torch.equal(values, expected[name][place : place + 5, :width])

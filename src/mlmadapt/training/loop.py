@@ -21,11 +21,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from mlmadapt._types import Batch, DataCollator, Model, Rows, Stream, Tokenizer
+from mlmadapt._types import Batch, DataCollator, Model, Row, Rows, Stream, Tokenizer
+from mlmadapt.data.rows import is_frozen, pad_frozen, to_columns
+from mlmadapt.masking.frozen_masks import insert_random_mask
 from mlmadapt.masking.selection import derive_key
-from mlmadapt.model.checks import plain_code
-from mlmadapt.model.evaluation import FrozenCollator, as_log, evaluate_rows, is_frozen, name_sets
-from mlmadapt.model.head import masked_logits, summed_cross_entropy
+from mlmadapt.model.evaluation import as_log, collate_frozen, evaluate_rows, name_sets
+from mlmadapt.model.head import summed_cross_entropy
 from mlmadapt.training import checkpoint
 from mlmadapt.training.batches import count_tokens, open_rows
 from mlmadapt.training.config import TrainingConfig
@@ -213,14 +214,16 @@ def evaluate(run: TrainingRun) -> None:
     """Evaluate every set; the first is the one that the result reports."""
     metrics_by_set = {}
     for name, rows in run.eval_sets.items():
-        collator = None if is_frozen(rows) else run.data_collator
+        collate = partial(collate_frozen, tokenizer=run.tokenizer)
+        if not is_frozen(rows):
+            collate = partial(collate_unfrozen, run=run)
         with in_eager_mode(run):
             metrics_by_set[name] = metrics = evaluate_rows(
                 run.model,
                 rows,
-                collate=FrozenCollator(run.tokenizer, collator, run.config.seed),
+                collate=collate,
                 batch_size=run.config.per_device_eval_batch_size,
-                predictor=run.predictor,
+                forward=run.forward,
                 accelerator=run.accelerator,
             )
         log(run, as_log(metrics, name))
@@ -233,6 +236,15 @@ def evaluate(run: TrainingRun) -> None:
         run.state.filled = fill_in(run)
 
 
+def collate_unfrozen(rows: list[Row], *, run: TrainingRun) -> Batch:
+    """Freeze rows on the way into a batch, to the same masks at every evaluation."""
+    columns = insert_random_mask(
+        to_columns(rows), run.data_collator, seed=run.config.seed, prefix=""
+    )
+    batch = pad_frozen(columns, run.tokenizer)
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
 def fill_in(run: TrainingRun) -> dict[str, str]:
     """Have the model fill in the masks of the settings' sentences."""
     sentences = run.config.fill_mask or []
@@ -243,7 +255,8 @@ def fill_in(run: TrainingRun) -> dict[str, str]:
 
 def in_eager_mode(run: TrainingRun) -> AbstractContextManager[object]:
     """Leave compiled code aside: rows to evaluate have many shapes, and figures stay the same."""
-    return plain_code() if run.config.torch_compile else nullcontext()
+    is_compiled = run.config.torch_compile
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
 def save_checkpoint(run: TrainingRun) -> None:
@@ -284,12 +297,10 @@ def take_step(run: TrainingRun, batches: list[Batch], *, stop_signal: int) -> No
     scale = plan.world * accelerator.gradient_accumulation_steps / masked.clamp(min=1)
     losses = []
     for place, batch in enumerate(batches):
-        sent = run.predictor.send(batch, rounded=True)
         is_last = place == len(batches) - 1  # which averages gradients over the processes
         with nullcontext() if is_last else accelerator.no_sync(run.wrapped):
-            with run.predictor.at(sent.masked):
-                logits = masked_logits(run.wrapped(**sent.inputs), sent.masked)
-            loss = summed_cross_entropy(logits, sent.targets)
+            logits, targets = run.forward(run.wrapped, batch, rounded=True)
+            loss = summed_cross_entropy(logits, targets)
             losses.append(loss.detach())
             # An infinite loss can have a finite gradient; as NaN, all processes see it.
             accelerator.backward(loss * scale * (1 + losses[-1] * 0))

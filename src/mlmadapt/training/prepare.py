@@ -21,11 +21,11 @@ from torch import nn
 from transformers import get_scheduler
 
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
+from mlmadapt.data.rows import is_frozen
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.frozen_masks import check_masks
 from mlmadapt.model.checks import check_collator, check_model, check_rows
-from mlmadapt.model.evaluation import is_frozen
-from mlmadapt.model.forward import Predictor, predicting
+from mlmadapt.model.forward import MaskedForward, masked_forward
 from mlmadapt.training.batches import OpenStream, plan_batches, training_batches, unopened
 from mlmadapt.training.config import TrainingConfig
 from mlmadapt.training.distributed import check_same_everywhere, check_whole
@@ -162,16 +162,16 @@ def prepare(
         columns = set(first).union(*(rows[0] for rows in eval_sets.values()))
         is_packed = not columns.isdisjoint({"document_ids", "masked_document_ids"})
         # Hooks go to the model itself, which is evaluated too, not to what wraps it.
-        predictor = undo.enter_context(predicting(model, first, is_packed=is_packed))
+        forward = undo.enter_context(masked_forward(model, first, is_packed=is_packed))
         if accelerator.num_processes > 1:
-            undo.enter_context(without_unused_weights(model, first, predictor))
+            undo.enter_context(without_unused_weights(model, first, forward))
         # Behind all that decides which weights are trained.
         optimizer = optimizer or make_optimizer(model, config)
         scheduler = lr_scheduler or make_scheduler(optimizer, config, total_steps)
         check_scheduler(scheduler, optimizer, config, evaluation_sets=len(eval_sets))
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         wrapped.train()
-        warm_up(model, wrapped, first, predictor=predictor, accelerator=accelerator, config=config)
+        warm_up(model, wrapped, first, forward=forward, accelerator=accelerator, config=config)
         yield TrainingRun(
             config=config,
             model=model,
@@ -184,7 +184,7 @@ def prepare(
             total_steps=total_steps,
             fingerprint=fingerprint,
             wrapped=wrapped,
-            predictor=predictor,
+            forward=forward,
             optimizer=optimizer,
             scheduler=scheduler,
             progress=undo.enter_context(
@@ -246,13 +246,13 @@ def gradient_checkpointing(model: Model) -> Iterator[None]:
 
 
 @contextmanager
-def without_unused_weights(model: Model, batch: Batch, predictor: Predictor) -> Iterator[None]:
+def without_unused_weights(model: Model, batch: Batch, forward: MaskedForward) -> Iterator[None]:
     """Leave weights out that no step reaches, poolers mostly, whose gradients DDP would wait for.
 
     Its own search for them takes a reduction and a copy from the device in each step: 8 % of a step
     at 3 M parameters on two CPU processes, 0.4 % at 14 M.
     """
-    predictor.touch_gradients(model, batch, torch.Tensor.backward)
+    forward.touch_gradients(model, batch, torch.Tensor.backward)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     unused = [weight for weight in weights if weight.grad is None]
     model.zero_grad()
@@ -270,7 +270,7 @@ def warm_up(
     wrapped: nn.Module,
     batch: Batch,
     *,
-    predictor: Predictor,
+    forward: MaskedForward,
     accelerator: Accelerator,
     config: TrainingConfig,
 ) -> None:
@@ -288,7 +288,7 @@ def warm_up(
         if config.torch_compile:
             model.compile(dynamic=True)
         for _ in range(2 if accelerator.num_processes > 1 else int(config.torch_compile)):
-            predictor.touch_gradients(wrapped, batch, accelerator.backward)
+            forward.touch_gradients(wrapped, batch, accelerator.backward)
     except Exception as error:
         if not config.torch_compile:
             raise

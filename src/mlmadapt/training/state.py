@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
 from mlmadapt.model.evaluation import MaskedLMMetrics
-from mlmadapt.model.forward import Predictor
+from mlmadapt.model.forward import MaskedForward
 from mlmadapt.training.batches import BatchPlan, training_batches
 from mlmadapt.training.config import TrainingConfig
 from mlmadapt.training.result import TrainingResult
@@ -130,7 +130,7 @@ class TrainingRun:
         total_steps: Optimizer steps to take.
         fingerprint: What decides the outcome, for the checkpoints.
         wrapped: The model in what averages gradients and lowers precision: for training only.
-        predictor: How the model predicts masked tokens.
+        forward: How the model predicts masked tokens.
         optimizer: Skips the steps that an fp16 scaler gives up.
         scheduler: The schedule of this optimizer.
         progress: The progress bar.
@@ -153,7 +153,7 @@ class TrainingRun:
     total_steps: int
     fingerprint: Mapping[str, Any]
     wrapped: nn.Module
-    predictor: Predictor
+    forward: MaskedForward
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     progress: Any

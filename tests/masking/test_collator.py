@@ -664,7 +664,7 @@ far = {"input_ids": [2, 9, 4000], "word_ids": [-1, 0, -1]}
             r"row 0 of the batch has no 'word_ids', of columns \['input_ids'\]; tokenize with",
         ),
         ([good, {**good, "word_ids": None}], r"row 1 of the batch has no 'word_ids'"),
-        ([{"word_ids": [0]}], r"has no 'input_ids', only \['word_ids'\]; tokenize the documents"),
+        ([{"word_ids": [0]}], r"has \['word_ids'\], without 'input_ids'; tokenize the documents"),
         ([good, bare], r"row 1 of the batch has columns \['input_ids'\], row 0 has .* the same"),
         (
             [good, {**good, "word_ids": [0, 1]}],

@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from mlmadapt._types import Batch, DataCollator, Ints, Model, Row, Rows, Tokenizer
-from mlmadapt.data.rows import dataset_lengths, document_bounds, join_rows, pad_rows, to_columns
+from mlmadapt.data.rows import document_bounds, join_rows, pad_rows, to_columns
+from mlmadapt.data.table import dataset_lengths
 from mlmadapt.masking.frozen_masks import insert_random_mask
 from mlmadapt.model.checks import check_model, check_rows, evaluation_mode
 from mlmadapt.model.forward import Predictor, predicting

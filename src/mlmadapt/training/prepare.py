@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
-from mlmadapt.data.rows import dataset_lengths
+from mlmadapt.data.table import dataset_lengths
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.frozen_masks import check_masks
 from mlmadapt.model.checks import check_collator, check_model, check_rows

@@ -6,10 +6,7 @@ import copy
 import functools
 import json
 import logging
-import os
 import pickle
-import subprocess
-import sys
 import warnings
 from itertools import chain, pairwise
 from pathlib import Path
@@ -307,47 +304,6 @@ def test_baked_in_truncation_stays_after_an_error() -> None:
     with pytest.raises(Exception, match="UNK"):
         tokenize_with_word_ids({"text": ["b"]}, tokenizer)
     assert tokenizer.backend_tokenizer.to_str() == before
-
-
-PIPELINE = """
-import sys
-from datasets import disable_progress_bars, load_from_disk
-from mlmadapt import group_texts, phrases, tokenize_with_word_ids
-from mlmadapt.testing import tiny_tokenizer
-
-disable_progress_bars()
-dataset = load_from_disk(sys.argv[1])
-options = {
-    "tokenizer": tiny_tokenizer("byte_bpe_nosplit"),
-    "word_boundaries": phrases({"the", *(f"the {word}" for word in "film end movie cast".split())}),
-}
-for _ in range(2):
-    tokens = dataset.map(
-        tokenize_with_word_ids, batched=True, fn_kwargs=options, remove_columns=["text"]
-    )
-    rows = tokens.map(group_texts, batched=True, fn_kwargs={"chunk_size": 8})
-    print([file["filename"] for file in tokens.cache_files + rows.cache_files])
-"""
-
-
-def test_second_run_hits_the_cache(tmp_path: Path) -> None:
-    """A call leaves the tokenizer's fingerprint as it was, and every process has the same ones."""
-    datasets.Dataset.from_dict({"text": tiny_corpus(20)}).save_to_disk(tmp_path)
-    printed, files = set(), []
-    for hash_seed in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-c", PIPELINE, str(tmp_path)],
-            env={**os.environ, "PYTHONHASHSEED": hash_seed},
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        printed |= {*done.stdout.splitlines()}
-        files.append({path: path.stat().st_mtime_ns for path in tmp_path.glob("cache-*")})
-    assert len(printed) == 1
-    assert printed.pop().count("cache-") == len(files[0]) == 2
-    assert files[0] == files[1]
 
 
 @kinds

@@ -20,7 +20,8 @@ class MaskingCallback(TrainerCallback):
     Rates of a schedule come late, since `Trainer` makes batches ahead. The first batch of a step
     is made with the batches of the step before, and has its rate; with workers, the rate is up to
     ``num_workers * prefetch_factor`` batches older still. At the start of an epoch, and of a
-    resumed run, the first step has its own rate. In `accelerate_train` each step does.
+    resumed run, the first step has its own rate. In `accelerate_train` each step does. Of a stream,
+    `Trainer` does not know where an epoch ends: the second pass has the masks of the first.
 
     Args:
         data_collator: The collator that `Trainer` has, itself and not a copy.

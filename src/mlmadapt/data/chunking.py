@@ -76,7 +76,7 @@ def group_texts(
         >>> rows["input_ids"], rows["word_ids"]
         ([[5, 6, 7, 8], [9]], [[0, 0, 1, 2], [0]])
     """
-    chunk_size = check_whole("chunk_size", chunk_size, unit=" of tokens")
+    chunk_size = check_whole("chunk_size", chunk_size)
     if remainder not in ("drop", "keep"):
         raise ValueError(f"remainder is {remainder!r}; it must be 'drop' or 'keep'")
     columns, is_table = read_batch(examples)
@@ -90,7 +90,7 @@ def group_texts(
     lengths = column_lengths(columns)
     total = int(lengths.sum())
     kept = total if remainder == "keep" else total - total % chunk_size
-    _account(len(lengths), total, kept, chunk_size)
+    _say_what_is_lost(len(lengths), total, kept, chunk_size)
 
     row_starts = np.arange(0, kept, chunk_size)
     document_starts = np.cumsum(lengths) - lengths
@@ -106,9 +106,8 @@ def group_texts(
         result["document_ids"] = cut_rows(line, row_starts, like=next(iter(columns.values())))
     if labels and "labels" not in result:
         # Rows of a table cannot be changed in place and may be shared; lists must not be.
-        result["labels"] = (
-            result["input_ids"] if is_table else [list(row) for row in result["input_ids"]]
-        )
+        rows = result["input_ids"]
+        result["labels"] = rows if is_table else [list(row) for row in rows]
     return cast("Columns", pa.table(result) if is_table else result)
 
 
@@ -238,28 +237,20 @@ def _cut_pieces(line: pa.ChunkedArray, bounds: Ints) -> Iterator[tuple[int, pa.A
         start = end
 
 
-def _account(documents: int, total: int, kept: int, chunk_size: int) -> None:
-    """Say what is lost."""
-    if kept == total:
-        return
+def _say_what_is_lost(documents: int, total: int, kept: int, chunk_size: int) -> None:
     cure = "batch_size=None in map makes it one pass, remainder='keep' keeps every token"
-    if not kept:
+    if total and not kept:
         warnings.warn(
             f"group_texts: {documents} documents with {total} tokens in all yield no row of "
             f"{chunk_size} tokens, so all are dropped; {cure}",
             stacklevel=3,
         )
-        return
-    # The share decides: one pass over a large dataset drops hardly any, and can do no better.
-    global _worth_warning  # noqa: PLW0603  # or each batch would warn
-    share = 1 - kept / total
-    level = logging.WARNING if share > _worth_warning else logging.INFO
-    _worth_warning = max(share, _worth_warning)
-    logger.log(
-        level,
-        "group_texts dropped %d of %d tokens (%.1f %%) after the last whole chunk of a batch; %s",
-        total - kept,
-        total,
-        100 * share,
-        cure,
-    )
+    elif kept < total:
+        # The share decides: one pass over a large dataset drops hardly any, and can do no better.
+        global _worth_warning  # noqa: PLW0603  # or each batch would warn
+        share = 1 - kept / total
+        level = logging.WARNING if share > _worth_warning else logging.INFO
+        _worth_warning = max(share, _worth_warning)
+        lost = f"{total - kept} of {total} tokens ({share:.1%})".replace("%", " %")
+        said = "group_texts dropped %s after the last whole chunk of a batch; %s"
+        logger.log(level, said, lost, cure)

@@ -56,13 +56,13 @@ def pack_texts(examples: Columns, *, chunk_size: int = 128) -> Columns:
         >>> pack_texts(documents, chunk_size=4)
         {'input_ids': [[5, 6, 7, 4], [8, 9]], 'document_ids': [[0, 0, 0, 1], [0, 0]]}
     """
-    chunk_size = check_whole("chunk_size", chunk_size, least=2, unit=" of tokens")
+    chunk_size = check_whole("chunk_size", chunk_size, least=2)
     columns, is_table = read_batch(examples)
     check_tokens("the batch", columns)
     refuse_document_ids(columns)
     lengths = column_lengths(columns)
     layout = _lay_out(lengths, chunk_size)
-    _account(lengths, chunk_size, rows=len(layout.row_starts))
+    _say_how_full(lengths, chunk_size, rows=len(layout.row_starts))
 
     result: dict[str, Any] = {}
     for name, column in columns.items():
@@ -141,16 +141,11 @@ def _move(line: Any, layout: _Layout) -> Any:
     return list(chain.from_iterable(line[piece] for piece in pieces))
 
 
-def _account(lengths: Ints, chunk_size: int, *, rows: int) -> None:
-    """Say how full the rows are, and what has no place in them."""
+def _say_how_full(lengths: Ints, chunk_size: int, *, rows: int) -> None:
     total, empty = int(lengths.sum()), int((lengths == 0).sum())
     logger.info(
         "pack_texts laid %d documents with %d tokens into %d rows of %d tokens, which are %.1f %% "
         "full%s",
-        len(lengths) - empty,
-        total,
-        rows,
-        chunk_size,
-        100 * total / max(rows * chunk_size, 1),
+        *(len(lengths) - empty, total, rows, chunk_size, 100 * total / max(rows * chunk_size, 1)),
         f"; {empty} empty documents are in none" if empty else "",
     )

@@ -47,7 +47,6 @@ def check_whole(
     *,
     least: int | None = 1,
     most: int | None = None,
-    unit: str = "",
     error: type[Exception] = ValueError,
 ) -> int:
     """Return a whole number, of Python or NumPy, as Python's.
@@ -57,7 +56,6 @@ def check_whole(
         value: The number.
         least: The smallest that is right, or None.
         most: The largest that is right, or None.
-        unit: What is counted, such as `` of tokens``.
         error: Raised for what is no whole number. A string would be another seed than the number
             in it.
 
@@ -65,7 +63,7 @@ def check_whole(
         ValueError: If it is out of range; and, unless `error` says otherwise, if it is not whole.
 
     Examples:
-        >>> check_whole("chunk_size", np.int64(128), unit=" of tokens")
+        >>> check_whole("chunk_size", np.int64(128))
         128
     """
     is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
@@ -73,7 +71,7 @@ def check_whole(
         return index(value)
     limits = "" if least is None else f", {least} " + ("or more" if most is None else f"to {most}")
     kind = ValueError if is_whole else error
-    raise kind(f"{name} is {value!r}; it must be a whole number{unit}{limits}")
+    raise kind(f"{name} is {value!r}; it must be a whole number{limits}")
 
 
 def check_tokens(name: str, columns: Iterable[str]) -> None:
@@ -185,8 +183,7 @@ def row_lengths(name: str, rows: Any) -> Ints:
         if all(map(_is_row, {type(row): row for row in rows}.values())):
             return np.fromiter(map(len, rows), np.int64, len(rows))
     row, value = next((row, value) for row, value in enumerate(rows) if not _is_row(value))
-    seen = f"row {row} is {value!r:.40}, of type {type(value).__name__}"
-    return refuse_column(name, seen)
+    return refuse_column(name, f"row {row} is {value!r:.40}, of type {type(value).__name__}")
 
 
 def refuse_column(name: str, seen: str) -> NoReturn:
@@ -312,8 +309,7 @@ def pad_rows(
         width += -width % pad_to_multiple_of
     if (lengths == width).all():
         batch = {name: values.reshape(len(lengths), width) for name, values in joined.items()}
-        if "attention_mask" not in batch:
-            batch["attention_mask"] = np.ones_like(batch["input_ids"])
+        batch.setdefault("attention_mask", np.ones((len(lengths), width), np.int64))
         return batch
     if tokenizer.pad_token_id is None:
         raise ValueError(
@@ -329,9 +325,8 @@ def pad_rows(
     is_filled = np.arange(width) < lengths[:, None]
     if tokenizer.padding_side == "left":
         is_filled = is_filled[:, ::-1]
-    batch = {}
+    batch = {name: np.full(is_filled.shape, fills.get(name, 0), np.int64) for name in joined}
     for name, values in joined.items():
-        batch[name] = np.full(is_filled.shape, fills.get(name, 0), np.int64)
         batch[name][is_filled] = values
     batch.setdefault("attention_mask", is_filled.astype(np.int64))
     return batch
@@ -344,10 +339,8 @@ def _list_lengths(name: str, column: pa.ChunkedArray) -> Ints:
     if not any(is_kind(column.type) for is_kind in kinds):
         refuse_column(name, f"its type is {column.type}")
     if column.null_count:
-        row = pc.index(column.is_null(), value=True).as_py()
-        refuse_column(name, f"row {row} is None")
-    lengths: Ints = pc.list_value_length(column).to_numpy().astype(np.int64)
-    return lengths
+        refuse_column(name, f"row {pc.index(column.is_null(), value=True)} is None")
+    return pc.list_value_length(column).to_numpy().astype(np.int64)  # type: ignore[no-any-return]
 
 
 def _is_row(value: Any) -> bool:

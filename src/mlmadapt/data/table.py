@@ -129,16 +129,13 @@ def table_reader(dataset: Any) -> Callable[[Sequence[int]], JoinedRows] | None:
     starts = np.cumsum([0, *map(len, batches)])
     tokens = {name: [_open(batch.column(name)) for batch in batches] for name in names}
     groups = _group_by_offsets(batches, names)
-    with_none = {
-        name for name in names if any(type(piece) is not np.ndarray for piece in tokens[name])
-    }
+    with_none = {name for name in names if {*map(type, tokens[name])} - {np.ndarray}}
     places = _row_places(dataset)
 
     def read(rows: Sequence[int]) -> JoinedRows:
         wanted = np.asarray(rows) if places is None else places[rows].astype(np.int64)
         batch = np.searchsorted(starts, wanted, side="right") - 1
-        inside = (wanted - starts[batch]).tolist()
-        pieces = batch.tolist()
+        inside, pieces = (wanted - starts[batch]).tolist(), batch.tolist()
         joined, lengths = {}, {}
         for alike, offsets in groups:
             within = zip(map(offsets.__getitem__, pieces), inside, strict=True)
@@ -147,11 +144,10 @@ def table_reader(dataset: Any) -> Callable[[Sequence[int]], JoinedRows] | None:
             for name in alike:
                 cuts = zip(map(tokens[name].__getitem__, pieces), bounds, strict=True)
                 parts = [piece[start:end] for piece, (start, end) in cuts]
-                joined[name] = (
-                    join_column(name, parts)
-                    if name in with_none
-                    else np.concatenate(parts, dtype=np.int64)
-                )
+                if name in with_none:
+                    joined[name] = join_column(name, parts)
+                else:
+                    joined[name] = np.concatenate(parts, dtype=np.int64)
         return JoinedRows(joined, common_lengths(lengths))
 
     return read

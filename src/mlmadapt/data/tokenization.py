@@ -117,11 +117,9 @@ def tokenize_with_word_ids(
     rows = [row for row, text in enumerate(texts) if any(map(text.__contains__, unsplit))]
     if rows:
         there = np.repeat(np.isin(np.arange(len(texts)), rows), lengths)
-        some_texts, some = [texts[row] for row in rows], [encodings[row] for row in rows]
-        spans = _place_words(some_texts, unsplit)
-        word_ids[there] = _words_of_spans(
-            spans, some_texts, some, is_text[there], apart=word_ids[there]
-        )
+        some, theirs = [texts[row] for row in rows], [encodings[row] for row in rows]
+        spans, apart = _place_words(some, unsplit), word_ids[there]
+        word_ids[there] = _words_of_spans(spans, some, theirs, is_text[there], apart=apart)
     if word_boundaries is not None:
         spans = _place_spans(texts, word_boundaries)
         word_ids = _words_of_spans(spans, texts, encodings, is_text, outside=word_ids)
@@ -207,35 +205,28 @@ def ordinary_token_ids(tokenizer: Tokenizer) -> list[int]:
 
 def _read_texts(columns: Mapping[str, Any], text_column: str) -> list[str]:
     if text_column not in columns:
-        raise ValueError(
-            f"text_column is {text_column!r}, but the columns are {list(columns)}; "
-            "name the column with the documents"
-        )
+        seen = f"text_column is {text_column!r}, but the columns are {list(columns)}"
+        raise ValueError(f"{seen}; name the column with the documents")
     column = columns[text_column]
     if column is None or isinstance(column, (str, bytes)):
-        raise TypeError(
-            f"column {text_column!r} is {column!r:.40}, not a batch of documents; "
-            "call map with batched=True"
-        )
+        seen = f"column {text_column!r} is {column!r:.40}, not a batch of documents"
+        raise TypeError(f"{seen}; call map with batched=True")
     texts = column.to_pylist() if isinstance(column, pa.ChunkedArray) else list(column)
     for row, text in enumerate(texts):
-        if not isinstance(text, str):
+        where = f"row {row} of column {text_column!r} in this batch is"
+        try:
+            str.encode(text)
+        except UnicodeEncodeError as error:
+            cure = "clean it with text.encode(errors='replace').decode()"
+            raise ValueError(f"{where} not valid Unicode ({error}); {cure}") from None
+        except TypeError:
             cure = "convert it, or drop it with dataset.filter"
             if text is None:
-                cure = (
-                    f"{texts.count(None)} of {len(texts)} here are None; drop them with "
-                    f"dataset.filter(lambda row: row[{text_column!r}] is not None)"
-                )
+                cure = f"{texts.count(None)} of {len(texts)} here are None; drop them with "
+                cure += f"dataset.filter(lambda row: row[{text_column!r}] is not None)"
+            kind = type(text).__name__
             raise TypeError(
-                f"row {row} of column {text_column!r} in this batch is {text!r:.40}, of type "
-                f"{type(text).__name__}; each document must be a str: {cure}"
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"row {row} of column {text_column!r} in this batch is not valid Unicode "
-                f"({error}); clean it with text.encode(errors='replace').decode()"
+                f"{where} {text!r:.40}, of type {kind}; each document must be a str: {cure}"
             ) from None
     return texts
 
@@ -251,7 +242,7 @@ def _unsplit_white_space(backend: "Backend") -> list[str]:
     ]
 
 
-def _join(rows: Iterable[list[int]], lengths: Ints, dtype: Any) -> npt.NDArray[Any]:
+def _join(rows: Iterable[Iterable[int]], lengths: Ints, dtype: Any) -> npt.NDArray[Any]:
     return np.fromiter(chain.from_iterable(rows), dtype, int(lengths.sum()))
 
 
@@ -263,9 +254,8 @@ def _text_starts(texts: list[str]) -> Ints:
 def _place_words(texts: list[str], unsplit: list[str]) -> Ints:
     """Return the spans between `unsplit` characters, of shape (spans, 2), the texts on one line."""
     codes = np.frombuffer(unsplit[0].join(texts).encode("utf-32-le"), np.uint32)
-    is_space = np.isin(codes, [ord(space) for space in unsplit])
-    edges = np.flatnonzero(np.diff(~is_space, prepend=False, append=False))
-    return edges.reshape(-1, 2)
+    is_word = ~np.isin(codes, [*map(ord, unsplit)])
+    return np.flatnonzero(np.diff(is_word, prepend=False, append=False)).reshape(-1, 2)
 
 
 def _place_spans(texts: list[str], word_boundaries: WordBoundaries) -> Ints:
@@ -312,11 +302,8 @@ def _words_of_spans(
     """
     lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
     document = np.repeat(np.arange(len(encodings)), lengths)
-    offsets = np.fromiter(
-        chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings)),
-        np.int64,
-        2 * len(document),
-    ).reshape(-1, 2)
+    pairs = chain.from_iterable(encoding.offsets for encoding in encodings)
+    offsets = _join(pairs, 2 * lengths, np.int64).reshape(-1, 2)
     offsets += _text_starts(texts)[document, np.newaxis]
     starts = offsets[:, 0]
     # A token that is all trimmed away covers nothing; it stands at a character all the same.
@@ -337,11 +324,9 @@ def _words_of_spans(
     begins |= ~_before(is_word, fill=False)
     begins |= document != _before(document, -1)
     begins &= is_word
-
-    numbers = np.cumsum(begins) - 1
     # Each document counts from 0.
     counts = np.bincount(document, begins, len(encodings)).astype(np.int64)
-    numbers -= (np.cumsum(counts) - counts)[document]
+    numbers = np.cumsum(begins) - 1 - (np.cumsum(counts) - counts)[document]
     return np.where(is_word, numbers, -1).astype(np.int32)
 
 

@@ -17,13 +17,14 @@ abstracts, on the 525,948 distinct strings between spaces of 70,000 texts withou
 
 import json
 import unicodedata
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlmadapt._types import Tokenizer
 from mlmadapt.data.rows import check_whole
@@ -147,15 +148,12 @@ def find_domain_words(
     # How often a word may stand in the general text, per time that it stands here.
     ratio = general.total() / max(domain.total(), 1) / 2
     decode = backend.decoder.decode if backend.decoder else "".join
-    common = [
-        (decode([form]).strip(), form)
-        for form, count in domain.items()
-        if count >= min_count and general[form] <= count * ratio
-    ]
     words = {
-        word: domain[form]
-        for word, form in common
-        if len(word) >= min_length
+        word: count
+        for form, count in domain.items()
+        if count >= min_count
+        and general[form] <= count * ratio
+        and len(word := decode([form]).strip()) >= min_length
         and not (letters_only and any(unicodedata.category(c)[0] not in "LM" for c in word))
         # RoBERTa's words without a space before them are others than those with one.
         and pre_tokens(backend, f"x {word} x")[1:-1] == [form]
@@ -234,14 +232,12 @@ def _count_pre_tokens(
     rows = enumerate(texts)
     if num_proc is None or num_proc == 1:
         return _count_rows(rows, backend, name)
-    counts, waiting = Counter[str](), deque[Future[Counter[str]]]()
+    counts, count = Counter[str](), partial(_count_rows, backend=backend, name=name)
     with ProcessPoolExecutor(num_proc) as pool:
-        for part in iter(lambda: [*islice(rows, _PART)], []):
-            waiting.append(pool.submit(_count_rows, part, backend, name))
-            if len(waiting) > 2 * num_proc:
-                counts.update(waiting.popleft().result())
-        for part_counts in waiting:
-            counts.update(part_counts.result())
+        for some in iter(lambda: [*islice(rows, 4 * num_proc * _PART)], []):
+            parts = [some[start : start + _PART] for start in range(0, len(some), _PART)]
+            for part_counts in pool.map(count, parts):
+                counts.update(part_counts)
     return counts
 
 
@@ -260,9 +256,7 @@ def _count_rows(rows: Iterable[tuple[int, str]], backend: "Backend", name: str) 
     return counts
 
 
-def _count_strings(
-    rows: Iterable[tuple[int, str]], name: str
-) -> Iterator[tuple[str, Counter[str]]]:
+def _count_strings(rows: Iterable[tuple[int, str]], name: str) -> Iterator[Any]:
     """Count what stands between spaces, which is split far fewer times than it occurs.
 
     The first string of a text has no space before it, which byte-level tokenizers tell apart.
@@ -270,10 +264,8 @@ def _count_strings(
     firsts, others = Counter[str](), Counter[str]()
     for row, text in rows:
         if not isinstance(text, str):
-            raise TypeError(
-                f"document {row} of {name} is {text!r:.40}, of type {type(text).__name__}; each "
-                "document must be a str"
-            )
+            seen = f"{text!r:.40}, of type {type(text).__name__}"
+            raise TypeError(f"document {row} of {name} is {seen}; each document must be a str")
         first, *rest = text.split(" ")
         firsts[first] += 1
         others.update(rest)
@@ -307,10 +299,8 @@ def _splitting_backend(tokenizer: Tokenizer) -> "Backend":
 def _pieces(backend: "Backend", words: Sequence[str]) -> list[list[int]]:
     """Return the tokens of each word as it occurs in the middle of a text."""
     encodings = backend.encode_batch([f"x {word} x" for word in words], add_special_tokens=False)
-    return [
-        [i for i, word in zip(encoding.ids, encoding.word_ids, strict=True) if word == 1]
-        for encoding in encodings
-    ]
+    pairs = [zip(encoding.ids, encoding.word_ids, strict=True) for encoding in encodings]
+    return [[i for i, word in tokens if word == 1] for tokens in pairs]
 
 
 def _check_words(words: Iterable[str], tokenizer: Tokenizer, backend: "Backend") -> dict[str, str]:
@@ -322,9 +312,8 @@ def _check_words(words: Iterable[str], tokenizer: Tokenizer, backend: "Backend")
         raise ValueError("words is empty; pass at least one word, or keep the tokenizer as it is")
     for word in words:
         if not isinstance(word, str):
-            raise TypeError(
-                f"words holds {word!r:.40}, a {type(word).__name__}; each must be a str"
-            )
+            kind = type(word).__name__
+            raise TypeError(f"words holds {word!r:.40}, a {kind}; each must be a str")
     added = tokenizer.get_added_vocab()
     forms: dict[str, str] = {}
     problems = {}
@@ -348,9 +337,8 @@ def _refuse(problems: dict[str, str]) -> None:
     if problems:
         first = "; ".join(f"{word!r} {problem}" for word, problem in list(problems.items())[:5])
         more = "; ..." if len(problems) > 5 else ""
-        raise ValueError(
-            f"words has {len(problems)} that cannot be added: {first}{more}; leave them out"
-        )
+        count = f"words has {len(problems)} that cannot be added"
+        raise ValueError(f"{count}: {first}{more}; leave them out")
 
 
 def _unused_ids(tokenizer: Tokenizer) -> list[int]:
@@ -374,9 +362,8 @@ def _extend_wordpiece(tokenizer: Tokenizer, new: dict[int, str]) -> Tokenizer:
             {new.get(i, token): i for token, i in vocab.items()},
             **{name: getattr(model, name) for name in options},
         )
-    extended.add_tokens(
-        [AddedToken(form, single_word=True, normalized=True) for form in new.values()]
-    )
+    tokens = [AddedToken(form, single_word=True, normalized=True) for form in new.values()]
+    extended.add_tokens(tokens)
     return extended
 
 

@@ -127,7 +127,7 @@ class WholeWordMaskingCollator:
         _check_choice("budget", self.budget, ("bernoulli", "exact"))
         _check_choice("return_tensors", self.return_tensors, ("pt", "np"))
         if self.pad_to_multiple_of is not None:
-            check_whole("pad_to_multiple_of", self.pad_to_multiple_of, unit=" of tokens")
+            check_whole("pad_to_multiple_of", self.pad_to_multiple_of)
         if self.seed is not None:
             check_whole("seed", self.seed, least=None, error=TypeError)
         mask_id = getattr(self.tokenizer, "mask_token_id", None)

@@ -97,7 +97,7 @@ def extend_vocabulary(
 def _check(tokenizer: Tokenizer, model: Model, pad_to_multiple_of: int | None) -> int:
     """Check what is extended; return the model's number of rows."""
     if pad_to_multiple_of is not None:
-        check_whole("pad_to_multiple_of", pad_to_multiple_of, unit=" of tokens")
+        check_whole("pad_to_multiple_of", pad_to_multiple_of)
     check_model(model)
     reason = None
     weights = list(model.parameters())

@@ -120,11 +120,11 @@ def parts_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, mea
         use_up(map(read, steps))
 
     def mask(batches: list[Any]) -> None:
-        use_up(collator.mask(each, key=0, lengths=lengths) for each, lengths in batches)
+        use_up(collator.mask(each, key=0) for each in batches)
 
     def masked() -> list[Any]:
         read_ones = map(read, steps)
-        return [collator.mask(each, key=0, lengths=lengths) for each, lengths in read_ones]
+        return [collator.mask(each, key=0) for each in read_ones]
 
     def pad(batches: list[Any]) -> None:
         use_up(pad_rows(*each, tokenizer) for each in batches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -97,3 +98,26 @@ def _number(keys: Sequence[tuple[set[int], int | None] | None]) -> list[int | No
         numbers.append(None if key is None else number)
         before = key
     return numbers
+
+
+def reference_phrases(
+    text: str, units: Sequence[str], *, ignore_case: bool = True
+) -> list[tuple[int, int]]:
+    """Find phrases of ASCII words by trying every phrase at every word, the longest first."""
+    words = re.compile(r"\w+|[^\w\s]", re.ASCII)
+    patterns = []
+    for unit in sorted(units, key=lambda unit: -len(words.findall(unit))):
+        parts = [rf"\b{part}\b" if part.isalnum() else rf"\{part}" for part in words.findall(unit)]
+        flags = re.ASCII | (re.IGNORECASE if ignore_case else 0)
+        patterns.append(re.compile(r"\s*".join(parts), flags))
+    spans, position = [], 0
+    while position < len(text):
+        for pattern in patterns:
+            match = pattern.match(text, position)
+            if match:
+                spans.append(match.span())
+                position = match.end()
+                break
+        else:
+            position += 1
+    return spans

@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -160,8 +161,8 @@ def test_labels_are_a_copy() -> None:
     rows = group_texts(DOCUMENTS, chunk_size=2)
     rows["input_ids"][0][0] = 103
     assert rows["labels"] == [[5, 6], [7, 8]]
-    given = {**DOCUMENTS, "labels": [[-100, 6, 7], [], [-100, 9]]}
-    assert group_texts(given, chunk_size=2)["labels"] == [[-100, 6], [7, -100]]
+    labelled = {**DOCUMENTS, "labels": [[-100, 6, 7], [], [-100, 9]]}
+    assert group_texts(labelled, chunk_size=2)["labels"] == [[-100, 6], [7, -100]]
     assert "labels" not in group_texts(DOCUMENTS, chunk_size=2, labels=False)
 
 
@@ -289,3 +290,64 @@ def test_wrong_input_is_named(batch: Any, options: dict[str, Any], message: str)
     """The message has the argument or the column and the row, what is there and the cure."""
     with pytest.raises(ValueError, match=message):
         group_texts(batch, **options)
+
+
+WORDS = {"input_ids": [[5, 6, 7], [8]]}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [np.array([np.nan, 0, 1]), np.array([0])],
+        [np.array([None, 0, 1]), np.array([0])],
+        [torch.tensor([torch.nan, 0, 1]), torch.tensor([0])],
+        [[float("nan"), 0, 1], [0]],
+    ],
+)
+def test_nothing_in_word_ids_is_nothing_in_every_format(words: Any) -> None:
+    """NumPy and torch can only say NaN, or hold objects."""
+    rows = group_texts({**WORDS, "word_ids": words}, chunk_size=4)
+    assert rows["word_ids"] == [[-1, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("layout", ["numpy", "torch", "pandas", "arrow"])
+def test_nothing_in_word_ids_is_nothing_to_map(layout: str) -> None:
+    """Whatever a dataset makes of None."""
+    columns = {**WORDS, "word_ids": [[None, 0, 1], [0]]}
+    dataset = datasets.Dataset.from_dict(columns).with_format(layout)
+    rows = dataset.map(group_texts, batched=True, fn_kwargs={"chunk_size": 4})
+    assert rows.with_format(None)["word_ids"][:] == [[-1, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("value_type", [pa.float64(), pa.float32()])
+def test_floats_in_word_ids_are_whole_or_refused(value_type: pa.DataType) -> None:
+    """Lists and tables alike."""
+    whole, broken = [[0.0, None, 1.0], [0.0]], [[0.0, 0.5, 1.0], [0.0]]
+    for to_batch in (lambda words: words, lambda words: pa.array(words, pa.list_(value_type))):
+        make = pa.table if to_batch(whole) is not whole else dict
+        grouped: Any = group_texts(make({**WORDS, "word_ids": to_batch(whole)}), chunk_size=4)
+        assert pa.table(grouped)["word_ids"].to_pylist() == [[0, -1, 1, 2]]
+        with pytest.raises(ValueError, match=r"'word_ids' holds float.* one whole num"):
+            group_texts(make({**WORDS, "word_ids": to_batch(broken)}), chunk_size=4)
+
+
+def test_a_row_longer_than_all_tokens_costs_no_memory() -> None:
+    """Nothing is laid out that no token fills."""
+    columns = {**WORDS, "word_ids": [[-1, 0, 1], [0]]}
+    rows = group_texts(columns, chunk_size=10**12, remainder="keep", labels=False)
+    assert rows == {"input_ids": [[5, 6, 7, 8]], "word_ids": [[-1, 0, 1, 2]]}
+
+
+def test_whole_numbers_of_numpy_are_whole() -> None:
+    """A chunk size that was computed."""
+    assert group_texts(dict(WORDS), chunk_size=np.int64(2)) == group_texts(WORDS, chunk_size=2)
+
+
+def test_more_tokens_than_small_offsets_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of columns that are written anew, all are one piece."""
+    table = pa.table({**WORDS, "word_ids": [[-1, 0, 1], [0]]})
+    small = group_texts(table, chunk_size=2)
+    monkeypatch.setattr(chunking, "_MOST_OF_SMALL", 3)
+    large = group_texts(table, chunk_size=2)
+    assert pa.types.is_large_list(large["word_ids"].type)
+    assert large.to_pydict() == small.to_pydict()

@@ -205,11 +205,11 @@ def test_rows_of_real_sentences_are_full(chunk_size: int, least: float, data_dir
 @pytest.mark.parametrize(
     ("batch", "chunk_size", "message"),
     [
-        (DOCUMENTS, 0, "chunk_size is 0; it must be a whole number of tokens, 1 or more"),
-        (DOCUMENTS, 1, "chunk_size is 1; a row must have 2 tokens or more, or nothing can stand"),
+        (DOCUMENTS, 0, "chunk_size is 0; it must be a whole number of tokens, 2 or more"),
+        (DOCUMENTS, 1, "chunk_size is 1; it must be a whole number of tokens, 2 or more"),
         (DOCUMENTS, "128", "chunk_size is '128'; it must be a whole number"),
-        ({"ids": [[1]]}, 4, r"there are no 'input_ids', the columns are \['ids'\]; tokenize first"),
-        (pa.table({"text": ["a"]}), 4, r"there are no 'input_ids', the columns are \['text'\]"),
+        ({"ids": [[1]]}, 4, r"the batch has \['ids'\], without 'input_ids'; tokenize the"),
+        (pa.table({"text": ["a"]}), 4, r"the batch has \['text'\], without 'input_ids'"),
         (
             pack_texts(DOCUMENTS, chunk_size=4),
             4,

@@ -121,7 +121,7 @@ def test_rows_of_unequal_columns() -> None:
 
 def test_rows_without_tokens() -> None:
     """The missing column, and what to do."""
-    with pytest.raises(ValueError, match=r"no 'input_ids', only \['labels'\]; tokenize"):
+    with pytest.raises(ValueError, match=r"the batch has \['labels'\], without 'input_ids'; tok"):
         join_rows({"labels": [[1]]})
     with pytest.raises(ValueError, match=r"column 'input_ids' is not .* row 0 is None"):
         join_rows({"input_ids": [None]})

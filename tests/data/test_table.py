@@ -8,11 +8,18 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+from datasets.distributed import split_dataset_by_node
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlmadapt.data.rows import join_rows
-from mlmadapt.data.table import table_reader
+from mlmadapt.data.table import (
+    dataset_lengths,
+    is_dataset,
+    measure_rows,
+    split_part,
+    table_reader,
+)
 from tests.data.strategies import tables
 
 if TYPE_CHECKING:
@@ -42,15 +49,15 @@ def test_rows_are_those_of_the_dataset(
     """In any order and number, of slices and chunks of any types, empty ones too."""
     _, table = drawn
     dataset = datasets.Dataset(table)
-    if any(pa.types.is_fixed_size_list(each.type) for each in table.columns):
+    if any(pa.types.is_fixed_size_list(column.type) for column in table.columns):
         assert table_reader(dataset) is None
     elif len(dataset):
         rows = data.draw(st.lists(st.integers(0, len(dataset) - 1), min_size=1, max_size=9))
         expected, lengths = join_rows({name: dataset[rows][name] for name in table.column_names})
         read = table_reader(dataset)
         assert read is not None
-        joined, found = read(rows)
-        assert found.tolist() == lengths.tolist()
+        joined, counts = read(rows)
+        assert counts.tolist() == lengths.tolist()
         assert joined.keys() == expected.keys()
         for name, values in expected.items():
             assert joined[name].dtype == values.dtype == np.int64
@@ -68,7 +75,7 @@ def test_rows_are_found_where_a_dataset_was_shuffled(kind: str | None, tmp_path:
     for view in views:
         rows = list(range(len(view)))
         expected = {
-            name: [[-1 if each is None else each for each in row] for row in view[:][name]]
+            name: [[-1 if value is None else value for value in row] for row in view[:][name]]
             for name in ROWS
         }
         assert read_lists(view.with_format(kind), rows) == expected
@@ -80,12 +87,8 @@ def test_only_columns_that_are_shown_are_read() -> None:
     dataset = datasets.Dataset.from_dict({**ROWS, **more})
     shown = dataset.with_format("torch", columns=["word_ids", "input_ids"])
     every = dataset.with_format("torch", columns=["input_ids"], output_all_columns=True)
-    for each, names in (
-        (dataset, [*ROWS, "extra"]),
-        (shown, [*ROWS]),
-        (every, [*ROWS, "extra"]),
-    ):
-        read = table_reader(each)
+    for view, names in ((dataset, [*ROWS, "extra"]), (shown, [*ROWS]), (every, [*ROWS, "extra"])):
+        read = table_reader(view)
         assert read is not None
         assert [*read([0])[0]] == names
     assert table_reader(dataset.with_format("torch", columns=["input_ids"])) is None
@@ -160,3 +163,48 @@ def test_a_row_has_one_length() -> None:
     assert read([1, 0])[1].tolist() == [1, 2]
     with pytest.raises(ValueError, match=r"row 1 has 3 'input_ids' but 2 'extra'; all columns"):
         read([0, 2])
+
+
+def test_names_of_datasets_that_are_read_are_there() -> None:
+    """What is no public part of `datasets`; without it, rows would be taken for others."""
+    dataset = datasets.Dataset.from_dict(ROWS)
+    assert dataset._indices is None
+    assert dataset.select([2, 0])._indices.column(0).to_pylist() == [2, 0]
+    assert isinstance(dataset.data.table, pa.Table)
+    assert dataset.data.column("input_ids").to_pylist() == ROWS["input_ids"]
+    stream = dataset.to_iterable_dataset()
+    assert stream._distributed is None
+    part = split_dataset_by_node(stream, 1, 2)._distributed
+    assert (part.rank, part.world_size) == (1, 2)
+
+
+def test_a_part_of_a_stream_is_known() -> None:
+    """By datasets' own split; another stream has none."""
+    stream = datasets.Dataset.from_dict(ROWS).to_iterable_dataset()
+    assert split_part(split_dataset_by_node(stream, 1, 3)) == (1, 3)
+    assert split_part(stream) is split_part(iter([])) is None
+
+
+@pytest.mark.parametrize("kind", [None, "torch", "numpy"])
+def test_lengths_and_ids_are_those_of_the_rows(kind: str | None) -> None:
+    """Shuffled and selected; rows that are left out do not count, nor does what a format makes."""
+    whole = datasets.Dataset.from_dict({"input_ids": [[7, 8], [90], [], [5, 6, 4]]})
+    for view in (whole, whole.shuffle(seed=1), whole.select([3, 0]), whole.select([1, 1, 2])):
+        ids = view["input_ids"][:]
+        shown = view.with_format(kind)
+        lengths = dataset_lengths(shown)
+        assert lengths is not None
+        assert lengths.tolist() == [*map(len, ids)]
+        expected = max(map(len, ids)), max(token for row in ids for token in row)
+        assert measure_rows("rows", shown) == measure_rows("rows", list(view)) == expected
+    frozen = whole.rename_column("input_ids", "masked_input_ids")
+    assert measure_rows("rows", frozen) == (3, 90)
+    made = datasets.Dataset.from_dict({"text": ["a"]}).with_transform(
+        lambda rows: {"input_ids": [[1, 2] for _ in rows["text"]]}
+    )
+    assert (dataset_lengths(made), measure_rows("rows", made)) == (None, (2, 2))
+    assert dataset_lengths(iter(ids)) is None
+    assert is_dataset(made)
+    assert not is_dataset(list(whole))
+    with pytest.raises(ValueError, match=r"eval has \['text'\], without 'input_ids'; tokenize the"):
+        measure_rows("eval", datasets.Dataset.from_dict({"text": ["a"]}))

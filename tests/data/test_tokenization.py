@@ -6,12 +6,11 @@ import copy
 import functools
 import json
 import logging
-import os
 import pickle
-import subprocess
-import sys
+import unicodedata
 import warnings
-from itertools import chain, pairwise
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +20,23 @@ import pytest
 from datasets.fingerprint import Hasher
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
 from tokenizers.models import BPE, WordLevel
-from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace, Sequence, Split
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from mlmadapt import phrases, tokenize_with_word_ids
+from mlmadapt import group_texts, phrases, tokenize_with_word_ids
 from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_tokenizer
-from tests.data.reference_tokenization import reference_tokenize, special_ids, splits_at
+from tests.data.reference_tokenization import (
+    reference_phrases,
+    reference_tokenize,
+    special_ids,
+    splits_at,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("words.json").read_text("utf-8"))
 SENTENCE = "The film doesn't end well; electroencephalography!"
@@ -59,7 +63,7 @@ def documents_with_spans(draw: st.DrawFn) -> tuple[str, list[tuple[int, int]]]:
     return text, [span for span in pairwise(cuts) if draw(st.booleans())]
 
 
-def tokenize(texts: Sequence[str], tokenizer: Any, **options: Any) -> list[dict[str, list[int]]]:
+def tokenize(texts: list[str], tokenizer: Any, **options: Any) -> list[dict[str, list[int]]]:
     """Return a dict of lists for each document."""
     columns = tokenize_with_word_ids({"text": texts}, tokenizer, **options)
     rows = zip(*columns.values(), strict=True) if texts else ()
@@ -218,9 +222,9 @@ def test_spans_stay_in_their_document(kind: str) -> None:
         ["film ", "film", "", "the", "the", " "],
         {"word_boundaries": phrases(["film"])},
     )
-    for each in (tokenizer, special_free):
-        rows = tokenize(texts, each, **options)
-        assert rows == [*chain(*(tokenize([text], each, **options) for text in texts))]
+    for kept in (tokenizer, special_free):
+        rows = tokenize(texts, kept, **options)
+        assert rows == [*chain(*(tokenize([text], kept, **options) for text in texts))]
 
 
 @pytest.mark.parametrize("kind", NO_SPLIT)
@@ -262,9 +266,11 @@ def test_special_tokens_are_split_where_the_tokenizer_says_so() -> None:
     """With `split_special_tokens` they are text, also after pickling, which forgets it."""
     tokenizer = tiny_tokenizer()
     tokenizer.split_special_tokens = True
-    (row,) = tokenize(["the [MASK]"], pickle.loads(pickle.dumps(tokenizer)))  # noqa: S301
+    twin = pickle.loads(pickle.dumps(tokenizer))  # noqa: S301
+    (row,) = tokenize(["the [MASK]"], twin)
     assert tokenizer.mask_token_id not in row["input_ids"]
     assert row["input_ids"] == tokenizer("the [MASK]")["input_ids"]
+    assert not twin.backend_tokenizer.encode_special_tokens  # it is left as it was
 
 
 @kinds
@@ -309,47 +315,6 @@ def test_baked_in_truncation_stays_after_an_error() -> None:
     assert tokenizer.backend_tokenizer.to_str() == before
 
 
-PIPELINE = """
-import sys
-from datasets import disable_progress_bars, load_from_disk
-from mlmadapt import group_texts, phrases, tokenize_with_word_ids
-from mlmadapt.testing import tiny_tokenizer
-
-disable_progress_bars()
-dataset = load_from_disk(sys.argv[1])
-options = {
-    "tokenizer": tiny_tokenizer("byte_bpe_nosplit"),
-    "word_boundaries": phrases({"the", *(f"the {word}" for word in "film end movie cast".split())}),
-}
-for _ in range(2):
-    tokens = dataset.map(
-        tokenize_with_word_ids, batched=True, fn_kwargs=options, remove_columns=["text"]
-    )
-    rows = tokens.map(group_texts, batched=True, fn_kwargs={"chunk_size": 8})
-    print([file["filename"] for file in tokens.cache_files + rows.cache_files])
-"""
-
-
-def test_second_run_hits_the_cache(tmp_path: Path) -> None:
-    """A call leaves the tokenizer's fingerprint as it was, and every process has the same ones."""
-    datasets.Dataset.from_dict({"text": tiny_corpus(20)}).save_to_disk(tmp_path)
-    printed, files = set(), []
-    for hash_seed in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-c", PIPELINE, str(tmp_path)],
-            env={**os.environ, "PYTHONHASHSEED": hash_seed},
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        printed |= {*done.stdout.splitlines()}
-        files.append({path: path.stat().st_mtime_ns for path in tmp_path.glob("cache-*")})
-    assert len(printed) == 1
-    assert printed.pop().count("cache-") == len(files[0]) == 2
-    assert files[0] == files[1]
-
-
 @kinds
 def test_fingerprint_of_the_tokenizer_stays(kind: str) -> None:
     """Also one that has truncated before, as tokenizers keep the setting."""
@@ -373,6 +338,60 @@ def test_map_takes_every_format(layout: str | None) -> None:
         remove_columns=dataset.column_names,
     )
     assert mapped.with_format(None).to_list() == tokenize(texts, tokenizer)
+
+
+def test_threads_that_share_a_tokenizer_lose_no_token() -> None:
+    """One that truncates and pads is copied, so that no thread changes it under another."""
+    tokenizer, texts = tiny_tokenizer("wordpiece"), ["the film is good " * 30] * 50
+    tokenizer.backend_tokenizer.enable_truncation(7)
+    tokenizer.backend_tokenizer.enable_padding(length=5)
+    before = tokenizer.backend_tokenizer.to_str()
+
+    def count(_: int) -> int:
+        return sum(len(row["input_ids"]) for row in tokenize(texts, tokenizer))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert {*pool.map(count, range(20))} == {50 * 122}
+    assert tokenizer.backend_tokenizer.to_str() == before
+
+
+def test_white_space_between_marks_is_no_part_of_a_word() -> None:
+    """A pattern in the manner of o200k takes line breaks and slashes to the marks before them."""
+    alphabet = {letter: place for place, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    backend = Tokenizer(BPE(alphabet, []))
+    pattern = Regex(r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\p{L}+|\s+")
+    split = Split(pattern, "isolated")
+    backend.pre_tokenizer = Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokens: Any = tokenize_with_word_ids({"text": ["();\n//"]}, tokenizer)
+    assert tokens["word_ids"][0].tolist() == [0, 0, 0, -1, 1, 1]
+
+
+class Frame:
+    """A table of another library, such as polars, that Arrow can read."""
+
+    def __init__(self, table: pa.Table) -> None:
+        """Take what it holds."""
+        self.table = table
+
+    def __iter__(self) -> Any:
+        """Yield columns, as the frames of polars do, and not their names."""
+        return iter(self.table.columns)
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+        """Hand it on by Arrow's protocol."""
+        return self.table.__arrow_c_stream__(requested_schema)
+
+
+def test_frames_and_record_batches_are_tables() -> None:
+    """Those that Arrow can read come back as tables, which `map` takes in all formats."""
+    table, tokenizer = pa.table({"text": ["the film", "a film"]}), shared("wordpiece")
+    expected: Any = tokenize_with_word_ids(table, tokenizer)
+    for other in (*table.to_batches(), Frame(table)):
+        tokens: Any = tokenize_with_word_ids(other, tokenizer)
+        assert tokens == expected
+        for rows in (*tokens.to_batches(), Frame(tokens)):
+            assert group_texts(rows, chunk_size=4) == group_texts(tokens, chunk_size=4)
 
 
 @pytest.mark.parametrize(
@@ -501,3 +520,95 @@ def test_chinese_reviews_have_the_words_of_a_segmenter(
     tokens = sum(len(row["word_ids"]) - 2 for row in rows)
     segmented = sum(max(row["word_ids"]) + 1 for row in rows)
     assert 1.3 < tokens / segmented < 2
+
+
+@pytest.mark.parametrize(
+    ("units", "text", "expected"),
+    [
+        (
+            ["New York", "New York Times"],
+            "New York Times, New York",
+            ["New York Times", "New York"],
+        ),
+        (["a b c d", "b c"], "a b c e", ["b c"]),
+        (["new york"], "NEW \t\n YORK", ["NEW \t\n YORK"]),
+        (["STRASSE"], "die Straße", ["Straße"]),
+        (["New York"], "New, York; NewYork; New Yorker; anew York", []),
+        (["3.5", "e-mail", "C++"], "A 3.5 e-mail in C++.", ["3.5", "e-mail", "C++"]),
+        (["电影", "电影院"], "我去电影院看电影。", ["电影院", "电影"]),
+        (["cafe", "नमस"], "cafe\u0301 नमस्ते cafe", ["cafe"]),
+        (["नमस्ते दुनिया"], "नमस्ते दुनिया!", ["नमस्ते दुनिया"]),
+        (["x"], "", []),
+        ([], "x", []),
+    ],
+)
+def test_examples_of_phrases(units: list[str], text: str, expected: list[str]) -> None:
+    """Longest match, case, runs of white space, punctuation, scripts without spaces, borders."""
+    assert [text[start:end] for start, end in phrases(units)(text)] == expected
+
+
+few_words = st.lists(st.sampled_from(["a", "b", "Ab", "."]), min_size=1, max_size=4)
+
+
+@given(
+    units=st.lists(few_words.map(" ".join), max_size=5),
+    text=st.lists(st.sampled_from(["a", "B", "ab", ".", " ", " ", "\n "]), max_size=15).map(
+        "".join
+    ),
+    ignore_case=st.booleans(),
+)
+def test_phrases_are_what_a_slow_reference_finds(
+    units: list[str], text: str, *, ignore_case: bool
+) -> None:
+    """Trying all phrases at all words finds the same, with and without regard to case."""
+    spans = phrases(units, ignore_case=ignore_case)(text)
+    assert spans == reference_phrases(text, units, ignore_case=ignore_case)
+
+
+def test_phrases_are_values() -> None:
+    """They can be sent to a worker, and the order of the list is not part of the fingerprint."""
+    first = phrases(["New York", "new  york", "a"])
+    assert pickle.loads(pickle.dumps(first))("In new york") == [(3, 11)]  # noqa: S301
+    assert Hasher.hash(first) == Hasher.hash(phrases({"a", "NEW YORK"}))
+    assert Hasher.hash(first) != Hasher.hash(phrases(["a"]))
+
+
+@pytest.mark.parametrize(
+    ("units", "error", "message"),
+    [
+        (["a", " "], ValueError, "phrase ' ' holds no word; remove it from the list"),
+        ([""], ValueError, "phrase '' holds no word"),
+        ("New York", TypeError, "units is 'New York'; it must be a list of phrases"),
+        (None, TypeError, "units is None; it must be a list of phrases"),
+    ],
+)
+def test_wrong_phrases_are_named(units: Any, error: type[Exception], message: str) -> None:
+    """A phrase without a word matches nothing, and a string is no list."""
+    with pytest.raises(error, match=message):
+        phrases(units)
+
+
+def test_accents_are_the_same_composed_or_not() -> None:
+    """In phrases and in texts; places are those of the text as it is."""
+    forms = [unicodedata.normalize(form, "cafe\u0301 noir") for form in ("NFC", "NFD")]
+    for unit, other in product(forms, forms):
+        text = f"un {other}"
+        assert [text[slice(*span)] for span in phrases([unit])(text)] == [other]
+    assert phrases(["cafe"])("cafe\u0301") == []
+
+
+def test_a_long_phrase_costs_little() -> None:
+    """One of 400 words made all texts with its first word slow: all lengths up to it were tried."""
+
+    class Counting(set):  # type: ignore[type-arg]
+        asked = 0
+
+        def __contains__(self, phrase: object) -> bool:
+            self.asked += 1
+            return super().__contains__(phrase)
+
+    find: Any = phrases(["the book", "the " + "very " * 399])
+    known = find.keywords["known"] = Counting(find.keywords["known"])
+    text = "the film was as good as the book that the film was made of " * 30
+    assert len(find(text)) == 30
+    assert known.asked <= 2 * text.split().count("the")

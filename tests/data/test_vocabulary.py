@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
 from mlmadapt import find_domain_words, tokenize_with_word_ids
-from mlmadapt.data import vocabulary as counting
+from mlmadapt.data import vocabulary
 from mlmadapt.data.vocabulary import add_words
 from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_model, tiny_tokenizer
 
@@ -150,22 +150,10 @@ def test_texts_may_be_a_column_or_a_stream(monkeypatch: pytest.MonkeyPatch) -> N
     dataset = datasets.Dataset.from_dict({"text": corpus})
     once = find_domain_words(corpus, shared("wordpiece"), min_count=2)
     assert once.found
-    monkeypatch.setattr(counting, "_MOST_STRINGS", 7)
+    monkeypatch.setattr(vocabulary, "_MOST_STRINGS", 7)
     stream = (row["text"] for row in dataset.to_iterable_dataset())
     for each in (corpus, dataset["text"], stream):
         assert find_domain_words(each, shared("wordpiece"), min_count=2) == once
-
-
-@pytest.mark.parametrize("kind", ["wordpiece", "byte_bpe", "unigram"])
-def test_several_processes_count_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a stream too, in more parts than are waited for; a wrong text has its own number."""
-    monkeypatch.setattr(counting, "_PART", 7)
-    find = functools.partial(find_domain_words, tokenizer=shared(kind), min_count=2, min_length=1)
-    once = find(tiny_corpus(60), general_texts=tiny_corpus(20))
-    assert once.found
-    assert find(iter(tiny_corpus(60)), general_texts=tiny_corpus(20), num_proc=2) == once
-    with pytest.raises(TypeError, match="document 9 of texts is 3, of type int; each document"):
-        find([*tiny_corpus(9), 3], num_proc=2)
 
 
 @kinds

@@ -1,12 +1,9 @@
-"""`Trainer` with `MaskingCallback`: after a resume, masks and rates of an uninterrupted run."""
+"""`Trainer` with `MaskingCallback`: after a resume, the masks of an uninterrupted run."""
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-import datasets
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -26,15 +23,12 @@ from mlmadapt import (
     masked_lm_loss,
     tokenize_with_word_ids,
 )
-from mlmadapt.masking.callback import _CountedBatches
-from mlmadapt.masking.rates import Clock
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 TOKENIZER = tiny_tokenizer()
-RATES = {0.0: 0.6, 0.5: 0.3, 0.8: 0.1}
 
 
 def linear(done: float) -> float:
@@ -71,7 +65,9 @@ def train(
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-    collator = WholeWordMaskingCollator(TOKENIZER, wwm_probability=schedule, seed=3)
+    collator = options.pop("collator", None) or WholeWordMaskingCollator(
+        TOKENIZER, wwm_probability=schedule, seed=3
+    )
     resume = options.pop("resume", None)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -97,36 +93,21 @@ def train(
     )
     trainer.train(resume_from_checkpoint=resume and str(folder / f"checkpoint-{resume}"))
     assert trainer.state.global_step == 15
-    return [each.detach().clone() for each in model.parameters()], trainer.shares
+    return [weight.detach().clone() for weight in model.parameters()], trainer.shares
 
 
-WORKERS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "two": {"dataloader_num_workers": 2},
-    "persistent": {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
-}
+WORKERS = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
 
 
-@pytest.mark.parametrize(
-    ("schedule", "workers"),
-    [
-        (0.3, "none"),
-        (0.3, "persistent"),
-        (linear, "none"),
-        (linear, "persistent"),
-        (RATES, "two"),
-        (RATES, "persistent"),
-    ],
-    ids=["number", "number-persistent", "callable", "callable-persistent", "two", "persistent"],
-)
+@pytest.mark.parametrize("workers", [{}, WORKERS], ids=["alone", "persistent workers"])
 def test_a_resumed_trainer_ends_where_it_would_have_ended(
-    tmp_path: Path, rows: Dataset, schedule: Any, workers: str
+    tmp_path: Path, rows: Dataset, workers: dict[str, Any]
 ) -> None:
-    """Bit for bit from the middle of the first and of another epoch, with workers too."""
-    weights, shares = train(tmp_path, rows, schedule, **WORKERS[workers])
+    """Bit for bit from the middle of the first and of another epoch."""
+    weights, shares = train(tmp_path, rows, 0.3, **workers)
     for step in (4, 8):
-        again, later = train(tmp_path, rows, schedule, resume=step, **WORKERS[workers])
-        assert later == {each: shares[each] for each in range(step, 15)}
+        again, later = train(tmp_path, rows, 0.3, resume=step, **workers)
+        assert later == {place: shares[place] for place in range(step, 15)}
         assert all(map(torch.equal, weights, again))
 
 
@@ -147,14 +128,31 @@ def test_rounding_the_epoch_would_not_do(tmp_path: Path, rows: Dataset) -> None:
     assert all(map(torch.equal, weights, again))
 
 
-@pytest.mark.parametrize("workers", ["none", "persistent"])
-def test_each_step_has_its_rate(tmp_path: Path, rows: Dataset, workers: str) -> None:
-    """That of the share of steps before it, though batches are collated ahead."""
-    rates = {0.0: 1.0, 7 / 15: 0.0, 12 / 15: 1.0}
-    _, shares = train(tmp_path, rows, rates, **WORKERS[workers])
-    assert [min(shares[step]) > 0.5 for step in range(15)] == [True] * 7 + [False] * 5 + [True] * 3
-    assert [max(shares[step]) < 0.5 for step in range(7, 12)] == [True] * 5
-    assert len(list(chain.from_iterable(shares.values()))) == 27
+class Noting(WholeWordMaskingCollator):
+    """Notes which share of the run it is told."""
+
+    def collate(self, features: Any, *, key: int, progress: float = 1.0) -> Any:
+        """Collate rows."""
+        self.__dict__.setdefault("shares", []).append(progress)
+        return super().collate(features, key=key, progress=progress)
+
+
+def test_a_rate_is_at_most_a_step_late(tmp_path: Path, rows: Dataset) -> None:
+    """That of the first batch of a step, but for the first step of an epoch; none is early."""
+    collator = Noting(TOKENIZER, wwm_probability=linear, seed=3)
+    train(tmp_path, rows, linear, collator=collator)
+    # Nine batches are five steps; accelerate makes one batch ahead.
+    steps = [5 * epoch + max(0, (batch - 1) // 2) for epoch in range(3) for batch in range(9)]
+    assert collator.__dict__["shares"] == [step / 15 for step in steps]
+
+
+def test_a_stream_may_have_a_schedule(tmp_path: Path, rows: Dataset) -> None:
+    """Its rate follows the run as that of other rows does."""
+    collator = Noting(TOKENIZER, wwm_probability=linear, seed=3)
+    train(tmp_path, rows.to_iterable_dataset(), linear, collator=collator, max_steps=15)
+    shares = collator.__dict__["shares"]
+    assert shares == sorted(shares)
+    assert {*shares} == {step / 15 for step in range(15)}
 
 
 @pytest.mark.parametrize(
@@ -165,43 +163,7 @@ def test_an_epoch_is_the_one_that_begins_or_goes_on(epoch: float | None, expecte
     collator = WholeWordMaskingCollator(TOKENIZER, seed=0)
     state = TrainerState(epoch=epoch, global_step=3, max_steps=4)
     MaskingCallback(collator).on_epoch_begin(TrainingArguments(), state, TrainerControl())
-    assert (collator._clock.epoch, collator._clock.progress) == (expected, 0.75)
-
-
-def test_a_step_has_one_progress_wherever_the_count_began() -> None:
-    """To the last bit, so that a step at which the rate changes is the same after a resume."""
-    seen: list[float] = []
-    clock = Clock()
-    for total in range(1, 120):
-        for step in range(total):
-            clock.set(progress=step / total)
-            counted = _CountedBatches(lambda _: seen.append(clock.progress), clock, 1, total)
-            counted([])
-            counted([])
-            assert seen[-2:] == [step / total, (step + 1) / total]
-    assert clock.progress_here is None
-
-
-def test_a_number_leaves_the_loader_alone(tmp_path: Path, rows: Dataset) -> None:
-    """Nothing is put around the collator where there is no schedule."""
-    loader = torch.utils.data.DataLoader(rows, collate_fn=np.asarray)
-    state = TrainerState(epoch=0, global_step=0, max_steps=4)
-    collator = WholeWordMaskingCollator(TOKENIZER, seed=0)
-    MaskingCallback(collator).on_epoch_begin(
-        TrainingArguments(output_dir=str(tmp_path)),
-        state,
-        TrainerControl(),
-        train_dataloader=loader,
-    )
-    assert loader.collate_fn is np.asarray
-
-
-def test_a_stream_cannot_have_a_schedule(tmp_path: Path, rows: Dataset) -> None:
-    """Its batches are dealt out otherwise, which is said before the first step."""
-    stream = rows.to_iterable_dataset()
-    assert isinstance(stream, datasets.IterableDataset)
-    with pytest.raises(ValueError, match=r"wwm_probability is a schedule, \{0\.0: .*a stream.*acc"):
-        train(tmp_path, stream, RATES, max_steps=15)
+    assert (int(collator._epoch), float(collator._progress)) == (expected, 0.75)
 
 
 def test_another_collator_is_refused() -> None:

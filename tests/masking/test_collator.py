@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import multiprocessing
 import pickle
 import random
 import warnings
@@ -15,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import concatenate, find_batch_size, send_to_device
+from accelerate.utils.operations import slice_tensors
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from hypothesis import given, settings
@@ -24,8 +25,15 @@ from tokenizers.models import WordLevel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from mlmadapt import WholeWordMaskingCollator, group_texts, tokenize_with_word_ids
+from mlmadapt import (
+    WholeWordMaskingCollator,
+    group_texts,
+    isolate_documents,
+    pack_texts,
+    tokenize_with_word_ids,
+)
 from mlmadapt.data.rows import join_rows, to_columns
+from mlmadapt.masking.collator import PackedAttentionMask
 from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_tokenizer
 from tests.masking.reference_masking import reference_collate, reference_key, special_ids, words_of
 
@@ -265,51 +273,6 @@ def test_columns_of_the_rows() -> None:
     assert masks(collator(bare)) == masks(batch)
 
 
-def loader_masks(collator: Any, rows: list[Row], epochs: int, **options: Any) -> list[Masks]:
-    """Run some epochs of one DataLoader."""
-    loader = DataLoader(rows, batch_size=9, collate_fn=collator, **options)
-    results = []
-    for epoch in range(epochs):
-        collator.set_epoch(epoch)
-        results.append([mask for batch in loader for mask in masks(batch)])
-    return results
-
-
-@pytest.mark.parametrize(
-    ("workers", "context", "persistent"),
-    [
-        (0, None, False),
-        (1, "fork", False),
-        (2, "fork", False),
-        (1, "fork", True),
-        (2, "fork", True),
-        (1, "spawn", True),
-        (2, "forkserver", True),
-    ],
-)
-def test_workers_mask_alike_and_see_every_epoch(
-    workers: int, context: Any, *, persistent: bool
-) -> None:
-    """However a DataLoader works, an epoch has the masks that one process makes."""
-    rows = list(rows_of("wordpiece"))
-    collator = WholeWordMaskingCollator(
-        shared("wordpiece"), mask_replace_prob=0.8, random_replace_prob=0.1, seed=11
-    )
-    expected = []
-    for epoch in range(3):
-        collator.set_epoch(epoch)
-        expected.append(masks(collator(rows)))
-    assert len({str(epoch) for epoch in expected}) == 3
-    assert expected == loader_masks(
-        collator,
-        rows,
-        3,
-        num_workers=workers,
-        multiprocessing_context=context,
-        persistent_workers=persistent,
-    )
-
-
 def test_prepared_dataloader_masks_alike() -> None:
     """Accelerate's own DataLoader changes nothing."""
     rows = list(rows_of("wordpiece"))
@@ -320,27 +283,6 @@ def test_prepared_dataloader_masks_alike() -> None:
     assert first == masks(collator(rows))
     collator.set_epoch(0)
     assert first != masks(collator(rows))
-
-
-def set_epoch_elsewhere(collator: WholeWordMaskingCollator) -> None:
-    """Go on to another epoch, as a training process does."""
-    collator.set_epoch(5)
-    assert collator._clock.epoch == 5
-
-
-@pytest.mark.parametrize("context", ["fork", "forkserver"])
-def test_training_processes_count_epochs_for_themselves(context: str) -> None:
-    """A process that was handed a collator and sets its epoch leaves that of the others alone."""
-    rows = list(rows_of("wordpiece"))
-    collator = WholeWordMaskingCollator(shared("wordpiece"), seed=4)
-    before = masks(collator(rows))
-    process = multiprocessing.get_context(context).Process(
-        target=set_epoch_elsewhere, args=(collator,)
-    )
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0
-    assert masks(collator(rows)) == before
 
 
 @pytest.mark.parametrize(
@@ -614,17 +556,29 @@ def test_words_that_all_weigh_nothing_are_masked_evenly() -> None:
         ({"word_weights": "negative"}, r"word_weights is -1.0 for token 3; weights must be finite"),
         ({"word_weights": "nan"}, r"word_weights is nan for token 3; weights must be finite"),
         ({"word_weights": "zero"}, r"word_weights is 0 for all tokens; .* not all 0"),
+        ({"wwm_probability": "0.2"}, "wwm_probability is '0.2'; it must be a probability"),
+        ({"wwm_probability": None}, "wwm_probability is None; it must be a probability"),
+        ({"mask_replace_prob": torch.tensor(0.8)}, "mask_replace_prob is tensor.* a probability"),
+        ({"pad_to_multiple_of": "8"}, "pad_to_multiple_of is '8'; it must be a whole number of"),
+        ({"pad_to_multiple_of": 8.0}, "pad_to_multiple_of is 8.0; it must be a whole number of"),
+        ({"tokenizer": None}, "tokenizer None has no mask token"),
+        ({"word_weights": "heavy"}, "word_weights is 'heavy'; it must be a callable, or an array"),
+        ({"word_weights": {"film": 2}}, "word_weights is {'film': 2}; it must be a callable"),
+        (
+            {"word_weights": torch.ones(9, dtype=torch.bfloat16)},
+            "word_weights is tensor.* it must be a callable, or an array",
+        ),
     ],
 )
-def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
+def test_arguments_that_are_wrong(arguments: dict[str, Any], message: str) -> None:
     """The argument, the value seen and what is required, before any row is read."""
-    tokenizer = shared("wordpiece")
-    weights = np.ones(len(tokenizer))
-    weights[3] = {"negative": -1, "nan": np.nan}.get(str(arguments.get("word_weights")), 0)
-    if isinstance(arguments.get("word_weights"), str):
-        arguments = {"word_weights": weights * (arguments["word_weights"] != "zero")}
+    size = len(shared("wordpiece"))
+    arrays = {name: np.ones(size) for name in ("negative", "nan")} | {"zero": np.zeros(size)}
+    arrays["negative"][3], arrays["nan"][3] = -1, np.nan
+    if arguments.get("word_weights") in [*arrays]:
+        arguments = {"word_weights": arrays[arguments["word_weights"]]}
     with pytest.raises(ValueError, match=message):
-        WholeWordMaskingCollator(tokenizer, **arguments)
+        WholeWordMaskingCollator(**{"tokenizer": shared("wordpiece"), **arguments})
 
 
 @pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), None, "heavy", [1, 2]])
@@ -664,7 +618,7 @@ far = {"input_ids": [2, 9, 4000], "word_ids": [-1, 0, -1]}
             r"row 0 of the batch has no 'word_ids', of columns \['input_ids'\]; tokenize with",
         ),
         ([good, {**good, "word_ids": None}], r"row 1 of the batch has no 'word_ids'"),
-        ([{"word_ids": [0]}], r"has no 'input_ids', only \['word_ids'\]; tokenize the documents"),
+        ([{"word_ids": [0]}], r"has \['word_ids'\], without 'input_ids'; tokenize the documents"),
         ([good, bare], r"row 1 of the batch has columns \['input_ids'\], row 0 has .* the same"),
         (
             [good, {**good, "word_ids": [0, 1]}],
@@ -731,22 +685,142 @@ def test_documents_collapsed_into_one_word_warn_once() -> None:
             collator([bad])
 
 
-def test_rows_that_lie_end_to_end_are_masked_as_they_are() -> None:
-    """With their lengths; and lengths of other rows are refused."""
+def test_rows_that_lie_end_to_end_are_collated_as_they_are() -> None:
+    """As `table_reader` reads them; they are left as they were."""
     collator = WholeWordMaskingCollator(shared("wordpiece"), seed=0)
-    columns = to_columns(rows_of("wordpiece"))
-    joined, lengths = join_rows(columns)
-    given = {name: values.copy() for name, values in joined.items()}
-    apart, together = (
-        collator.mask(columns, key=5),
-        collator.mask(joined, key=5, lengths=lengths),
+    joined = join_rows(to_columns(rows_of("wordpiece")))
+    before = copy.deepcopy(joined)
+    apart, together = (collator.collate(rows, key=5) for rows in (rows_of("wordpiece"), joined))
+    assert together.keys() == apart.keys()
+    for name, values in apart.items():
+        np.testing.assert_array_equal(together[name], values)
+    np.testing.assert_equal(joined, before)
+
+
+def test_a_mask_token_that_the_vocabulary_lacks() -> None:
+    """Its id is that of the unknown token, or none, until it is added; the cure works."""
+    without = tiny_tokenizer("wordpiece")
+    without.mask_token = "<mask>"  # noqa: S105
+    with pytest.raises(ValueError, match=r"no mask token.*add_special_tokens\(\{'mask_token'"):
+        WholeWordMaskingCollator(without)
+    without.add_special_tokens({"mask_token": "<mask>"})
+    batch = WholeWordMaskingCollator(without, seed=0)(list(rows_of("wordpiece")))
+    assert (batch["input_ids"] == without.convert_tokens_to_ids("<mask>")).any()
+
+
+@pytest.mark.parametrize("seed", ["42", 1.0, [1], "x", True])
+def test_seeds_are_whole_numbers(seed: Any) -> None:
+    """A string would be another seed than the number that it looks like."""
+    with pytest.raises(TypeError, match=r"seed is .*; it must be a whole number"):
+        WholeWordMaskingCollator(shared("wordpiece"), seed=seed)
+
+
+def test_keys_and_epochs_are_whole_numbers_in_64_bits() -> None:
+    """A larger one would be taken for another."""
+    collator, rows = WholeWordMaskingCollator(shared("wordpiece"), seed=0), rows_of("wordpiece")
+    for key in (1.5, "1"):
+        with pytest.raises(TypeError, match=r"key is .*; it must be a whole number"):
+            collator.collate(rows, key=key)  # type: ignore[arg-type]
+    for key in (-1, 2**64):
+        with pytest.raises(ValueError, match=f"key is {key}; .*, 0 to {2**64 - 1}"):
+            collator.collate(rows, key=key)
+    collator.collate(rows, key=2**64 - 1)
+    with pytest.raises(TypeError, match=r"epoch is 1\.0; it must be a whole number"):
+        collator.set_epoch(1.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"epoch is {2**64}; .*, {-(2**63)} to {2**63 - 1}"):
+        collator.set_epoch(2**64)
+    collator.set_epoch(2**63 - 1)
+    assert is_target(collator(rows)).any()
+
+
+def test_weights_near_the_largest_number_weigh_what_they_say() -> None:
+    """Sums of them are infinite, and left one word with all the weight."""
+    labels = []
+    for weight in (1.0, 1.5e308):
+        weights = np.full(len(shared("wordpiece")), weight)
+        collator = WholeWordMaskingCollator(shared("wordpiece"), seed=0, word_weights=weights)
+        labels.append(collator(rows_of("wordpiece"))["labels"].tolist())
+    assert labels[0] == labels[1]
+
+
+def test_masks_of_packed_rows_can_be_moved_and_read() -> None:
+    """Whatever loops, loaders and accelerate do to a batch works, and keeps the kind of mask."""
+    row = {"input_ids": [9, 10, 11], "word_ids": [0, 1, 2], "document_ids": [0, 0, 1]}
+    mask = WholeWordMaskingCollator(shared("wordpiece"), seed=0)([row, row])["attention_mask"]
+    plain = mask.as_subclass(torch.Tensor)
+    assert (type(mask), type(plain)) == (PackedAttentionMask, torch.Tensor)
+    moved = {
+        "moved": mask.to("cpu", non_blocking=True),
+        "copied": mask.clone(),
+        "deeply": copy.deepcopy(mask),
+        "shallow": copy.copy(mask),
+        "pickled": pickle.loads(pickle.dumps(mask)),  # noqa: S301
+        "rows": mask[:1],
+        "split": torch.cat([*mask.split(1)]),
+        "chunks": torch.cat(mask.chunk(2)),
+        "joined": concatenate([{"attention_mask": mask}, {"attention_mask": mask}]),
+        "sliced": slice_tensors({"attention_mask": mask}, slice(0, 1)),
+        "sent": send_to_device({"attention_mask": mask}, "cpu"),
+        "filled": torch.empty_like(mask).copy_(mask).contiguous(),
+    }
+    for name, other in moved.items():
+        tensor = other["attention_mask"] if isinstance(other, dict) else other
+        assert type(tensor) is PackedAttentionMask, name
+        assert tensor.tolist() == [[1, 1, 1]] * len(tensor), name
+    assert type(mask == 1) is type(mask != 1) is torch.Tensor
+    assert torch.equal(mask, plain)
+    torch.testing.assert_close(mask, mask)
+    assert find_batch_size({"attention_mask": mask}) == len(mask) == 2
+    assert (mask.shape, mask.device, mask.dtype) == (plain.shape, plain.device, torch.int64)
+    assert int(mask.sum()) == mask.numel() == np.asarray(mask).sum() == mask.numpy().sum() == 6
+    assert "1, 1" in repr(mask)
+    assert "6" in f"{mask.sum()}"
+
+
+def test_a_model_cannot_compute_with_masks_of_packed_rows() -> None:
+    """By none of the ways in which models of transformers turn a mask into one for attention."""
+    mask = torch.ones(2, 3, dtype=torch.int64).as_subclass(PackedAttentionMask)
+    for compute in (
+        lambda: mask.to(torch.bool),
+        lambda: mask.to(device="cpu", dtype=torch.bool),
+        mask.bool,
+        mask.float,
+        lambda: mask.type_as(torch.ones(1)),
+        lambda: 1.0 - mask,
+        lambda: (1 - mask[:, None, None, :]) * -10000.0,
+        lambda: mask / 2,
+        lambda: mask[:, None, None, :].expand(-1, 1, 3, -1).to(torch.float16),
+        lambda: mask.unsqueeze(-1).mul(mask.unsqueeze(-2)).to(torch.uint8),
+        lambda: torch.ones(2, 3) * mask,
+        mask.all,
+        lambda: mask > 0,
+        lambda: mask.sum(-1, dtype=torch.int32),
+    ):
+        with pytest.raises(ValueError, match=r"hold several documents .*call isolate_documents"):
+            compute()
+
+
+@pytest.mark.parametrize("dispatch", [None, True])
+def test_trainer_takes_a_stream_of_packed_rows(
+    bert: PreTrainedModel, tmp_path: Path, *, dispatch: bool | None
+) -> None:
+    """The batches of a stream are joined, cut and sent, and then isolated; else it is said."""
+    tokens = tokenize_with_word_ids({"text": tiny_corpus(40)}, shared("wordpiece"))
+    stream = Dataset.from_dict(pack_texts(tokens, chunk_size=32)).to_iterable_dataset()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        remove_unused_columns=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        accelerator_config={"dispatch_batches": dispatch},
     )
-    assert together[1].tolist() == apart[1].tolist()
-    assert together[0].keys() == apart[0].keys()
-    for name, values in apart[0].items():
-        assert together[0][name].tolist() == values.tolist()
-    assert joined.keys() == given.keys()
-    for name, values in given.items():
-        assert joined[name].tolist() == values.tolist()
-    with pytest.raises(ValueError, match=r"lengths sum to \d+ tokens, but the rows have \d+ 'inp"):
-        collator.mask(joined, key=5, lengths=lengths[1:])
+    collator = WholeWordMaskingCollator(shared("wordpiece"), seed=0, pad_to_multiple_of=32)
+    with isolate_documents(bert):
+        trainer = Trainer(bert, arguments, train_dataset=stream, data_collator=collator)
+        assert 3 < trainer.train().training_loss < 9
+    with pytest.raises(ValueError, match="call isolate_documents"):
+        Trainer(bert, arguments, train_dataset=stream, data_collator=collator).train()

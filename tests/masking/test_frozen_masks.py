@@ -13,7 +13,12 @@ import pyarrow as pa
 import pytest
 import torch
 from tokenizers import AddedToken
-from transformers import DataCollatorForLanguageModeling, default_data_collator
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    default_data_collator,
+)
 
 from mlmadapt import (
     WholeWordMaskingCollator,
@@ -21,6 +26,7 @@ from mlmadapt import (
     insert_random_mask,
     tokenize_with_word_ids,
 )
+from mlmadapt.masking.frozen_masks import seeded
 from mlmadapt.testing import tiny_corpus, tiny_tokenizer
 from tests.masking.reference_masking import reference_key, reference_mask
 
@@ -293,10 +299,117 @@ def test_collators_that_cannot_be_frozen() -> None:
     with pytest.raises(ValueError, match=r"'input_ids' has \d+"):
         insert_random_mask({**examples(), "word_ids": [[0]]}, OURS)
     for collator in (OURS, padding):
-        with pytest.raises(ValueError, match="the batch has no 'input_ids'"):
+        with pytest.raises(ValueError, match=r"the batch has .*, without 'input_ids'"):
             insert_random_mask({"word_ids": [[0]]}, collator)
-    with pytest.raises(TypeError, match=r"seed is 0\.5; it must be a whole number"):
-        insert_random_mask(examples(), OURS, seed=0.5)  # type: ignore[arg-type]
+    for seed in (0.5, "42", [1]):
+        with pytest.raises(TypeError, match=r"seed is .*; it must be a whole number"):
+            insert_random_mask(examples(), OURS, seed=seed)  # type: ignore[arg-type]
+
+
+def numbers() -> tuple[float, ...]:
+    """Draw from each global generator."""
+    return random.random(), np.random.rand(), np.random.standard_normal(), torch.rand(1).item()  # noqa: NPY002, S311
+
+
+def test_seeded_blocks_repeat_and_leave_no_trace() -> None:
+    """The same draws inside, what would have come anyway outside, nested or failing."""
+    with seeded(3):
+        first = numbers()
+        with seeded(4):
+            other = numbers()
+        after = numbers()
+    with seeded(3):
+        assert numbers() == first != other
+        assert numbers() == after
+    with seeded(2**63 - 1):
+        before = numbers()
+        following = numbers()
+    with seeded(2**63 - 1):
+        assert numbers() == before
+        with pytest.raises(OSError, match="inside"), seeded(3):  # noqa: PT012
+            assert numbers() == first
+            raise OSError("inside")
+        assert numbers() == following
+
+
+@pytest.mark.parametrize(
+    "collator",
+    [
+        DataCollatorWithPadding(tokenizer),
+        default_data_collator,
+        DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        DataCollatorForTokenClassification(tokenizer),
+    ],
+)
+@pytest.mark.parametrize("padding", [0, 3])
+def test_collators_that_hide_nothing_are_refused(collator: Any, padding: int) -> None:
+    """By what comes out of them: each token would be a target that the model sees."""
+    rows = {name: examples()[name] for name in ("input_ids", "attention_mask")}
+    rows["labels"] = rows["input_ids"]
+    fills = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
+    padded = {
+        name: [[*row, *[fills[name]] * padding] for row in column] for name, column in rows.items()
+    }
+    with pytest.raises(ValueError, match=r"data_collator .* and hid 0 tokens; use a collator"):
+        insert_random_mask(padded, collator)
+
+
+def label_the_mask(features: list[dict[str, Any]]) -> dict[str, Any]:
+    """Hide a token, and return what hides it as the label."""
+    ids = [int(token) for token in features[0]["input_ids"]]
+    ids[1] = tokenizer.mask_token_id
+    return {"input_ids": [ids], "labels": [[-100, ids[1], *[-100] * (len(ids) - 2)]]}
+
+
+def test_labels_that_are_not_tokens_are_refused() -> None:
+    """Those of token classification are classes; others have a mistake in them."""
+    rows = {name: examples()[name] for name in ("input_ids", "attention_mask")}
+    classes = [[-100, *[1] * (len(row) - 2), -100] for row in rows["input_ids"]]
+    for collator in (DataCollatorForTokenClassification(tokenizer), label_the_mask):
+        with pytest.raises(ValueError, match=r"[1-9]\d* of them other than the row's own token"):
+            insert_random_mask({**rows, "labels": classes}, collator)
+
+
+def test_a_token_that_is_kept_by_chance_is_no_reason() -> None:
+    """A row of one word, all of it a target that the collator keeps as it is."""
+    collator = DataCollatorForLanguageModeling(
+        tokenizer, mlm_probability=1.0, mask_replace_prob=0.5, random_replace_prob=0.0
+    )
+    one = {"input_ids": [[9]], "special_tokens_mask": [[0]]}
+    seen = {
+        insert_random_mask(one, collator, seed=seed)["masked_input_ids"][0].item()
+        for seed in range(20)
+    }
+    assert seen == {9, tokenizer.mask_token_id}
+
+
+def test_whole_words_of_transformers_need_offsets() -> None:
+    """Which rows here do not have: the cure is our own collator."""
+    collator = DataCollatorForLanguageModeling(
+        tokenizer, whole_word_mask=True, mask_replace_prob=1.0, random_replace_prob=0.0
+    )
+    with pytest.raises(ValueError, match=r"whole_word_mask=True .* use WholeWordMaskingCollator"):
+        insert_random_mask(examples(), collator)
+
+
+@pytest.mark.parametrize("name", ["ours", "tokens"])
+@pytest.mark.parametrize("layout", ["arrow", "pandas"])
+def test_a_table_is_frozen_to_a_table(name: str, layout: str) -> None:
+    """As a stream asks for it: of a dict, it says that the function returned something else."""
+    rows, collator = examples(), COLLATORS[name]
+    frozen: Any = insert_random_mask(pa.table(rows), collator)
+    assert frozen.to_pydict() == listed(insert_random_mask(rows, collator))
+    (batch,) = pa.table(rows).to_batches()
+    assert insert_random_mask(batch, collator) == frozen
+    stream = datasets.Dataset.from_dict(rows).to_iterable_dataset().with_format(layout)
+    mapped = stream.map(
+        insert_random_mask,
+        batched=True,
+        batch_size=3,
+        fn_kwargs={"data_collator": collator},
+        remove_columns=[*rows],
+    )
+    assert list(mapped.with_format(None)) == frozen.to_pylist()
 
 
 RARE = "an uncharacteristically naïve film of electroencephalography and straightforwardness"

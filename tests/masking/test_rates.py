@@ -12,12 +12,10 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
 from mlmadapt import WholeWordMaskingCollator, insert_random_mask, tokenize_with_word_ids
 from mlmadapt.masking.rates import rate_at, sample_rates
 from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_tokenizer
-from mlmadapt.training.batches import BatchPlan, training_batches
 
 shared = functools.cache(tiny_tokenizer)
 STEPS = {0.0: 0.6, 0.5: 0.3, 0.8: 0.1}
@@ -128,27 +126,6 @@ def test_frozen_sets_have_the_rate_of_the_end() -> None:
         assert lists(insert_random_mask(rows[:], following, prefix="")) == expected
 
 
-@pytest.mark.parametrize("context", ["fork", "forkserver"])
-def test_persistent_workers_see_the_progress(context: Any) -> None:
-    """What is told before an epoch's first batch holds in all of them."""
-    rows = list(rows_of("wordpiece"))
-    collator = WholeWordMaskingCollator(shared("wordpiece"), wwm_probability=linear, seed=4)
-    loader = DataLoader(
-        rows,
-        batch_size=40,
-        collate_fn=collator,
-        num_workers=1,
-        persistent_workers=True,
-        multiprocessing_context=context,
-    )
-    for progress in (0.0, 0.5, 1.0):
-        collator.set_progress(progress)
-        fixed = WholeWordMaskingCollator(
-            shared("wordpiece"), wwm_probability=linear(progress), seed=4
-        )
-        assert [lists(batch) for batch in loader] == [lists(fixed(rows))]
-
-
 @pytest.mark.parametrize(
     "clone",
     [copy.copy, copy.deepcopy, lambda collator: pickle.loads(pickle.dumps(collator))],  # noqa: S301
@@ -204,34 +181,3 @@ def test_samples_tell_schedules_apart() -> None:
     """Two that differ for a thousandth of a run have other samples, equal ones the same."""
     assert sample_rates(linear) == sample_rates(lambda done: 0.6 - 0.5 * done)
     assert sample_rates({0.0: 0.3, 0.8: 0.1}) != sample_rates({0.0: 0.3, 0.801: 0.1})
-
-
-class Before(WholeWordMaskingCollator):
-    """Overrides `collate` as it was before rates followed the run."""
-
-    def collate(self, features: Any, *, key: int) -> Any:  # type: ignore[override]
-        """Collate rows."""
-        return super().collate(features, key=key)
-
-
-def test_a_subclass_from_before_schedules_has_one_rate() -> None:
-    """By the call and in a run it makes what ours does; given a schedule, it is told what to do."""
-    collators = [kind(shared("wordpiece"), seed=4) for kind in (Before, WholeWordMaskingCollator)]
-    rows = rows_of("wordpiece")
-    calls = [lists(each(rows)) for each in collators]
-    assert calls[0] == calls[1]
-    plan = BatchPlan(rows=len(rows), batch_size=16)
-    runs = [
-        [
-            lists(batch)
-            for batches, _ in training_batches(rows, plan, each, epoch=1)
-            for batch in batches
-        ]
-        for each in collators
-    ]
-    assert runs[0] == runs[1]
-    message = (
-        r"wwm_probability is \{0.0: 0.6, .*but Before.collate takes no 'progress'; give it a key"
-    )
-    with pytest.raises(TypeError, match=message):
-        Before(shared("wordpiece"), wwm_probability=STEPS)

@@ -263,3 +263,49 @@ def test_nothing_is_printed_and_nothing_changed(
     show_masks(batch, wordpiece, rows)
     assert repr((batch, rows)) == before
     assert capfd.readouterr() == ("", "")
+
+
+ONE = {"input_ids": [[2, 4, 3]], "labels": [[-100, 9, -100]]}
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({**ONE, "labels": [[-100, 9]]}, "row 0 has 3 'input_ids' but 2 'labels'"),
+        ({**ONE, "labels": [[-100, float("nan"), 1]]}, "column 'labels' holds float64"),
+        ({**ONE, "input_ids": [[2, 10**6, 3]]}, "has token id 1000000, .* ids 0 to "),
+        ({**ONE, "labels": [[-100, -5, -100]]}, "has token id -5, .* ids 0 to "),
+        ({"input_ids": [], "labels": []}, "batch has no rows"),
+        ({"input_ids": np.empty((0, 3)), "labels": np.empty((0, 3))}, "batch has no rows"),
+    ],
+)
+def test_batches_that_cannot_be_shown(
+    wordpiece: PreTrainedTokenizerFast, batch: Any, message: str
+) -> None:
+    """What is wrong, and where."""
+    with pytest.raises(ValueError, match=message):
+        show_masks(batch, wordpiece)
+
+
+def test_no_tokenizer_is_said() -> None:
+    """As by the collator, which needs one as well."""
+    with pytest.raises(TypeError, match="tokenizer is None; pass the tokenizer that made the rows"):
+        show_masks(ONE, None)  # type: ignore[arg-type]
+
+
+def test_word_ids_of_nan_are_no_word(wordpiece: PreTrainedTokenizerFast) -> None:
+    """As everywhere else."""
+    features = [{"input_ids": [2, 9, 3], "word_ids": [np.nan, 0, np.nan]}]
+    batch = WholeWordMaskingCollator(wordpiece)(features)
+    assert "1 of 1 words" in str(show_masks(batch, wordpiece, features))
+
+
+def test_a_row_is_one_line() -> None:
+    """Also where its text holds separators of lines that are not control characters."""
+    odd = tiny_tokenizer("byte_bpe")
+    ids = odd("a\u2028b\u2029c", add_special_tokens=False)["input_ids"]
+    batch = {"input_ids": [ids], "labels": [[-100] * len(ids)]}
+    features = [{"input_ids": ids, "word_ids": [0] * len(ids)}]
+    text = show_masks(batch, odd, features).to_text(color=False)
+    assert len(text.splitlines()) == 2
+    assert r"a\u2028b\u2029c" in text

@@ -8,7 +8,7 @@ documents.
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain, groupby, pairwise
 from operator import itemgetter
 from typing import Any, Literal, cast
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mlmadapt._types import Columns, Ints
-from mlmadapt.data.rows import check_count, common_lengths, join_column, read_batch, row_lengths
+from mlmadapt.data.rows import check_whole, column_lengths, join_column, read_batch
 
 logger = logging.getLogger(__name__)
 _worth_warning = 0.01  # the share dropped that is worth a warning, or the largest warned about
@@ -76,51 +76,48 @@ def group_texts(
         >>> rows["input_ids"], rows["word_ids"]
         ([[5, 6, 7, 8], [9]], [[0, 0, 1, 2], [0]])
     """
-    chunk_size = check_count("chunk_size", chunk_size)
+    chunk_size = check_whole("chunk_size", chunk_size)
     if remainder not in ("drop", "keep"):
         raise ValueError(f"remainder is {remainder!r}; it must be 'drop' or 'keep'")
-    batch = read_batch(examples)
-    is_table = isinstance(batch, pa.Table)
-    names = list(batch.column_names if is_table else batch)
-    if labels and "input_ids" not in names:
+    columns, is_table = read_batch(examples)
+    if labels and "input_ids" not in columns:
         raise ValueError(
-            f"labels=True copies 'input_ids', but the columns are {names}; tokenize first, or pass "
-            "labels=False"
+            f"labels=True copies 'input_ids', but the columns are {list(columns)}; tokenize first, "
+            "or pass labels=False"
         )
     if documents:
-        refuse_document_ids(names)
-    lengths = common_lengths({name: row_lengths(name, batch[name]) for name in names})
+        refuse_document_ids(columns)
+    lengths = column_lengths(columns)
     total = int(lengths.sum())
     kept = total if remainder == "keep" else total - total % chunk_size
-    _account(len(lengths), total, kept, chunk_size)
+    _say_what_is_lost(len(lengths), total, kept, chunk_size)
 
     row_starts = np.arange(0, kept, chunk_size)
     document_starts = np.cumsum(lengths) - lengths
     document_starts = document_starts[document_starts < kept]
     result: dict[str, Any] = {}
-    for name in names:
-        line = flatten_column(name, batch[name])[:kept]
+    for name, column in columns.items():
+        line = flatten_column(name, column)[:kept]
         if name == "word_ids":
             line = number_words(line, document_starts, row_starts)
-        result[name] = cut_rows(line, row_starts, like=batch[name])
-    if documents and names:
+        result[name] = cut_rows(line, row_starts, like=column)
+    if documents and columns:
         line = number_words(np.zeros(kept, np.int32), document_starts, row_starts)
-        result["document_ids"] = cut_rows(line, row_starts, like=batch[names[0]])
+        result["document_ids"] = cut_rows(line, row_starts, like=next(iter(columns.values())))
     if labels and "labels" not in result:
         # Rows of a table cannot be changed in place and may be shared; lists must not be.
-        result["labels"] = (
-            result["input_ids"] if is_table else [list(row) for row in result["input_ids"]]
-        )
+        rows = result["input_ids"]
+        result["labels"] = rows if is_table else [list(row) for row in rows]
     return cast("Columns", pa.table(result) if is_table else result)
 
 
-def refuse_document_ids(names: Sequence[str]) -> None:
+def refuse_document_ids(columns: Iterable[str]) -> None:
     """Raise an error if there are ``document_ids`` among the columns of documents.
 
     Raises:
         ValueError: If there are.
     """
-    if "document_ids" in names:
+    if "document_ids" in columns:
         raise ValueError(
             "column 'document_ids' is there already; the batch must be documents, not rows of "
             "several, so group or pack the tokenized documents themselves"
@@ -240,28 +237,20 @@ def _cut_pieces(line: pa.ChunkedArray, bounds: Ints) -> Iterator[tuple[int, pa.A
         start = end
 
 
-def _account(documents: int, total: int, kept: int, chunk_size: int) -> None:
-    """Say what is lost."""
-    if kept == total:
-        return
+def _say_what_is_lost(documents: int, total: int, kept: int, chunk_size: int) -> None:
     cure = "batch_size=None in map makes it one pass, remainder='keep' keeps every token"
-    if not kept:
+    if total and not kept:
         warnings.warn(
             f"group_texts: {documents} documents with {total} tokens in all yield no row of "
             f"{chunk_size} tokens, so all are dropped; {cure}",
             stacklevel=3,
         )
-        return
-    # The share decides: one pass over a large dataset drops hardly any, and can do no better.
-    global _worth_warning  # noqa: PLW0603  # or each batch would warn
-    share = 1 - kept / total
-    level = logging.WARNING if share > _worth_warning else logging.INFO
-    _worth_warning = max(share, _worth_warning)
-    logger.log(
-        level,
-        "group_texts dropped %d of %d tokens (%.1f %%) after the last whole chunk of a batch; %s",
-        total - kept,
-        total,
-        100 * share,
-        cure,
-    )
+    elif kept < total:
+        # The share decides: one pass over a large dataset drops hardly any, and can do no better.
+        global _worth_warning  # noqa: PLW0603  # or each batch would warn
+        share = 1 - kept / total
+        level = logging.WARNING if share > _worth_warning else logging.INFO
+        _worth_warning = max(share, _worth_warning)
+        lost = f"{total - kept} of {total} tokens ({share:.1%})".replace("%", " %")
+        said = "group_texts dropped %s after the last whole chunk of a batch; %s"
+        logger.log(level, said, lost, cure)

@@ -15,13 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from mlmadapt._types import Columns, Ints
-from mlmadapt.data.chunking import (
-    cut_rows,
-    flatten_column,
-    number_words,
-    refuse_document_ids,
-)
-from mlmadapt.data.rows import check_count, common_lengths, read_batch, row_lengths
+from mlmadapt.data.chunking import cut_rows, flatten_column, number_words, refuse_document_ids
+from mlmadapt.data.rows import check_tokens, check_whole, column_lengths, read_batch
 
 logger = logging.getLogger(__name__)
 
@@ -61,30 +56,23 @@ def pack_texts(examples: Columns, *, chunk_size: int = 128) -> Columns:
         >>> pack_texts(documents, chunk_size=4)
         {'input_ids': [[5, 6, 7, 4], [8, 9]], 'document_ids': [[0, 0, 0, 1], [0, 0]]}
     """
-    chunk_size = check_count("chunk_size", chunk_size)
-    if chunk_size == 1:
-        raise ValueError(
-            "chunk_size is 1; a row must have 2 tokens or more, or nothing can stand beside another"
-        )
-    batch = read_batch(examples)
-    is_table = isinstance(batch, pa.Table)
-    names = list(batch.column_names if is_table else batch)
-    if "input_ids" not in names:
-        raise ValueError(f"there are no 'input_ids', the columns are {names}; tokenize first")
-    refuse_document_ids(names)
-    lengths = common_lengths({name: row_lengths(name, batch[name]) for name in names})
+    chunk_size = check_whole("chunk_size", chunk_size, least=2)
+    columns, is_table = read_batch(examples)
+    check_tokens("the batch", columns)
+    refuse_document_ids(columns)
+    lengths = column_lengths(columns)
     layout = _lay_out(lengths, chunk_size)
-    _account(lengths, chunk_size, rows=len(layout.row_starts))
+    _say_how_full(lengths, chunk_size, rows=len(layout.row_starts))
 
     result: dict[str, Any] = {}
-    for name in names:
-        line = _move(flatten_column(name, batch[name]), layout)
+    for name, column in columns.items():
+        line = _move(flatten_column(name, column), layout)
         if name == "word_ids":
             line = number_words(line, layout.document_starts, layout.row_starts)
-        result[name] = cut_rows(line, layout.row_starts, like=batch[name])
+        result[name] = cut_rows(line, layout.row_starts, like=column)
     zeros = np.zeros(len(layout.places), np.int32)
     line = number_words(zeros, layout.document_starts, layout.row_starts)
-    result["document_ids"] = cut_rows(line, layout.row_starts, like=batch["input_ids"])
+    result["document_ids"] = cut_rows(line, layout.row_starts, like=columns["input_ids"])
     return cast("Columns", pa.table(result) if is_table else result)
 
 
@@ -153,16 +141,11 @@ def _move(line: Any, layout: _Layout) -> Any:
     return list(chain.from_iterable(line[piece] for piece in pieces))
 
 
-def _account(lengths: Ints, chunk_size: int, *, rows: int) -> None:
-    """Say how full the rows are, and what has no place in them."""
+def _say_how_full(lengths: Ints, chunk_size: int, *, rows: int) -> None:
     total, empty = int(lengths.sum()), int((lengths == 0).sum())
     logger.info(
         "pack_texts laid %d documents with %d tokens into %d rows of %d tokens, which are %.1f %% "
         "full%s",
-        len(lengths) - empty,
-        total,
-        rows,
-        chunk_size,
-        100 * total / max(rows * chunk_size, 1),
+        *(len(lengths) - empty, total, rows, chunk_size, 100 * total / max(rows * chunk_size, 1)),
         f"; {empty} empty documents are in none" if empty else "",
     )

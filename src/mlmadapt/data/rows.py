@@ -5,12 +5,11 @@ builds lists first. Here no token is looked at in Python.
 """
 
 import struct
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from itertools import chain, pairwise
 from operator import index
-from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -18,33 +17,76 @@ import pyarrow as pa
 
 from mlmadapt._types import Features, Ints, Row, Rows, Tokenizer
 
-if TYPE_CHECKING:
-    from datasets import Dataset
 
+def read_batch(examples: Any) -> tuple[Mapping[str, Any], bool]:
+    """Return the columns of a batch of `map`, and whether it was a table.
 
-def read_batch(examples: Any) -> Any:
-    """Return a batch of `map` as a mapping or a table: frames and record batches become tables.
+    Frames and record batches that Arrow can read are tables.
 
     Examples:
-        >>> read_batch(pa.record_batch({"input_ids": [[7, 8]]})).column_names
-        ['input_ids']
+        >>> columns, is_table = read_batch(pa.record_batch({"input_ids": [[7, 8]]}))
+        >>> list(columns), is_table
+        (['input_ids'], True)
     """
-    return examples if isinstance(examples, (Mapping, pa.Table)) else pa.table(examples)
+    if isinstance(examples, Mapping):
+        return examples, False
+    table = examples if isinstance(examples, pa.Table) else pa.table(examples)
+    return dict(zip(table.column_names, table.columns, strict=True)), True
 
 
-def check_count(name: str, value: Any) -> int:
-    """Return a number of tokens.
+class JoinedRows(NamedTuple):
+    """Rows that lie end to end: arrays of shape ``(tokens,)``, and the tokens of each row."""
+
+    columns: dict[str, Ints]
+    lengths: Ints
+
+
+def check_whole(
+    name: str,
+    value: Any,
+    *,
+    least: int | None = 1,
+    most: int | None = None,
+    error: type[Exception] = ValueError,
+) -> int:
+    """Return a whole number, of Python or NumPy, as Python's.
+
+    Args:
+        name: What it is called in the error.
+        value: The number.
+        least: The smallest that is right, or None.
+        most: The largest that is right, or None.
+        error: Raised for what is no whole number. A string would be another seed than the number
+            in it.
 
     Raises:
-        ValueError: If it is not a whole number, or below 1.
+        ValueError: If it is out of range; and, unless `error` says otherwise, if it is not whole.
 
     Examples:
-        >>> check_count("chunk_size", np.int64(128))
+        >>> check_whole("chunk_size", np.int64(128))
         128
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of tokens, 1 or more")
-    return index(value)
+    is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    if is_whole and (least is None or value >= least) and (most is None or value <= most):
+        return index(value)
+    limits = "" if least is None else f", {least} " + ("or more" if most is None else f"to {most}")
+    kind = ValueError if is_whole else error
+    raise kind(f"{name} is {value!r}; it must be a whole number{limits}")
+
+
+def check_tokens(name: str, columns: Iterable[str]) -> None:
+    """Check that there is a column of tokens.
+
+    Raises:
+        ValueError: If there are no ``input_ids``.
+
+    Examples:
+        >>> check_tokens("the batch", ["input_ids", "word_ids"])
+    """
+    if "input_ids" not in columns:
+        raise ValueError(
+            f"{name} has {list(columns)}, without 'input_ids'; tokenize the documents first"
+        )
 
 
 def to_columns(features: Features) -> dict[str, list[Any]]:
@@ -60,16 +102,13 @@ def to_columns(features: Features) -> dict[str, list[Any]]:
     """
     if not len(features):
         raise ValueError("features is empty; a batch needs at least one row")
-    for kind in set(map(type, features)):
-        if not issubclass(kind, Mapping):
-            row, feature = next((i, each) for i, each in enumerate(features) if type(each) is kind)
+    for row, feature in enumerate(features):
+        if not isinstance(feature, Mapping):
             raise TypeError(
                 f"row {row} of the batch is {feature!r:.40}, a {type(feature).__name__}; each row "
                 "must be a dict of its columns, as a dataset gives it"
             )
-    names = features[0].keys()
-    for row, feature in enumerate(features):
-        if feature.keys() != names:
+        if feature.keys() != (names := features[0].keys()):
             raise ValueError(
                 f"row {row} of the batch has columns {list(feature)}, row 0 has {list(names)}; all "
                 "rows of a batch must have the same columns"
@@ -94,8 +133,8 @@ def check_words(columns: Mapping[str, Any]) -> None:
             )
 
 
-def join_rows(columns: Mapping[str, Any]) -> tuple[dict[str, Ints], Ints]:
-    """Lay the rows of each column one after the other; return the columns and the rows' lengths.
+def join_rows(columns: Mapping[str, Any]) -> JoinedRows:
+    """Lay the rows of each column one after the other.
 
     Args:
         columns: Token columns: sequences of lists, arrays or tensors. ``word_ids`` may hold None
@@ -106,15 +145,26 @@ def join_rows(columns: Mapping[str, Any]) -> tuple[dict[str, Ints], Ints]:
             token.
 
     Examples:
-        >>> join_rows({"input_ids": [[7, 8], [9]], "word_ids": [[None, 0], [0]]})
+        >>> columns, lengths = join_rows({"input_ids": [[7, 8], [9]], "word_ids": [[None, 0], [0]]})
+        >>> columns, lengths
         ({'input_ids': array([7, 8, 9]), 'word_ids': array([-1,  0,  0])}, array([2, 1]))
     """
-    if "input_ids" not in columns:
-        raise ValueError(
-            f"the batch has no 'input_ids', only {list(columns)}; tokenize the documents first"
-        )
-    lengths = common_lengths({name: row_lengths(name, rows) for name, rows in columns.items()})
-    return {name: join_column(name, rows) for name, rows in columns.items()}, lengths
+    check_tokens("the batch", columns)
+    lengths = column_lengths(columns)
+    return JoinedRows({name: join_column(name, rows) for name, rows in columns.items()}, lengths)
+
+
+def column_lengths(columns: Mapping[str, Any]) -> Ints:
+    """Return the lengths of rows, in tokens, which must be the same in all columns.
+
+    Raises:
+        ValueError: If they are not, or a row is None, a string, a mapping, or one value.
+
+    Examples:
+        >>> column_lengths({"input_ids": [[7, 8], [9]]})
+        array([2, 1])
+    """
+    return common_lengths({name: row_lengths(name, columns[name]) for name in columns})
 
 
 def row_lengths(name: str, rows: Any) -> Ints:
@@ -133,43 +183,7 @@ def row_lengths(name: str, rows: Any) -> Ints:
         if all(map(_is_row, {type(row): row for row in rows}.values())):
             return np.fromiter(map(len, rows), np.int64, len(rows))
     row, value = next((row, value) for row, value in enumerate(rows) if not _is_row(value))
-    seen = f"row {row} is {value!r:.40}, of type {type(value).__name__}"
-    return refuse_column(name, seen)
-
-
-def is_dataset(rows: Any) -> "TypeGuard[Dataset]":
-    """Tell whether rows are a `Dataset`, without loading `datasets`, which takes half a second.
-
-    Examples:
-        >>> is_dataset([{"input_ids": [7, 8]}])
-        False
-    """
-    loaded = sys.modules.get("datasets")
-    return loaded is not None and isinstance(rows, loaded.Dataset)
-
-
-def dataset_lengths(dataset: Any) -> Ints | None:
-    """Return the number of tokens of each row, or None if rows would have to be read for it.
-
-    A `Dataset` tells by the offsets of its table, whatever its rows are made to by a format.
-
-    Examples:
-        >>> dataset_lengths([{"input_ids": [7, 8]}, {"input_ids": [9]}])
-        array([2, 1])
-    """
-    in_table = is_dataset(dataset)
-    if not in_table and not isinstance(dataset, (list, tuple)):
-        return None
-    names = dataset.column_names if in_table else dataset[0]
-    name = "input_ids" if "input_ids" in names else "masked_input_ids"
-    if not in_table:
-        return row_lengths(name, [row[name] for row in dataset])
-    if name not in names:  # a transform makes it
-        return None
-    lengths = row_lengths(name, dataset.data.column(name))
-    # In the order of the table first: to follow the indices of `shuffle` takes 80 times as long.
-    indices = dataset._indices  # noqa: SLF001  # a column of the rows' places in the table
-    return lengths if indices is None else lengths[indices.column(0).to_numpy()]
+    return refuse_column(name, f"row {row} is {value!r:.40}, of type {type(value).__name__}")
 
 
 def refuse_column(name: str, seen: str) -> NoReturn:
@@ -198,16 +212,16 @@ def common_lengths(lengths: Mapping[str, Ints]) -> Ints:
         return np.empty(0, np.int64)
     first = "input_ids" if "input_ids" in lengths else next(iter(lengths))
     expected = lengths[first]
-    for name, own in lengths.items():
-        if len(own) != len(expected):
+    for name, counts in lengths.items():
+        if len(counts) != len(expected):
             raise ValueError(
-                f"column {name!r} has {len(own)} rows, {first!r} has {len(expected)}; all columns "
-                "must come from the same documents"
+                f"column {name!r} has {len(counts)} rows, {first!r} has {len(expected)}; all "
+                "columns must come from the same documents"
             )
-        if (own != expected).any():
-            row = int((own != expected).argmax())
+        if (counts != expected).any():
+            row = int((counts != expected).argmax())
             raise ValueError(
-                f"row {row} has {expected[row]} {first!r} but {own[row]} {name!r}; all columns "
+                f"row {row} has {expected[row]} {first!r} but {counts[row]} {name!r}; all columns "
                 f"must hold one value per token: tokenize them together, or remove {name!r}"
             )
     return expected
@@ -295,8 +309,7 @@ def pad_rows(
         width += -width % pad_to_multiple_of
     if (lengths == width).all():
         batch = {name: values.reshape(len(lengths), width) for name, values in joined.items()}
-        if "attention_mask" not in batch:
-            batch["attention_mask"] = np.ones_like(batch["input_ids"])
+        batch.setdefault("attention_mask", np.ones((len(lengths), width), np.int64))
         return batch
     if tokenizer.pad_token_id is None:
         raise ValueError(
@@ -312,9 +325,8 @@ def pad_rows(
     is_filled = np.arange(width) < lengths[:, None]
     if tokenizer.padding_side == "left":
         is_filled = is_filled[:, ::-1]
-    batch = {}
+    batch = {name: np.full(is_filled.shape, fills.get(name, 0), np.int64) for name in joined}
     for name, values in joined.items():
-        batch[name] = np.full(is_filled.shape, fills.get(name, 0), np.int64)
         batch[name][is_filled] = values
     batch.setdefault("attention_mask", is_filled.astype(np.int64))
     return batch
@@ -327,10 +339,8 @@ def _list_lengths(name: str, column: pa.ChunkedArray) -> Ints:
     if not any(is_kind(column.type) for is_kind in kinds):
         refuse_column(name, f"its type is {column.type}")
     if column.null_count:
-        row = pc.index(column.is_null(), value=True).as_py()
-        refuse_column(name, f"row {row} is None")
-    lengths: Ints = pc.list_value_length(column).to_numpy().astype(np.int64)
-    return lengths
+        refuse_column(name, f"row {pc.index(column.is_null(), value=True)} is None")
+    return pc.list_value_length(column).to_numpy().astype(np.int64)  # type: ignore[no-any-return]
 
 
 def _is_row(value: Any) -> bool:

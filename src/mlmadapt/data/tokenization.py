@@ -3,25 +3,24 @@
 Whole-word masking needs to know which tokens belong together. Offsets do not tell (they include the
 space before a word on some tokenizers and not on others), and ``##`` is WordPiece's alone. The
 tokenizer's own ``word_ids()`` is right on every fast tokenizer that splits text into words first;
-on those that do not, and for languages without spaces, words come from the text itself.
+on those that do not, and for languages without spaces, words come from the text itself. `phrases`
+makes words of expressions that are longer than one.
 """
 
-import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from functools import cache, partial
 from itertools import chain
 from operator import index
-from threading import RLock
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mlmadapt._types import Columns, Tokenizer
+from mlmadapt._types import Columns, Ints, Tokenizer
 from mlmadapt.data.rows import read_batch, split_rows
 
 if TYPE_CHECKING:
@@ -36,10 +35,7 @@ WordBoundaries = Callable[[str], Spans]
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
 _WHITE_SPACE += "".join(map(chr, range(0x2000, 0x200B)))
 _TRIMMED = re.compile(r"\S(?:.*\S)?", re.DOTALL)
-_lifting = RLock()
-if hasattr(os, "register_at_fork"):  # or a child could wait for a thread that it does not have
-    _release = _lifting.release
-    os.register_at_fork(before=_lifting.acquire, after_in_parent=_release, after_in_child=_release)
+IS_UNUSED = re.compile(r"[\[<]unused_?\d+[\]>]").fullmatch  # a reserved token
 
 
 def tokenize_with_word_ids(
@@ -61,8 +57,6 @@ def tokenize_with_word_ids(
     a whole document could be one "word". A token that spans two words makes them one, since it
     cannot be masked in part. White space that the tokenizer makes a word of its own stays one, and
     can be a target: on RoBERTa 9 % of the words of Python code, and none of IMDb's.
-
-    Threads that share a tokenizer take turns.
 
     Args:
         examples: A batch with a column of documents: a dict of lists, or a ``pyarrow.Table``
@@ -96,30 +90,18 @@ def tokenize_with_word_ids(
         >>> [row.tolist() for row in tokens["word_ids"]]
         [[-1, 0, 1, -1], [-1, 0, 0, 0, 0, -1]]
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(
-            f"tokenizer is a {type(tokenizer).__name__}, which is not a fast tokenizer and does "
-            "not know its words; load one with AutoTokenizer.from_pretrained(...)"
-        )
-    batch = read_batch(examples)
-    is_table = isinstance(batch, pa.Table)
-    texts = _read_texts(batch, text_column)
-    backend: Backend = tokenizer.backend_tokenizer
-    with _unlimited(backend):
-        # The tokenizer does so in each call of its own; a copy that was pickled has lost it.
-        backend.encode_special_tokens = tokenizer.split_special_tokens
-        encodings = backend.encode_batch(texts)
-
+    backend = whole_backend(tokenizer)
+    documents, is_table = read_batch(examples)
+    texts = _read_texts(documents, text_column)
+    encodings = backend.encode_batch(texts)
     lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
     # One flat array a column: lists of lists would cost more than half the tokenizing again.
-    columns = {"input_ids": _flat((encoding.ids for encoding in encodings), lengths, np.int32)}
+    columns = {"input_ids": _join((encoding.ids for encoding in encodings), lengths, np.int32)}
     if "token_type_ids" in tokenizer.model_input_names:
         # The template of a single text gives them, whatever the text: mostly 0 throughout.
-        longest = max(encodings, key=len, default=None)
-        if longest is not None and any(longest.type_ids):
-            types = _flat((encoding.type_ids for encoding in encodings), lengths, np.int8)
-        else:
-            types = np.zeros(lengths.sum(), np.int8)
+        types = np.zeros(lengths.sum(), np.int8)
+        if encodings and any(max(encodings, key=len).type_ids):
+            types = _join((encoding.type_ids for encoding in encodings), lengths, np.int8)
         columns["token_type_ids"] = types
     if "attention_mask" in tokenizer.model_input_names:
         columns["attention_mask"] = np.ones(lengths.sum(), np.int8)
@@ -134,25 +116,59 @@ def tokenize_with_word_ids(
     unsplit = _unsplit_white_space(backend)
     rows = [row for row, text in enumerate(texts) if any(map(text.__contains__, unsplit))]
     if rows:
-        theirs = np.repeat(np.isin(np.arange(len(texts)), rows), lengths)
-        their_texts = [texts[row] for row in rows]
-        word_ids[theirs] = _words_of_spans(
-            _place_words(their_texts, unsplit),
-            their_texts,
-            [encodings[row] for row in rows],
-            is_text[theirs],
-            own=word_ids[theirs],
-        )
+        there = np.repeat(np.isin(np.arange(len(texts)), rows), lengths)
+        some, theirs = [texts[row] for row in rows], [encodings[row] for row in rows]
+        spans, apart = _place_words(some, unsplit), word_ids[there]
+        word_ids[there] = _words_of_spans(spans, some, theirs, is_text[there], apart=apart)
     if word_boundaries is not None:
         spans = _place_spans(texts, word_boundaries)
         word_ids = _words_of_spans(spans, texts, encodings, is_text, outside=word_ids)
     columns["word_ids"] = word_ids
-
     if is_table:
         offsets = pa.array(np.append(0, np.cumsum(lengths)), pa.int32())
-        lists = [pa.ListArray.from_arrays(offsets, pa.array(flat)) for flat in columns.values()]
+        lists = [pa.ListArray.from_arrays(offsets, pa.array(line)) for line in columns.values()]
         return cast("Columns", pa.table(lists, names=list(columns)))
-    return cast("Columns", {name: split_rows(flat, lengths) for name, flat in columns.items()})
+    return cast("Columns", {name: split_rows(line, lengths) for name, line in columns.items()})
+
+
+def whole_backend(tokenizer: Tokenizer) -> "Backend":
+    """Return the backend of a fast tokenizer: a copy, if its own would truncate or pad.
+
+    A tokenizer's file can carry both, and each call of the tokenizer with either leaves it behind.
+    A copy takes a quarter of the time of tokenizing a batch, but leaves the tokenizer as it is.
+
+    Raises:
+        TypeError: If the tokenizer is not a fast one.
+
+    Examples:
+        >>> from mlmadapt.testing import tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer("wordpiece")
+        >>> whole_backend(tokenizer) is tokenizer.backend_tokenizer
+        True
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise TypeError(
+            f"tokenizer is a {type(tokenizer).__name__}, which is not a fast tokenizer and does "
+            "not know its words; load one with AutoTokenizer.from_pretrained(...)"
+        )
+    backend: Backend = tokenizer.backend_tokenizer
+    # The tokenizer sets this in each call of its own, and one that was pickled has lost it.
+    is_lost = backend.encode_special_tokens != tokenizer.split_special_tokens
+    if backend.truncation or backend.padding or is_lost:
+        backend = deepcopy(backend)
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
+
+
+def pre_tokens(backend: "Backend", text: str) -> list[str]:
+    """Return what the normalizer and the pre-tokenizer make of a text."""
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)
+    if backend.pre_tokenizer is None:
+        return [text]
+    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
 
 
 def special_token_ids(tokenizer: Tokenizer) -> set[int]:
@@ -183,105 +199,66 @@ def ordinary_token_ids(tokenizer: Tokenizer) -> list[int]:
         [5, 6, 7]
     """
     left_out = special_token_ids(tokenizer) | set(tokenizer.added_tokens_decoder)
-    is_unused = re.compile(r"[\[<]unused_?\d+[\]>]").fullmatch
-    return sorted(
-        token_id
-        for token, token_id in tokenizer.get_vocab().items()
-        if token_id not in left_out and not is_unused(token)
-    )
+    vocab = tokenizer.get_vocab().items()
+    return sorted(i for token, i in vocab if i not in left_out and not IS_UNUSED(token))
 
 
-def _read_texts(batch: Any, text_column: str) -> list[str]:
-    is_table = isinstance(batch, pa.Table)
-    names = batch.column_names if is_table else list(batch)
-    if text_column not in names:
-        raise ValueError(
-            f"text_column is {text_column!r}, but the columns are {names}; "
-            "name the column with the documents"
-        )
-    column = batch[text_column]
+def _read_texts(columns: Mapping[str, Any], text_column: str) -> list[str]:
+    if text_column not in columns:
+        seen = f"text_column is {text_column!r}, but the columns are {list(columns)}"
+        raise ValueError(f"{seen}; name the column with the documents")
+    column = columns[text_column]
     if column is None or isinstance(column, (str, bytes)):
-        raise TypeError(
-            f"column {text_column!r} is {column!r:.40}, not a batch of documents; "
-            "call map with batched=True"
-        )
-    texts = column.to_pylist() if is_table else list(column)
+        seen = f"column {text_column!r} is {column!r:.40}, not a batch of documents"
+        raise TypeError(f"{seen}; call map with batched=True")
+    texts = column.to_pylist() if isinstance(column, pa.ChunkedArray) else list(column)
     for row, text in enumerate(texts):
-        if not isinstance(text, str):
+        where = f"row {row} of column {text_column!r} in this batch is"
+        try:
+            str.encode(text)
+        except UnicodeEncodeError as error:
+            cure = "clean it with text.encode(errors='replace').decode()"
+            raise ValueError(f"{where} not valid Unicode ({error}); {cure}") from None
+        except TypeError:
             cure = "convert it, or drop it with dataset.filter"
             if text is None:
-                cure = (
-                    f"{texts.count(None)} of {len(texts)} here are None; drop them with "
-                    f"dataset.filter(lambda row: row[{text_column!r}] is not None)"
-                )
+                cure = f"{texts.count(None)} of {len(texts)} here are None; drop them with "
+                cure += f"dataset.filter(lambda row: row[{text_column!r}] is not None)"
+            kind = type(text).__name__
             raise TypeError(
-                f"row {row} of column {text_column!r} in this batch is {text!r:.40}, of type "
-                f"{type(text).__name__}; each document must be a str: {cure}"
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"row {row} of column {text_column!r} in this batch is not valid Unicode "
-                f"({error}); clean it with text.encode(errors='replace').decode()"
+                f"{where} {text!r:.40}, of type {kind}; each document must be a str: {cure}"
             ) from None
     return texts
 
 
-@contextmanager
-def _unlimited(backend: "Backend") -> Iterator[None]:
-    """Lift truncation and padding, which a tokenizer.json can carry, and put them back.
-
-    Threads take turns, or one would put back what another has lifted. A private copy would need no
-    lock, but takes a quarter of the time of tokenizing a batch.
-    """
-    with _lifting:
-        truncation, padding = backend.truncation, backend.padding
-        backend.no_truncation()
-        backend.no_padding()
-        try:
-            yield
-        finally:
-            if truncation is not None:
-                backend.enable_truncation(**truncation)
-            if padding is not None:
-                backend.enable_padding(**padding)
-
-
 def _unsplit_white_space(backend: "Backend") -> list[str]:
     """Find the white space at which the tokenizer begins no new word."""
-    normalizer, pre_tokenizer = backend.normalizer, backend.pre_tokenizer
-
-    def splits(text: str) -> bool:
-        text = text if normalizer is None else normalizer.normalize_str(text)
-        return pre_tokenizer is not None and len(pre_tokenizer.pre_tokenize_str(text)) > 1
-
     # Between letters and between marks: some patterns take a line break to the marks before it.
+    samples = ("one{}two", ");{}//")
     return [
-        space for space in _WHITE_SPACE if not (splits(f"one{space}two") and splits(f");{space}//"))
+        space
+        for space in _WHITE_SPACE
+        if any(len(pre_tokens(backend, sample.format(space))) < 2 for sample in samples)
     ]
 
 
-def _flat(
-    rows: Iterable[list[int]], lengths: npt.NDArray[np.int64], dtype: type[np.signedinteger[Any]]
-) -> npt.NDArray[Any]:
+def _join(rows: Iterable[Iterable[int]], lengths: Ints, dtype: Any) -> npt.NDArray[Any]:
     return np.fromiter(chain.from_iterable(rows), dtype, int(lengths.sum()))
 
 
-def _text_starts(texts: list[str]) -> npt.NDArray[np.int64]:
+def _text_starts(texts: list[str]) -> Ints:
     """Lay the texts on one line, with one character between two."""
     return np.cumsum([0, *(len(text) + 1 for text in texts)])[:-1]
 
 
-def _place_words(texts: list[str], unsplit: list[str]) -> npt.NDArray[np.int64]:
+def _place_words(texts: list[str], unsplit: list[str]) -> Ints:
     """Return the spans between `unsplit` characters, of shape (spans, 2), the texts on one line."""
     codes = np.frombuffer(unsplit[0].join(texts).encode("utf-32-le"), np.uint32)
-    is_space = np.isin(codes, [ord(space) for space in unsplit])
-    edges = np.flatnonzero(np.diff(~is_space, prepend=False, append=False))
-    return edges.reshape(-1, 2)
+    is_word = ~np.isin(codes, [*map(ord, unsplit)])
+    return np.flatnonzero(np.diff(is_word, prepend=False, append=False)).reshape(-1, 2)
 
 
-def _place_spans(texts: list[str], word_boundaries: WordBoundaries) -> npt.NDArray[np.int64]:
+def _place_spans(texts: list[str], word_boundaries: WordBoundaries) -> Ints:
     """Return the spans of the user, of shape (spans, 2), with the texts on one line."""
     placed = [np.empty((0, 2), np.int64)]
     for row, (text, text_start) in enumerate(zip(texts, _text_starts(texts), strict=True)):
@@ -310,26 +287,23 @@ def _place_spans(texts: list[str], word_boundaries: WordBoundaries) -> npt.NDArr
 
 
 def _words_of_spans(
-    spans: npt.NDArray[np.int64],
+    spans: Ints,
     texts: list[str],
     encodings: "list[Encoding]",
     is_text: npt.NDArray[np.bool_],
     *,
     outside: npt.NDArray[np.int32] | None = None,
-    own: npt.NDArray[np.int32] | None = None,
+    apart: npt.NDArray[np.int32] | None = None,
 ) -> npt.NDArray[np.int32]:
     """Number words by the spans that tokens touch.
 
-    Tokens that touch none keep the words `outside`, or are of no word. Tokens of two `own` words
-    are apart even in one span.
+    Tokens that touch none keep the words `outside`, or are of no word. Tokens of two words of
+    `apart` are apart even in one span.
     """
     lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
     document = np.repeat(np.arange(len(encodings)), lengths)
-    offsets = np.fromiter(
-        chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings)),
-        np.int64,
-        2 * len(document),
-    ).reshape(-1, 2)
+    pairs = chain.from_iterable(encoding.offsets for encoding in encodings)
+    offsets = _join(pairs, 2 * lengths, np.int64).reshape(-1, 2)
     offsets += _text_starts(texts)[document, np.newaxis]
     starts = offsets[:, 0]
     # A token that is all trimmed away covers nothing; it stands at a character all the same.
@@ -345,16 +319,14 @@ def _words_of_spans(
         is_word = inside | (outside >= 0)
         leaves = (outside != _before(outside, -1)) | _before(inside, fill=False)
         begins = np.where(inside, begins, leaves)
-    if own is not None:
-        begins |= own != _before(own, -1)
+    if apart is not None:
+        begins |= apart != _before(apart, -1)
     begins |= ~_before(is_word, fill=False)
     begins |= document != _before(document, -1)
     begins &= is_word
-
-    numbers = np.cumsum(begins) - 1
     # Each document counts from 0.
     counts = np.bincount(document, begins, len(encodings)).astype(np.int64)
-    numbers -= (np.cumsum(counts) - counts)[document]
+    numbers = np.cumsum(begins) - 1 - (np.cumsum(counts) - counts)[document]
     return np.where(is_word, numbers, -1).astype(np.int32)
 
 
@@ -365,10 +337,7 @@ def _before(values: npt.NDArray[Any], fill: int) -> npt.NDArray[Any]:
     return shifted
 
 
-# ---- was data/phrases: Phrases that are one word: names, codes, fixed expressions.
-
-
-def phrases(units: Iterable[str], *, ignore_case: bool = True) -> "WordBoundaries":
+def phrases(units: Iterable[str], *, ignore_case: bool = True) -> WordBoundaries:
     """Make `word_boundaries` of a list of phrases, so that each is masked as one word.
 
     For gazetteers, code lists and PMI phrase lists. The longest phrase wins where several begin at

@@ -15,19 +15,20 @@ abstracts, on the 525,948 distinct strings between spaces of 70,000 texts withou
   ``PlaceboPre``: 461 strings. None got longer.
 """
 
-import copy
 import json
-import re
 import unicodedata
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from operator import index
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlmadapt._types import Tokenizer
+from mlmadapt.data.rows import check_whole
+from mlmadapt.data.tokenization import IS_UNUSED, pre_tokens, whole_backend
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
 
 # Above what is lost when scores are written to a file, below any difference between two words.
 _HAIR = 1e-6
-_IS_UNUSED = re.compile(r"[\[<]unused_?\d+[\]>]").fullmatch
+# Distinct strings that are counted before they are split into words: some 20 MB.
+_MOST_STRINGS = 1 << 17
+_PART = 5_000  # documents that a process counts at a time
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,12 @@ class DomainWords:
     @property
     def words(self) -> list[str]:
         """The words alone, as `extend_vocabulary` takes them."""
-        return [each.word for each in self.found]
+        return [word.word for word in self.found]
 
     @property
     def share(self) -> float:
         """The share of all tokens that the words save, in [0, 1)."""
-        return sum(each.tokens_saved for each in self.found) / max(self.tokens, 1)
+        return sum(word.tokens_saved for word in self.found) / max(self.tokens, 1)
 
 
 def find_domain_words(
@@ -128,44 +131,40 @@ def find_domain_words(
     Examples:
         >>> from mlmadapt.testing import tiny_tokenizer
         >>> texts = ["Electroencephalography is not a film."] * 10
-        >>> found = find_domain_words(texts, tiny_tokenizer())
-        >>> found.words, found.found[0].tokens_saved, round(found.share, 2)
+        >>> domain = find_domain_words(texts, tiny_tokenizer())
+        >>> domain.words, domain.found[0].tokens_saved, round(domain.share, 2)
         (['electroencephalography'], 90, 0.6)
     """
     limits = {"size": size, "min_count": min_count, "min_length": min_length}
     for name, value in {**limits, "num_proc": 1 if num_proc is None else num_proc}.items():
-        if isinstance(value, bool) or not hasattr(value, "__index__") or index(value) < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number, 1 or more")
+        check_whole(name, value)
     backend = _splitting_backend(tokenizer)
-    counts = count_pre_tokens(texts, backend, num_proc, name="texts")
-    tokens = sum(count * len(backend.model.tokenize(each)) for each, count in counts.items())
-    own, general = _count_words(counts, backend), Counter[str]()
+    counts = _count_pre_tokens(texts, backend, num_proc, name="texts")
+    tokens = sum(count * len(backend.model.tokenize(form)) for form, count in counts.items())
+    domain, general = _count_words(counts, backend), Counter[str]()
     if general_texts is not None:
-        general = count_pre_tokens(general_texts, backend, num_proc, name="general_texts")
+        general = _count_pre_tokens(general_texts, backend, num_proc, name="general_texts")
         general = _count_words(general, backend)
     # How often a word may stand in the general text, per time that it stands here.
-    ratio = general.total() / max(own.total(), 1) / 2
+    ratio = general.total() / max(domain.total(), 1) / 2
     decode = backend.decoder.decode if backend.decoder else "".join
-    common = [
-        (decode([form]).strip(), form)
-        for form, count in own.items()
-        if count >= min_count and general[form] <= count * ratio
-    ]
     words = {
-        word: own[form]
-        for word, form in common
-        if len(word) >= min_length
+        word: count
+        for form, count in domain.items()
+        if count >= min_count
+        and general[form] <= count * ratio
+        and len(word := decode([form]).strip()) >= min_length
         and not (letters_only and any(unicodedata.category(c)[0] not in "LM" for c in word))
         # RoBERTa's words without a space before them are others than those with one.
         and pre_tokens(backend, f"x {word} x")[1:-1] == [form]
     }
-    found = [
+    split = [
         DomainWord(word, count, [*map(str, map(backend.id_to_token, pieces))])
         for (word, count), pieces in zip(words.items(), _pieces(backend, [*words]), strict=True)
         if len(pieces) > 1
     ]
-    found.sort(key=lambda each: (-each.tokens_saved, each.word))
-    return DomainWords(found[:size], tokens)
+    split.sort(key=lambda word: (-word.tokens_saved, word.word))
+    return DomainWords(split[:size], tokens)
 
 
 def add_words(
@@ -209,19 +208,71 @@ def add_words(
 
     texts = [f"x {word} x" for word in forms.values()]
     read_back = [
-        each.batch_decode(each(texts, add_special_tokens=False)["input_ids"])
-        for each in (tokenizer, extended)
+        reader.batch_decode(reader(texts, add_special_tokens=False)["input_ids"])
+        for reader in (tokenizer, extended)
     ]
-    now = _pieces(extended.backend_tokenizer, [*forms.values()])
-    rows = zip(forms.values(), pieces.items(), now, *read_back, strict=True)
+    ids_now = _pieces(extended.backend_tokenizer, [*forms.values()])
+    rows = zip(forms.values(), pieces.items(), ids_now, *read_back, strict=True)
     # What had an unknown token in it was not read back before.
     failed = [
         word
-        for word, (i, old), own, was, text in rows
-        if own != [i] or (was != text and tokenizer.unk_token_id not in old)
+        for word, (new_id, old_ids), ids, before, after in rows
+        if ids != [new_id] or (before != after and tokenizer.unk_token_id not in old_ids)
     ]
     _refuse(dict.fromkeys(failed, f"does not become one token of this {kind} tokenizer"))
     return extended, pieces
+
+
+def _count_pre_tokens(
+    texts: Iterable[str], backend: "Backend", num_proc: int | None, *, name: str
+) -> Counter[str]:
+    """Count what the pre-tokenizer makes of the texts, in parts where processes share them."""
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise TypeError(f"{name} is {texts!r:.40}; it must be a list or column of documents")
+    rows = enumerate(texts)
+    if num_proc is None or num_proc == 1:
+        return _count_rows(rows, backend, name)
+    counts, count = Counter[str](), partial(_count_rows, backend=backend, name=name)
+    with ProcessPoolExecutor(num_proc) as pool:
+        for some in iter(lambda: [*islice(rows, 4 * num_proc * _PART)], []):
+            parts = [some[start : start + _PART] for start in range(0, len(some), _PART)]
+            for part_counts in pool.map(count, parts):
+                counts.update(part_counts)
+    return counts
+
+
+def _count_rows(rows: Iterable[tuple[int, str]], backend: "Backend", name: str) -> Counter[str]:
+    counts = Counter[str]()
+    for before, strings in _count_strings(rows, name):
+        by_count = defaultdict[int, list[str]](list)
+        for string, count in strings.items():
+            by_count[count].append(string)
+        # Those that are as frequent are split in one call, which saves a quarter of the time.
+        size = 32 if before else 1
+        for count, alike in by_count.items():
+            for start in range(0, len(alike), size):
+                for form in pre_tokens(backend, before + " ".join(alike[start : start + size])):
+                    counts[form] += count
+    return counts
+
+
+def _count_strings(rows: Iterable[tuple[int, str]], name: str) -> Iterator[Any]:
+    """Count what stands between spaces, which is split far fewer times than it occurs.
+
+    The first string of a text has no space before it, which byte-level tokenizers tell apart.
+    """
+    firsts, others = Counter[str](), Counter[str]()
+    for row, text in rows:
+        if not isinstance(text, str):
+            seen = f"{text!r:.40}, of type {type(text).__name__}"
+            raise TypeError(f"document {row} of {name} is {seen}; each document must be a str")
+        first, *rest = text.split(" ")
+        firsts[first] += 1
+        others.update(rest)
+        if len(firsts) + len(others) > _MOST_STRINGS:
+            yield from (("", firsts), (" ", others))
+            firsts, others = Counter(), Counter()
+    yield from (("", firsts), (" ", others))
 
 
 def _count_words(counts: Counter[str], backend: "Backend") -> Counter[str]:
@@ -229,23 +280,15 @@ def _count_words(counts: Counter[str], backend: "Backend") -> Counter[str]:
     if type(backend.model).__name__ != "Unigram":
         return counts
     words: Counter[str] = Counter()
-    for each, count in counts.items():
-        marks = (i for i, c in enumerate(each) if i > 1 and unicodedata.category(c)[0] in "PS")
-        words[each if each[1:].isalpha() else each[: next(marks, None)]] += count
+    for form, count in counts.items():
+        marks = (i for i, c in enumerate(form) if i > 1 and unicodedata.category(c)[0] in "PS")
+        words[form if form[1:].isalpha() else form[: next(marks, None)]] += count
     return words
 
 
 def _splitting_backend(tokenizer: Tokenizer) -> "Backend":
-    """Return a tokenizer's backend, a copy that does not truncate."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(
-            f"tokenizer is a {type(tokenizer).__name__}, which is not a fast tokenizer; load one "
-            "with AutoTokenizer.from_pretrained(...)"
-        )
-    backend: Backend = copy.deepcopy(tokenizer.backend_tokenizer)
-    backend.no_truncation()
-    backend.no_padding()
-    if backend.pre_tokenizer is None or len(pre_tokens(backend, "one two")) != 2:
+    backend = whole_backend(tokenizer)
+    if len(pre_tokens(backend, "one two")) != 2:
         raise ValueError(
             f"tokenizer {type(tokenizer).__name__} does not split texts into words at white space, "
             "so that no word can be told from the text around it; use one with such a pre-tokenizer"
@@ -256,10 +299,8 @@ def _splitting_backend(tokenizer: Tokenizer) -> "Backend":
 def _pieces(backend: "Backend", words: Sequence[str]) -> list[list[int]]:
     """Return the tokens of each word as it occurs in the middle of a text."""
     encodings = backend.encode_batch([f"x {word} x" for word in words], add_special_tokens=False)
-    return [
-        [i for i, word in zip(each.ids, each.word_ids, strict=True) if word == 1]
-        for each in encodings
-    ]
+    pairs = [zip(encoding.ids, encoding.word_ids, strict=True) for encoding in encodings]
+    return [[i for i, word in tokens if word == 1] for tokens in pairs]
 
 
 def _check_words(words: Iterable[str], tokenizer: Tokenizer, backend: "Backend") -> dict[str, str]:
@@ -271,9 +312,8 @@ def _check_words(words: Iterable[str], tokenizer: Tokenizer, backend: "Backend")
         raise ValueError("words is empty; pass at least one word, or keep the tokenizer as it is")
     for word in words:
         if not isinstance(word, str):
-            raise TypeError(
-                f"words holds {word!r:.40}, a {type(word).__name__}; each must be a str"
-            )
+            kind = type(word).__name__
+            raise TypeError(f"words holds {word!r:.40}, a {kind}; each must be a str")
     added = tokenizer.get_added_vocab()
     forms: dict[str, str] = {}
     problems = {}
@@ -297,23 +337,23 @@ def _refuse(problems: dict[str, str]) -> None:
     if problems:
         first = "; ".join(f"{word!r} {problem}" for word, problem in list(problems.items())[:5])
         more = "; ..." if len(problems) > 5 else ""
-        raise ValueError(
-            f"words has {len(problems)} that cannot be added: {first}{more}; leave them out"
-        )
+        count = f"words has {len(problems)} that cannot be added"
+        raise ValueError(f"{count}: {first}{more}; leave them out")
 
 
 def _unused_ids(tokenizer: Tokenizer) -> list[int]:
     """Return the ids of reserved tokens; added tokens can be taken out of BPE only."""
     is_bpe = type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
-    added = {i for i, each in tokenizer.added_tokens_decoder.items() if each.special or not is_bpe}
+    tokens = tokenizer.added_tokens_decoder.items()
+    added = {i for i, token in tokens if token.special or not is_bpe}
     vocab = tokenizer.get_vocab().items()
-    return sorted(i for token, i in vocab if _IS_UNUSED(token) and i not in added)
+    return sorted(i for token, i in vocab if IS_UNUSED(token) and i not in added)
 
 
 def _extend_wordpiece(tokenizer: Tokenizer, new: dict[int, str]) -> Tokenizer:
     from tokenizers import AddedToken  # noqa: PLC0415  # loaded by what made the tokenizer
 
-    extended = copy.deepcopy(tokenizer)
+    extended = deepcopy(tokenizer)
     vocab = extended.backend_tokenizer.get_vocab(with_added_tokens=False)
     if not new.keys().isdisjoint(vocab.values()):
         model = extended.backend_tokenizer.model
@@ -322,9 +362,8 @@ def _extend_wordpiece(tokenizer: Tokenizer, new: dict[int, str]) -> Tokenizer:
             {new.get(i, token): i for token, i in vocab.items()},
             **{name: getattr(model, name) for name in options},
         )
-    extended.add_tokens(
-        [AddedToken(form, single_word=True, normalized=True) for form in new.values()]
-    )
+    tokens = [AddedToken(form, single_word=True, normalized=True) for form in new.values()]
+    extended.add_tokens(tokens)
     return extended
 
 
@@ -332,13 +371,13 @@ def _extend_unigram(
     tokenizer: Tokenizer, new: dict[int, str], pieces: dict[int, list[int]]
 ) -> Tokenizer:
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, extended = spec["model"], copy.deepcopy(tokenizer)
+    model, extended = spec["model"], deepcopy(tokenizer)
     scores = [score for _, score in model["vocab"]]
     lowest = min(scores)
     # The library's own penalty of 10 for the unknown token.
     scores[model["unk_id"]] = lowest - 10
     # Added tokens too, which may lie behind the vocabulary.
-    entries = {each["id"]: (each["content"], lowest) for each in spec["added_tokens"]}
+    entries = {token["id"]: (token["content"], lowest) for token in spec["added_tokens"]}
     entries |= dict(enumerate(map(tuple, model["vocab"])))
     for i, form in new.items():
         # More for more tokens saved, so that of two new words the longer one wins.
@@ -358,90 +397,16 @@ def _extend_whole_words(tokenizer: Tokenizer, new: dict[int, str]) -> Tokenizer:
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     names = {i: token for token, i in spec["model"]["vocab"].items()}
     # Added tokens too: those in no vocabulary are numbered behind it when the file is read.
-    names |= {each["id"]: each["content"] for each in spec["added_tokens"]} | new
+    names |= {token["id"]: token["content"] for token in spec["added_tokens"]} | new
     spec["model"]["vocab"] = {token: i for i, token in names.items()}
-    spec["added_tokens"] = [each for each in spec["added_tokens"] if each["id"] not in new]
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] not in new]
     if spec["model"]["type"] == "BPE":
         spec["model"]["ignore_merges"] = True
     # Not of the same class: `RobertaTokenizer` builds its backend anew when it is loaded, without
     # `ignore_merges`.
     left_out = {"vocab_file", "merges_file", "added_tokens_decoder", "name_or_path"}
-    settings = {name: each for name, each in tokenizer.init_kwargs.items() if name not in left_out}
-    names_of_settings = ("model_input_names", "model_max_length", "padding_side", "truncation_side")
-    settings |= {name: getattr(tokenizer, name) for name in names_of_settings}
+    settings = {k: value for k, value in tokenizer.init_kwargs.items() if k not in left_out}
+    kept = ("model_input_names", "model_max_length", "padding_side", "truncation_side")
+    settings |= {name: getattr(tokenizer, name) for name in kept} | tokenizer.special_tokens_map
     backend = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
-    settings |= tokenizer.special_tokens_map
     return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)  # type: ignore[no-untyped-call]
-
-
-# ---- was data/counting: How often each word stands in texts, as a tokenizer's own pre-tokenizer tells words.
-
-
-# Distinct strings that are counted before they are split into words: some 20 MB.
-_MOST_STRINGS = 1 << 17
-_PART = 5_000  # documents that a process counts at a time
-
-
-def count_pre_tokens(
-    texts: Iterable[str], backend: "Backend", num_proc: int | None, *, name: str
-) -> Counter[str]:
-    """Count what the pre-tokenizer makes of the texts, in parts where processes share them."""
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
-        raise TypeError(f"{name} is {texts!r:.40}; it must be a list or column of documents")
-    rows = enumerate(texts)
-    if num_proc is None or num_proc == 1:
-        return _count_rows(rows, backend, name)
-    counts, waiting = Counter[str](), deque[Future[Counter[str]]]()
-    with ProcessPoolExecutor(num_proc) as pool:
-        for part in iter(lambda: [*islice(rows, _PART)], []):
-            waiting.append(pool.submit(_count_rows, part, backend, name))
-            if len(waiting) > 2 * num_proc:
-                counts.update(waiting.popleft().result())
-        for each in waiting:
-            counts.update(each.result())
-    return counts
-
-
-def _count_rows(rows: Iterable[tuple[int, str]], backend: "Backend", name: str) -> Counter[str]:
-    counts = Counter[str]()
-    for before, strings in _count_strings(rows, name):
-        by_count = defaultdict[int, list[str]](list)
-        for string, count in strings.items():
-            by_count[count].append(string)
-        # Those that are as frequent are split in one call, which saves a quarter of the time.
-        size = 32 if before else 1
-        for count, some in by_count.items():
-            for start in range(0, len(some), size):
-                for each in pre_tokens(backend, before + " ".join(some[start : start + size])):
-                    counts[each] += count
-    return counts
-
-
-def _count_strings(
-    rows: Iterable[tuple[int, str]], name: str
-) -> Iterator[tuple[str, Counter[str]]]:
-    """Count what stands between spaces, which is split far fewer times than it occurs.
-
-    The first string of a text has no space before it, which byte-level tokenizers tell apart.
-    """
-    firsts, others = Counter[str](), Counter[str]()
-    for row, text in rows:
-        if not isinstance(text, str):
-            raise TypeError(
-                f"document {row} of {name} is {text!r:.40}, of type {type(text).__name__}; each "
-                "document must be a str"
-            )
-        first, *rest = text.split(" ")
-        firsts[first] += 1
-        others.update(rest)
-        if len(firsts) + len(others) > _MOST_STRINGS:
-            yield from (("", firsts), (" ", others))
-            firsts, others = Counter(), Counter()
-    yield from (("", firsts), (" ", others))
-
-
-def pre_tokens(backend: "Backend", text: str) -> list[str]:
-    """Return what the normalizer and the pre-tokenizer make of a text."""
-    if backend.normalizer is not None:
-        text = backend.normalizer.normalize_str(text)
-    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]

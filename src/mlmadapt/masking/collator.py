@@ -3,24 +3,26 @@
 A mask is a hash, not a draw: each row's tokens give a key, the key and a word's place in the row
 give the numbers that decide about the word. Nothing is remembered between calls, so batch size,
 order, padding, workers, processes and an interruption cannot change a mask. All rows of a batch are
-hashed at once, laid end to end, in time and memory linear in their tokens.
+hashed at once, laid end to end, in time and memory linear in their tokens. A batch whose rows hold
+several documents has an attention mask that a model cannot take for an ordinary one.
 
 The hash is splitmix64's finaliser over a counter (Steele, Lea and Flood, OOPSLA 2014), the scheme
 of counter-based generators (Salmon et al., SC 2011).
 """
 
 from collections.abc import Callable, Mapping
-from copy import copy
+from copy import deepcopy
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from mlmadapt._types import Features, Hashes, Ints, Tokenizer
+from mlmadapt._types import Features, Floats, Hashes, Ints, Tokenizer
 from mlmadapt.data.rows import (
-    check_count,
+    JoinedRows,
+    check_whole,
     check_words,
     document_bounds,
     join_rows,
@@ -28,10 +30,9 @@ from mlmadapt.data.rows import (
     to_columns,
 )
 from mlmadapt.data.tokenization import ordinary_token_ids, special_token_ids
-from mlmadapt.masking.rates import Clock, RateSchedule, check_rates, is_share, rate_at
+from mlmadapt.masking.rates import RateSchedule, check_probability, rate_at, sample_rates
 from mlmadapt.masking.selection import (
     WordWeights,
-    check_whole,
     choose_words,
     derive_key,
     find_words,
@@ -85,7 +86,7 @@ class WholeWordMaskingCollator:
 
     Raises:
         ValueError: If the tokenizer has no mask token or an argument is out of range.
-        TypeError: If the seed is not a whole number, or `collate` of a subclass takes no progress.
+        TypeError: If the seed is not a whole number.
 
     Source:
         Devlin et al. 2019 (80/10/10); Cui et al. 2019, arXiv:1906.08101 (whole words).
@@ -114,11 +115,9 @@ class WholeWordMaskingCollator:
     return_tensors: Literal["pt", "np"] = "pt"
 
     def __post_init__(self) -> None:
-        check_rates(self.wwm_probability, self.collate)
+        sample_rates(self.wwm_probability)
         for name in ("mask_replace_prob", "random_replace_prob"):
-            share = getattr(self, name)
-            if not is_share(share):
-                raise ValueError(f"{name} is {share!r}; it must be a probability in [0, 1]")
+            check_probability(name, getattr(self, name))
         # A hair of tolerance, since 0.9 + 0.1 need not be 1 in binary.
         if self.mask_replace_prob + self.random_replace_prob > 1 + 1e-9:
             raise ValueError(
@@ -128,9 +127,9 @@ class WholeWordMaskingCollator:
         _check_choice("budget", self.budget, ("bernoulli", "exact"))
         _check_choice("return_tensors", self.return_tensors, ("pt", "np"))
         if self.pad_to_multiple_of is not None:
-            check_count("pad_to_multiple_of", self.pad_to_multiple_of)
+            check_whole("pad_to_multiple_of", self.pad_to_multiple_of)
         if self.seed is not None:
-            check_whole("seed", self.seed)
+            check_whole("seed", self.seed, least=None, error=TypeError)
         mask_id = getattr(self.tokenizer, "mask_token_id", None)
         mask = None if mask_id is None else self.tokenizer.convert_ids_to_tokens(mask_id)
         # A token that the vocabulary lacks has the id of the unknown token.
@@ -140,17 +139,29 @@ class WholeWordMaskingCollator:
                 "masked language model, or add one with tokenizer.add_special_tokens("
                 "{'mask_token': '[MASK]'}) and model.resize_token_embeddings(len(tokenizer))"
             )
-        self.__setstate__({"_clock": Clock()})
+        # On the CPU, whatever the default device is.
+        zero = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.__setstate__({"_epoch": zero, "_progress": zero.double()})
+
+    def __copy__(self) -> Self:
+        """Return a collator that has an epoch of its own, and shares tokenizer and weights."""
+        return deepcopy(self, {id(part): part for part in (self.tokenizer, self.word_weights)})
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what `__setstate__` makes, so that equal collators have equal fingerprints."""
-        state = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {**state, "_clock": copy(self._clock)}  # a copy has its own epoch
+        names = [*(field.name for field in fields(self)), "_epoch", "_progress"]
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make the look-up tables."""
-        self._clock: Clock
+        """Make the look-up tables, and share epoch and progress with workers.
+
+        A process that is forked or spawned with the collator shares them already.
+        """
+        self._epoch: torch.Tensor
+        self._progress: torch.Tensor
         self.__dict__.update(state)
+        self._epoch.share_memory_()
+        self._progress.share_memory_()
         size = max(self.tokenizer.get_vocab().values()) + 1
         self._is_special = np.zeros(size, bool)
         self._is_special[list(special_token_ids(self.tokenizer))] = True
@@ -204,9 +215,8 @@ class WholeWordMaskingCollator:
         if self.seed is None:
             key = int(torch.randint(2**63 - 1, ()))
         else:
-            key = derive_key(self.seed, "mask", self._clock.epoch)
-        told = {} if is_share(self.wwm_probability) else {"progress": self._clock.progress}
-        batch = self.collate(features, key=key, **told)
+            key = derive_key(self.seed, "mask", int(self._epoch))
+        batch = self.collate(features, key=key, progress=float(self._progress))
         if return_tensors == "np":
             return dict(batch)
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
@@ -217,14 +227,14 @@ class WholeWordMaskingCollator:
     def set_epoch(self, epoch: int) -> None:
         """Choose the masks of an epoch, as samplers choose their order.
 
+        It holds in every process that has been forked or spawned with the collator, too.
+
         Args:
             epoch: A whole number in 64 bits; equal ones give equal masks.
 
         Raises:
             TypeError: If it is not a whole number.
             ValueError: If it needs more than 64 bits.
-            RuntimeError: If this process was handed the collator by another, and has DataLoader
-                workers from before its first call.
 
         Examples:
             >>> from mlmadapt.testing import tiny_tokenizer
@@ -237,7 +247,8 @@ class WholeWordMaskingCollator:
             [2, 7, 8, 4, 3]
             [2, 4, 8, 9, 3]
         """
-        self._clock.set(epoch=check_whole("epoch", epoch, range(-(2**63), 2**63)))
+        check_whole("epoch", epoch, least=-(2**63), most=2**63 - 1, error=TypeError)
+        self._epoch.fill_(int(epoch))
 
     def set_progress(self, progress: float) -> None:
         """Tell a schedule of rates how far the run is; own loops call it before each step.
@@ -250,7 +261,6 @@ class WholeWordMaskingCollator:
 
         Raises:
             ValueError: If it is not a share, or the rate there is none.
-            RuntimeError: As `set_epoch`.
 
         Examples:
             >>> from mlmadapt.testing import tiny_tokenizer
@@ -261,13 +271,16 @@ class WholeWordMaskingCollator:
             tensor([[-100,    7, -100, -100, -100]])
         """
         rate_at(self.wwm_probability, progress)  # wrong ones are told here, not in a worker
-        self._clock.set(progress=progress)
+        self._progress.fill_(float(progress))
 
-    def collate(self, features: Features, *, key: int, progress: float = 1.0) -> dict[str, Ints]:
+    def collate(
+        self, features: Features | JoinedRows, *, key: int, progress: float = 1.0
+    ) -> dict[str, Ints]:
         """Collate rows into arrays whose masks depend on (`key`, tokens of the row) alone.
 
         Args:
-            features: As for the call.
+            features: As for the call; or rows that are joined already, as `table_reader` reads
+                them.
             key: In place of seed and epoch; 0 or more, below 2**64.
             progress: Share of the run that is done, in [0, 1], for a schedule of rates.
 
@@ -284,24 +297,19 @@ class WholeWordMaskingCollator:
             >>> WholeWordMaskingCollator(tiny_tokenizer()).collate(rows, key=0)["input_ids"]
             array([[2, 4, 3]])
         """
-        masked, lengths = self.mask(to_columns(features), key=key, progress=progress)
+        columns = features if isinstance(features, JoinedRows) else to_columns(features)
+        masked, lengths = self.mask(columns, key=key, progress=progress)
         return pad_rows(masked, lengths, self.tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
 
     def mask(
-        self,
-        columns: Mapping[str, Any],
-        *,
-        key: _Key,
-        progress: float = 1.0,
-        lengths: Ints | None = None,
-    ) -> tuple[dict[str, Ints], Ints]:
+        self, columns: Mapping[str, Any] | JoinedRows, *, key: _Key, progress: float = 1.0
+    ) -> JoinedRows:
         """Mask rows given as columns, without padding them.
 
         Args:
-            columns: Lists of rows by name, as a batch of `map` has them.
+            columns: Lists of rows by name, as a batch of `map` has them; or joined rows.
             key: As for `collate`; or a key per row, of shape ``(rows,)``, in place of its tokens.
             progress: As for `collate`.
-            lengths: Tokens of each row, where the columns are arrays with the rows end to end.
 
         Returns:
             Arrays of shape ``(tokens,)``, the rows end to end, and the rows' lengths in tokens.
@@ -318,75 +326,61 @@ class WholeWordMaskingCollator:
             (array([2, 4, 3]), array([3]))
         """
         if not isinstance(key, np.ndarray):
-            key = check_whole("key", key, range(2**64))
+            key = check_whole("key", key, least=0, most=2**64 - 1, error=TypeError)
         rate = rate_at(self.wwm_probability, progress)
-        masked = {name: rows for name, rows in columns.items() if name != "labels"}
-        if lengths is None:
+        if not isinstance(columns, JoinedRows):
             check_words(columns)
-            masked, lengths = join_rows(masked)
-        elif lengths.sum() != len(masked["input_ids"]):
-            raise ValueError(
-                f"lengths sum to {lengths.sum()} tokens, but the rows have "
-                f"{len(masked['input_ids'])} 'input_ids'; pass them as join_rows returns them"
-            )
-        tokens, word_ids = masked["input_ids"], masked.pop("word_ids")
+            columns = join_rows({name: columns[name] for name in columns if name != "labels"})
+        masked, lengths = dict(columns.columns), columns.lengths
+        tokens, words = masked["input_ids"], masked.pop("word_ids")
         self._check_ids(tokens, lengths)
         is_special = self._is_special.take(tokens)
         if "special_tokens_mask" in masked:
             is_special |= masked.pop("special_tokens_mask") != 0
-        if "attention_mask" not in masked:
-            masked["attention_mask"] = np.ones_like(tokens)
-        is_real = masked["attention_mask"] != 0
-        words = np.where(is_special, -1, word_ids)
-        bounds = np.zeros(len(lengths) + 1, np.int64)
-        np.cumsum(lengths, out=bounds[1:])
+        words = np.where(is_special, -1, words)
+        bounds = np.append(0, np.cumsum(lengths))
         if "document_ids" in masked:  # each is masked as if it had a row of its own
             bounds = document_bounds(masked["document_ids"], bounds)
-        labels = np.full_like(tokens, -100)
+        is_real = masked.setdefault("attention_mask", np.ones_like(tokens)) != 0
         if is_real.all():
-            inputs = self._mask_blocks(tokens, words, bounds, key, labels, rate=rate)
-        else:
-            # Rows can come padded already. That is left out, so that it plays no part.
-            bounds = np.searchsorted(np.flatnonzero(is_real), bounds)
-            inputs, real_labels = tokens.copy(), labels[is_real]
-            inputs[is_real] = self._mask_blocks(
-                tokens[is_real], words[is_real], bounds, key, real_labels, rate=rate
-            )
-            labels[is_real] = real_labels
-        return {**masked, "input_ids": inputs, "labels": labels}, lengths
-
-    def _mask_blocks(
-        self, tokens: Ints, words: Ints, bounds: Ints, key: _Key, labels: Ints, *, rate: float
-    ) -> Ints:
-        """Return the tokens with masks, and write the targets into `labels`."""
-        inputs, done = tokens.copy(), 0
-        for rows in split_blocks(bounds):
-            block, count = slice(rows[0], rows[-1]), len(rows) - 1
-            own_key = key if isinstance(key, int) else key[done : done + count]
+            targets, instead = self._choose_tokens(tokens, words, bounds, key, rate=rate)
+        else:  # rows can come padded already; that is left out, so that it plays no part
+            real = np.flatnonzero(is_real)
             targets, instead = self._choose_tokens(
-                tokens[block], words[block], rows - rows[0], own_key, rate=rate
+                tokens[real], words[real], np.searchsorted(real, bounds), key, rate=rate
             )
-            done += count
-            targets += rows[0]
-            labels[targets] = tokens[targets]
-            inputs[targets] = instead
-        return inputs
+            targets = real[targets]
+        masked["input_ids"], masked["labels"] = tokens.copy(), np.full_like(tokens, -100)
+        masked["input_ids"][targets] = instead
+        masked["labels"][targets] = tokens[targets]
+        return JoinedRows(masked, lengths)
 
     def _choose_tokens(
         self, tokens: Ints, words: Ints, bounds: Ints, key: _Key, *, rate: float
     ) -> tuple[Ints, Ints]:
-        """Return which tokens of some rows are targets, and what stands there instead."""
-        first, size = find_words(words, bounds)
-        words_before = np.searchsorted(first, bounds)
-        self._warned = self._warned or warn_if_collapsed(size, words_before)
-        weights = None
-        if self._weights is not None:
-            weights = self._weights.weigh(tokens[words >= 0], size, np.diff(words_before))
-        row_keys = hash_rows(tokens, bounds, key) if isinstance(key, int) else key
-        chosen, fate = choose_words(words_before, row_keys, weights, rate=rate, budget=self.budget)
-        size = size[chosen]
-        targets = list_places(first[chosen], size)
-        fate = np.repeat(fate, size)
+        """Return which tokens are targets, and what stands there instead."""
+        blocks = []
+        for rows in split_blocks(bounds):
+            start, end = bounds[rows.start], bounds[rows.stop]
+            block, here = tokens[start:end], bounds[rows.start : rows.stop + 1] - start
+            found = find_words(words[start:end], here)
+            self._warned = self._warned or warn_if_collapsed(found)
+            weights = None
+            if self._weights is not None:
+                weights = self._weights.weigh(block[words[start:end] >= 0], found)
+            row_keys = hash_rows(block, here, key) if isinstance(key, int) else key[rows]
+            chosen, fate = choose_words(found, row_keys, weights, rate=rate, budget=self.budget)
+            size = found.size[chosen]
+            targets = list_places(found.first[chosen], size)
+            instead = self._replace(block, targets, np.repeat(fate, size), here, row_keys)
+            blocks.append((targets + start, instead))
+        targets, instead = map(np.concatenate, zip(*blocks, strict=True))
+        return targets, instead
+
+    def _replace(
+        self, tokens: Ints, targets: Ints, fate: Floats, bounds: Ints, row_keys: Hashes
+    ) -> Ints:
+        """Return what stands in place of the targets, by the fate of each."""
         instead = tokens[targets]
         instead[fate < self.mask_replace_prob] = self._mask_id
         is_random = fate >= self.mask_replace_prob
@@ -396,7 +390,7 @@ class WholeWordMaskingCollator:
             row = np.searchsorted(bounds, replaced, side="right") - 1
             draws = hash_counters(row_keys[row] ^ _REPLACEMENT, replaced - bounds[row])
             instead[is_random] = self._pool[draws % np.uint64(len(self._pool))]
-        return targets, instead
+        return instead
 
     def _check_ids(self, tokens: Ints, lengths: Ints) -> None:
         size = len(self._is_special)
@@ -419,60 +413,28 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
 
 
-# ---- was masking/packed: The attention mask of rows that hold several documents, which no model takes for an ordinary one.
-
-
-# What keeps the type of a mask, and what gives an ordinary tensor or number.
-_MOVING = {
-    "__getitem__",
-    "clone",
-    "contiguous",
-    "cpu",
-    "cuda",
-    "detach",
-    "pin_memory",
-    "record_stream",
-}
-_READING = {
-    "__array__",
-    "__eq__",
-    "__format__",
-    "__get__",  # an attribute, such as the shape
-    "__len__",
-    "__ne__",
-    "__reduce_ex__",  # to and from worker processes
-    "__repr__",
-    "as_subclass",
-    "dim",
-    "equal",
-    "is_pinned",
-    "numel",
-    "numpy",
-    "size",
-    "sum",
-    "tolist",
-    "unbind",
-}
-
-
 class PackedAttentionMask(torch.Tensor):
     """An attention mask that can be moved and read, and that raises where a model computes with it.
+
+    Whatever is still made of whole numbers is the mask moved, cut or joined, or a count. A model
+    computes with fractions or flags, so what is made of those raises, wherever it comes from; only
+    what comes of a comparison is ordinary flags.
 
     `isolate_documents` takes it out before the model sees it;
     ``mask.as_subclass(torch.Tensor)`` makes an ordinary one of it.
 
     Examples:
         >>> mask = torch.ones(1, 4, dtype=torch.int64).as_subclass(PackedAttentionMask)
-        >>> mask.to("cpu").sum()
-        tensor(4)
-        >>> 1 - mask
+        >>> mask.to("cpu").sum().item()
+        4
+        >>> 1.0 - mask
         Traceback (most recent call last):
             ...
         ValueError: rows of the batch hold several documents ('document_ids'), which this model ...
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        """Copy it; torch's own way computes with it."""
+        """Copy it; torch's own way is not for subclasses."""
         return self.clone()
 
     @classmethod
@@ -483,21 +445,16 @@ class PackedAttentionMask(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Let a mask be moved and read, and refuse all else.
+        """Refuse what makes fractions or flags of a mask, and let all else pass.
 
         Raises:
             ValueError: If a model without `isolate_documents` uses the mask.
         """
-        name = func.__name__
-        kwargs = kwargs or {}
-        given = (*args, *kwargs.values())
-        if name in _MOVING or (
-            name == "to" and not any(isinstance(each, torch.dtype) for each in given)
-        ):
-            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
-        if name in _READING:
-            with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001  # as torch's own code does
-                return func(*args, **kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        if not isinstance(result, torch.Tensor) or result.dtype == torch.int64:
+            return result
+        if func.__name__.strip("_") in ("eq", "ne", "isclose"):
+            return result.as_subclass(torch.Tensor)
         raise ValueError(
             "rows of the batch hold several documents ('document_ids'), which this model would let "
             "see each other; call isolate_documents(model) before the loop, or remove the column "

@@ -6,16 +6,21 @@ and a second seed gets the first one's rows out of `map`'s cache. Here a row's m
 seed and the row.
 """
 
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy, deepcopy
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from mlmadapt._types import Columns, DataCollator, Hashes, Ints
 from mlmadapt.data.rows import (
+    check_tokens,
+    check_whole,
     document_bounds,
     join_column,
     read_batch,
@@ -23,7 +28,7 @@ from mlmadapt.data.rows import (
     split_rows,
 )
 from mlmadapt.masking.collator import WholeWordMaskingCollator
-from mlmadapt.masking.selection import check_whole, derive_key, seeded
+from mlmadapt.masking.selection import derive_key
 
 
 def insert_random_mask(
@@ -46,7 +51,7 @@ def insert_random_mask(
             "arrow", which `map` reads and masks twice as fast).
         data_collator: `WholeWordMaskingCollator`, or another library's. That one is called row by
             row (about 0.4 ms each) with the global generators seeded from (seed, row), and they are
-            restored; threads that do so take turns.
+            restored. They are those of the whole process: freeze so in one thread at a time.
         seed: Seed of the masks, a whole number.
         prefix: Put before the names of the new columns; ``""`` keeps the names.
         key_column: A column that numbers or names the documents. A mask then depends on seed,
@@ -78,11 +83,10 @@ def insert_random_mask(
         >>> tokenizer.decode(frozen["input_ids"][0]), frozen["labels"].shape
         ('[CLS] a [MASK] [SEP]', (1, 4))
     """
-    check_whole("seed", seed)
-    batch = read_batch(examples)
-    is_table = isinstance(batch, pa.Table)
+    check_whole("seed", seed, least=None, error=TypeError)
+    batch, is_table = read_batch(examples)
     if is_table:
-        batch = {name: batch[name].to_numpy() for name in batch.column_names}
+        batch = {name: column.to_numpy() for name, column in batch.items()}
     key: Any = derive_key(seed, "frozen")
     if key_column is not None:
         batch, key = _take_keys(batch, key_column, seed, data_collator)
@@ -110,9 +114,39 @@ def _take_keys(
             f"{type(data_collator).__name__}; it must be a column of numbers or strings, of rows "
             "that are a document each (without document_ids), for WholeWordMaskingCollator"
         )
-    keys = [derive_key(seed, "frozen", each) for each in examples[column]]
+    keys = [derive_key(seed, "frozen", document) for document in examples[column]]
     others = {name: rows for name, rows in examples.items() if name != column}
     return others, np.array(keys, np.uint64)
+
+
+@contextmanager
+def seeded(key: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's global generators inside the block; restore them after it.
+
+    For code that draws from global state and cannot be handed a key: other libraries' collators,
+    and dropout. The global generators belong to one thread at a time: what another one draws
+    meanwhile moves what is drawn in the block.
+
+    Examples:
+        >>> with seeded(7):
+        ...     first = random.random()
+        >>> with seeded(7):
+        ...     first == random.random()
+        True
+    """
+    # Other devices are left alone: collators draw on the CPU.
+    with torch.random.fork_rng(devices=[]):
+        python_state = random.getstate()
+        # The global generator is what such code draws from.
+        numpy_state = np.random.get_state()  # noqa: NPY002
+        random.seed(key)
+        np.random.seed(key % 2**32)  # noqa: NPY002
+        torch.default_generator.manual_seed(key)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 def collate_seeded(
@@ -186,12 +220,9 @@ def _call_without_extras(rows: list[dict[str, Any]], *, data_collator: DataColla
 def _freeze_row_by_row(
     examples: Mapping[str, Any], data_collator: DataCollator, seed: int
 ) -> dict[str, Any]:
+    check_tokens("the batch", examples)
     collate = purify(data_collator)
     frozen: dict[str, list[Any]] = {}
-    if "input_ids" not in examples:
-        raise ValueError(
-            f"the batch has no 'input_ids', only {list(examples)}; tokenize the documents first"
-        )
     targets = hidden = wrong = 0
     for index, values in enumerate(zip(*(examples[name] for name in examples), strict=True)):
         row = dict(zip(examples, values, strict=True))

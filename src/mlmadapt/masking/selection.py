@@ -1,25 +1,21 @@
 """Which words are targets: found in the rows, weighed, and chosen by hash at a rate or in a budget.
 
-A domain's own words are few among its words. If all words were masked evenly, most of a budget
-would go to words that the model knows already; weights move it to others, at the same overall rate.
+What is chosen depends on named parts (a seed, an epoch, a row), never on what was drawn before. A
+domain's own words are few among its words. If all words were masked evenly, most of a budget would
+go to words that the model knows already; weights move it to others, at the same overall rate.
 """
 
 import hashlib
 import json
 import operator
-import os
-import random
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
-from threading import RLock
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from mlmadapt._types import Floats, Hashes, Ints, Tokenizer
 
@@ -27,32 +23,49 @@ from mlmadapt._types import Floats, Hashes, Ints, Tokenizer
 _TOO_LONG = 32
 
 
-def find_words(words: Ints, bounds: Ints) -> tuple[Ints, Ints]:
-    """Return the first token and the size of each word: a run of one number, 0 or more."""
+class Words(NamedTuple):
+    """The words of rows that lie end to end: the first token and the size of each.
+
+    `before` counts the words before each row, and at its end all words.
+    """
+
+    first: Ints
+    size: Ints
+    before: Ints
+
+
+def find_words(words: Ints, bounds: Ints) -> Words:
+    """Return the words of rows: runs of one number, 0 or more.
+
+    Examples:
+        >>> find_words(np.array([-1, 0, 0, 1, 1]), np.array([0, 4, 5]))
+        Words(first=array([1, 3, 4]), size=array([2, 1, 1]), before=array([0, 2, 3]))
+    """
     is_word = words >= 0
     begins = np.ones(len(words) + 1, bool)
     np.not_equal(words[1:], words[:-1], out=begins[1:-1])
     begins[bounds] = True
     first = np.flatnonzero(begins[:-1] & is_word)
-    return first, np.flatnonzero(begins[1:] & is_word) - first + 1
+    size = np.flatnonzero(begins[1:] & is_word) - first + 1
+    return Words(first, size, np.searchsorted(first, bounds))
 
 
-def warn_if_collapsed(size: Ints, words_before: Ints) -> bool:
+def warn_if_collapsed(words: Words) -> bool:
     """Warn of a row whose words have 32 tokens or more on average; tell whether there is one.
 
     On average, since a single word can be as long as it likes.
     """
-    if size.max(initial=0) < _TOO_LONG:
+    if words.size.max(initial=0) < _TOO_LONG:
         return False
-    words = np.diff(words_before)
-    tokens = np.diff(np.append(0, np.cumsum(size))[words_before])
-    collapsed = np.flatnonzero(tokens >= _TOO_LONG * np.maximum(words, 1))
+    counts = np.diff(words.before)
+    tokens = np.diff(np.append(0, np.cumsum(words.size))[words.before])
+    collapsed = np.flatnonzero(tokens >= _TOO_LONG * np.maximum(counts, 1))
     for row in collapsed[:1]:
         warnings.warn(
-            f"word_ids make {words[row]} word(s) of the {tokens[row]} tokens of a row, each masked "
-            "as a whole: they come from a tokenizer that does not split words. Tokenize with "
-            "tokenize_with_word_ids, and pass word_boundaries for a language without spaces",
-            stacklevel=7,
+            f"word_ids make {counts[row]} word(s) of the {tokens[row]} tokens of a row, each "
+            "masked as a whole: they come from a tokenizer that does not split words. Tokenize "
+            "with tokenize_with_word_ids, and pass word_boundaries for a language without spaces",
+            stacklevel=6,
         )
     return bool(collapsed.size)
 
@@ -68,33 +81,29 @@ def list_places(first: Ints, size: Ints) -> Ints:
     return places
 
 
-def split_blocks(bounds: Ints) -> list[Ints]:
-    """Share rows out over blocks whose arrays stay in the processor's cache; return their bounds.
+def split_blocks(bounds: Ints) -> list[slice]:
+    """Share rows out over blocks whose arrays stay in the processor's cache.
 
     One block of all takes half again as long, most of it for fresh memory.
 
     Examples:
         >>> split_blocks(np.array([0, 5000, 9000, 12000]))
-        [array([   0, 5000, 9000]), array([ 9000, 12000])]
+        [slice(0, 2, None), slice(2, 3, None)]
     """
     cuts = np.flatnonzero(np.diff(bounds[:-1] // 8192)) + 1
-    edges = [0, *cuts.tolist(), len(bounds) - 1]
-    return [bounds[a : b + 1] for a, b in pairwise(edges)]
+    return [slice(*block) for block in pairwise([0, *cuts.tolist(), len(bounds) - 1])]
 
 
 def choose_words(
-    words_before: Ints,
+    words: Words,
     row_keys: Hashes,
     weights: Floats | None,
     *,
     rate: float,
     budget: Literal["bernoulli", "exact"],
 ) -> tuple[Ints, Floats]:
-    """Return the words that are targets, and the fate in [0, 1) of each.
-
-    `words_before` counts the words before each row, and at its end all words.
-    """
-    words_in_row = np.diff(words_before)
+    """Return the words that are targets, and the fate in [0, 1) of each."""
+    words_in_row = np.diff(words.before)
     keys = spread_keys(row_keys, words_in_row, step=2)
     urgency = draw = to_unit(hash_counters(keys, 0))
     if weights is not None:
@@ -114,12 +123,12 @@ def choose_words(
     else:
         is_chosen = draw < spread_rate(rate, weights, words_in_row)
     chosen = np.flatnonzero(is_chosen)
-    has_none = (np.diff(np.searchsorted(chosen, words_before)) == 0) & (words_in_row > 0)
+    has_none = (np.diff(np.searchsorted(chosen, words.before)) == 0) & (words_in_row > 0)
     without = np.flatnonzero(has_none)
     if without.size:
         size = words_in_row[without]
-        words = list_places(words_before[without], size)
-        chosen = np.sort(np.append(chosen, words[_rank(urgency[words], size) == 0]))
+        places = list_places(words.before[without], size)
+        chosen = np.sort(np.append(chosen, places[_rank(urgency[places], size) == 0]))
     return chosen, to_unit(hash_counters(keys[chosen], 1))
 
 
@@ -127,7 +136,7 @@ class WordWeights:
     """The weights of words, from an array by token id or a callable by text.
 
     Args:
-        given: An array of shape ``(size,)``; a word has the mean of its tokens. Or a callable from
+        source: An array of shape ``(size,)``; a word has the mean of its tokens. Or a callable from
             text to weight, called once a word and remembered.
         tokenizer: Turns the tokens of a word into its text.
         size: How many token ids there are.
@@ -139,31 +148,31 @@ class WordWeights:
 
     def __init__(
         self,
-        given: npt.ArrayLike | Callable[[str], float],
+        source: npt.ArrayLike | Callable[[str], float],
         tokenizer: Tokenizer,
         size: int,
     ) -> None:
         self._tokenizer = tokenizer
-        self._weight_of_text = given if callable(given) else None
-        self._weight_of_token = np.empty(0) if callable(given) else _read(given, size)
+        self._weight_of_text = source if callable(source) else None
+        self._weight_of_token = np.empty(0) if callable(source) else _read(source, size)
         self._known: dict[tuple[int, ...], float] = {}
 
-    def weigh(self, tokens: Ints, size: Ints, words_in_row: Ints) -> Floats:
+    def weigh(self, tokens: Ints, words: Words) -> Floats:
         """Return a weight a word, the heaviest of each row 1; words that all weigh 0 weigh 1.
 
         Args:
             tokens: The tokens of the words of all rows, one after the other.
-            size: How many tokens each word has.
-            words_in_row: How many words each row has.
+            words: How they make words.
         """
+        size, words_in_row = words.size, np.diff(words.before)
         if not size.size:
             return np.empty(0)
         if self._weight_of_text is None:
             word_of_token = np.repeat(np.arange(len(size)), size)
             weights = np.bincount(word_of_token, self._weight_of_token[tokens]) / size
         else:
-            words = np.split(tokens, np.cumsum(size)[:-1])
-            weights = np.array([self._weigh_text(tuple(word.tolist())) for word in words])
+            pieces = np.split(tokens, np.cumsum(size)[:-1])
+            weights = np.array([self._weigh_text(tuple(piece.tolist())) for piece in pieces])
         has_words = words_in_row > 0
         firsts = (np.cumsum(words_in_row) - words_in_row)[has_words]
         heaviest = np.repeat(np.maximum.reduceat(weights, firsts), words_in_row[has_words])
@@ -174,15 +183,15 @@ class WordWeights:
     def _weigh_text(self, word: tuple[int, ...]) -> float:
         if word not in self._known and self._weight_of_text is not None:
             text = str(self._tokenizer.decode(list(word))).strip()
-            given = self._weight_of_text(text)
+            returned: Any = self._weight_of_text(text)
             try:
-                weight = float(given)
+                weight = float(returned)
             except (TypeError, ValueError):
                 weight = np.nan
             if not 0 <= weight < np.inf:
                 raise ValueError(
-                    f"word_weights({text!r}) is {given!r}; a weight must be a finite number, 0 or "
-                    "more"
+                    f"word_weights({text!r}) is {returned!r}; a weight must be a finite number, 0 "
+                    "or more"
                 )
             self._known[word] = weight
         return self._known[word]
@@ -226,12 +235,12 @@ def _rank(urgency: Floats, words_in_row: Ints) -> Ints:
     return rank
 
 
-def _read(given: npt.ArrayLike, size: int) -> Floats:
+def _read(source: npt.ArrayLike, size: int) -> Floats:
     try:
-        weights = np.asarray(given, np.float64)
+        weights = np.asarray(source, np.float64)
     except (TypeError, ValueError):  # NumPy has no bfloat16
         reason = "it must be a callable, or an array that NumPy can read"
-        raise ValueError(f"word_weights is {given!r:.40}; {reason}") from None
+        raise ValueError(f"word_weights is {source!r:.40}; {reason}") from None
     if weights.shape != (size,):
         raise ValueError(
             f"word_weights has shape {weights.shape}; it must be ({size},), a weight for each "
@@ -245,9 +254,6 @@ def _read(given: npt.ArrayLike, size: int) -> Floats:
         )
     # The sum over a word's tokens must be finite too.
     return weights * 2.0**-64 if weights.max() > 2.0**900 else weights
-
-
-# ---- was masking/seeding: Randomness as a function: what is drawn depends on named parts, never on what was drawn before.
 
 
 @lru_cache(typed=True)  # asked for with each batch; typed, so that 1.0 is not taken for 1
@@ -266,62 +272,6 @@ def derive_key(*parts: int | str) -> int:
     plain = [part if isinstance(part, str) else operator.index(part) for part in parts]
     digest = hashlib.blake2b(json.dumps(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def check_whole(name: str, value: Any, within: range | None = None) -> int:
-    """Return a whole number, of Python or NumPy, as Python's.
-
-    Raises:
-        TypeError: If it is not one; a string would be another seed than the number in it.
-        ValueError: If it is not in the range.
-
-    Examples:
-        >>> check_whole("seed", np.int64(42))
-        42
-    """
-    if not hasattr(value, "__index__"):
-        raise TypeError(f"{name} is {value!r}; it must be a whole number")
-    number = operator.index(value)
-    if within is not None and number not in within:
-        raise ValueError(f"{name} is {number}; it must be {within[0]} to {within[-1]}")
-    return number
-
-
-_turn = RLock()
-if hasattr(os, "register_at_fork"):  # or a child could wait for a thread that it does not have
-    os.register_at_fork(
-        before=_turn.acquire, after_in_parent=_turn.release, after_in_child=_turn.release
-    )
-
-
-@contextmanager
-def seeded(key: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's global generators inside the block; restore them after it.
-
-    For code that draws from global state and cannot be handed a key: other libraries' collators,
-    and dropout. Threads take turns, but one that draws outside such a block moves what is drawn
-    in it.
-
-    Examples:
-        >>> with seeded(7):
-        ...     first = random.random()
-        >>> with seeded(7):
-        ...     first == random.random()
-        True
-    """
-    # Other devices are left alone: collators draw on the CPU.
-    with _turn, torch.random.fork_rng(devices=[]):
-        python_state = random.getstate()
-        # The global generator is what such code draws from.
-        numpy_state = np.random.get_state()  # noqa: NPY002
-        random.seed(key)
-        np.random.seed(key % 2**32)  # noqa: NPY002
-        torch.default_generator.manual_seed(key)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 def hash_rows(tokens: Ints, bounds: Ints, key: int) -> Hashes:

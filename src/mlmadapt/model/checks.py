@@ -10,13 +10,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import nn
 
 from mlmadapt._types import DataCollator, Model, Rows, Tokenizer
-from mlmadapt.data.rows import is_dataset
+from mlmadapt.data.table import measure_rows
 
 
 def check_model(model: Model) -> None:
@@ -92,7 +90,7 @@ def check_rows(
             "tokenizer or, if this is it and tokens were added, call "
             f"model.resize_token_embeddings({len(tokenizer)})"
         )
-    longest, highest = _measure(name, dataset)
+    longest, highest = measure_rows(name, dataset)
     if highest >= embeddings:
         raise ValueError(
             f"{name} has token id {highest}, the model's embedding {embeddings} rows; tokenize "
@@ -139,32 +137,6 @@ def position_table(model: Model) -> Any:
         if name in ("position_embeddings", "embed_positions") and hasattr(module, "weight"):
             return module
     return None
-
-
-def _measure(name: str, dataset: Rows) -> tuple[int, int]:
-    """Return the longest row in tokens and the highest token id."""
-    columns = list(dataset[0])
-    column = "input_ids" if "input_ids" in columns else "masked_input_ids"
-    if column not in columns:
-        raise ValueError(f"{name} has {columns}, without 'input_ids'; tokenize the documents first")
-    # A transform may make the column when a row is read.
-    if not is_dataset(dataset) or column not in dataset.column_names:
-        rows = [dataset[place][column] for place in range(len(dataset))]
-        return max(map(len, rows)), max((int(max(row)) for row in rows if len(row)), default=0)
-    # In the order of the table: to follow the indices of `shuffle` and `select` takes 80 times as
-    # long. Rows that they leave out do not count.
-    indices = dataset._indices  # noqa: SLF001  # a column of the rows' places in the table
-    is_used = np.full(len(dataset.data), indices is None)
-    if indices is not None:
-        is_used[indices.column(0).to_numpy()] = True
-    longest = highest = start = 0
-    for chunk in dataset.data.column(column).chunks:
-        here = is_used[start : start + len(chunk)]
-        used = chunk if here.all() else chunk.filter(pa.array(here))
-        longest = max(longest, pc.max(pc.list_value_length(used)).as_py() or 0)
-        highest = max(highest, pc.max(pc.list_flatten(used)).as_py() or 0)
-        start += len(chunk)
-    return longest, highest
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from mlmadapt._types import Model, Tokenizer
-from mlmadapt.data.rows import check_count
+from mlmadapt.data.rows import check_whole
 from mlmadapt.data.vocabulary import add_words
 from mlmadapt.model.checks import check_model, try_model, unwrap
 
@@ -97,7 +97,7 @@ def extend_vocabulary(
 def _check(tokenizer: Tokenizer, model: Model, pad_to_multiple_of: int | None) -> int:
     """Check what is extended; return the model's number of rows."""
     if pad_to_multiple_of is not None:
-        check_count("pad_to_multiple_of", pad_to_multiple_of)
+        check_whole("pad_to_multiple_of", pad_to_multiple_of)
     check_model(model)
     reason = None
     weights = list(model.parameters())

@@ -18,7 +18,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from mlmadapt._types import Batch, Model, Row, Rows, Tokenizer
-from mlmadapt.data.rows import dataset_lengths, is_frozen, pad_frozen, to_columns
+from mlmadapt.data.rows import is_frozen, pad_frozen, to_columns
+from mlmadapt.data.table import dataset_lengths
 from mlmadapt.model.checks import check_model, check_rows, evaluation_mode
 from mlmadapt.model.forward import MaskedForward, masked_forward
 

@@ -139,7 +139,7 @@ label 7 as a batch of its own; a mask must depend on seed, epoch and the row's t
     __tracebackhide__ = True
     import torch
 
-    from mlmadapt.masking.selection import seeded
+    from mlmadapt.masking.frozen_masks import seeded
 
     features = [dict(row) for row in features]
 

@@ -26,12 +26,11 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from mlmadapt._types import Batch, DataCollator, Ints, Rows
-from mlmadapt.data.rows import dataset_lengths, pad_rows
-from mlmadapt.data.table import table_reader
+from mlmadapt._types import Batch, DataCollator, Rows
+from mlmadapt.data.rows import JoinedRows
+from mlmadapt.data.table import dataset_lengths, table_reader
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.frozen_masks import collate_seeded, purify
-from mlmadapt.masking.rates import is_share
 from mlmadapt.masking.selection import derive_key
 from mlmadapt.training.config import TrainingConfig
 
@@ -348,7 +347,7 @@ class _IndexedRows(torch.utils.data.Dataset[Any]):
         self.dataset, self.as_columns = dataset, as_columns
 
     @cached_property  # where it is used: to another process, views would go as copies
-    def _read(self) -> Callable[[list[int]], tuple[dict[str, Ints], Ints]] | None:
+    def _read(self) -> Callable[[list[int]], JoinedRows] | None:
         return table_reader(self.dataset) if self.as_columns else None
 
     def __getitems__(self, picks: list[Pick]) -> Picked:
@@ -368,16 +367,7 @@ def _collate(picked: Picked, *, data_collator: DataCollator, seed: int, epoch: i
     if isinstance(data_collator, WholeWordMaskingCollator):
         own_seed = seed if data_collator.seed is None else data_collator.seed
         key = derive_key(own_seed, "mask", epoch)
-        if isinstance(rows, tuple):  # straight from a table
-            masked, lengths = data_collator.mask(
-                rows[0], key=key, progress=progress, lengths=rows[1]
-            )
-            multiple = data_collator.pad_to_multiple_of
-            batch = pad_rows(masked, lengths, data_collator.tokenizer, pad_to_multiple_of=multiple)
-        else:
-            # Where there is a schedule: `collate` of a subclass need not take it otherwise.
-            told = {} if is_share(data_collator.wwm_probability) else {"progress": progress}
-            batch = data_collator.collate(rows, key=key, **told)
+        batch = data_collator.collate(rows, key=key, progress=progress)
     else:
         key = derive_key(seed, "mask", epoch, *(index for _, index, _ in picks))
         batch = collate_seeded(data_collator, rows, key=key)

@@ -27,6 +27,7 @@ from torch.distributed import ProcessGroup, ReduceOp
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from mlmadapt.data.table import split_part
 from mlmadapt.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -174,8 +175,7 @@ def split_stream(dataset: Any, accelerator: Accelerator) -> tuple[Any, bool]:
 
     if not isinstance(dataset, IterableDataset):
         return dataset, False
-    given = dataset._distributed  # noqa: SLF001  # nothing else tells
-    parts = gather_object([given and (given.rank, given.world_size)])
+    parts = gather_object([split_part(dataset)])
     if parts == [None] * world:
         if dataset.n_shards % world:
             return dataset, False

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from mlmadapt._types import Model, Tokenizer
+from mlmadapt.data.table import split_part
 from mlmadapt.masking.rates import sample_rates
 from mlmadapt.model.checks import unwrap
 from mlmadapt.training.config import TrainingConfig
@@ -124,10 +125,8 @@ def _describe_collator(data_collator: Any) -> str:
 
 def _describe_rows(dataset: Any) -> str:
     if not hasattr(dataset, "__len__"):
-        split = getattr(dataset, "_distributed", None)  # by datasets, for as many processes
-        return f"a stream, {type(dataset).__name__}" + (
-            f", in {split.world_size} parts" if split else ""
-        )
+        part = split_part(dataset)
+        return f"a stream, {type(dataset).__name__}" + (f", in {part[1]} parts" if part else "")
     # A sample spread over all rows: to read a whole large dataset would take longer than to resume.
     places = sorted({i * (len(dataset) - 1) // _ROWS_LOOKED_AT for i in range(_ROWS_LOOKED_AT + 1)})
     return f"{len(dataset)} rows {_digest([sorted(dataset[place].items()) for place in places])}"

@@ -14,11 +14,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from mlmadapt import tokenize_with_word_ids
 from mlmadapt.testing import (
     TOKENIZER_KINDS,
     material,
     tiny_corpus,
     tiny_model,
+    tiny_rows,
     tiny_tokenizer,
 )
 
@@ -188,6 +190,20 @@ def test_processes_agree_and_the_import_is_light() -> None:
             timeout=300,
         )
         assert done.stdout.strip() == f"[] {hashlib.sha256(here.encode()).hexdigest()}"
+
+
+def test_rows_are_what_documents_are_tokenized_to(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Plain lists, of texts that are given or of so many of the corpus."""
+    texts = tiny_corpus(5, seed=2)
+    columns = tokenize_with_word_ids({"text": texts}, tokenizer)
+    rows = tiny_rows(tokenizer, texts)
+    assert rows == tiny_rows(tokenizer, 5, seed=2) != tiny_rows(tokenizer, 5)
+    assert {name: [row[name] for row in rows] for name in rows[0]} == {
+        name: [values.tolist() for values in column] for name, column in columns.items()
+    }
+    assert tiny_rows(tokenizer, []) == []
+    with pytest.raises(TypeError, match="column 'text' is 'a film', not a batch of documents"):
+        tiny_rows(tokenizer, "a film")
 
 
 def test_unknown_kind_is_named() -> None:

@@ -119,7 +119,7 @@ def test_mistakes_of_chunkers_are_named(examples: dict[str, list[list[int]]]) ->
             group_texts(examples, chunk_size=4),
         ),
         (
-            rf"chunk 1, position 2, {film}, is of one word with the token before it .* was the first",
+            rf"chunk 1, position 2, {film}, is of one word with the token before .* was the first",
             right | {"word_ids": [[0, 1, 1, 1], [0, 1, 1, 3], [0]]},
         ),
         (

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 
-
 Spans = Sequence[tuple[int, int]]
 WordBoundaries = Callable[[str], Spans]
 

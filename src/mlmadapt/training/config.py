@@ -5,12 +5,21 @@ import json
 import math
 import re
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import wraps
 from os import PathLike
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    Self,
+    TypeAlias,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 if TYPE_CHECKING:
     _Checkpoint: TypeAlias = str | Literal[True] | None
@@ -21,6 +30,7 @@ else:
     _Checkpoint = _Arguments = str | None
     _Names = str
 
+Settings = TypeVar("Settings")
 # What else than a setting does here what a setting of `TrainingArguments` does there.
 _OTHERWISE_HERE = {
     "bf16": "mixed_precision='bf16'",
@@ -31,7 +41,21 @@ _OTHERWISE_HERE = {
 }
 
 
+def _with_help(settings: type[Settings]) -> type[Settings]:
+    """Give each field what the docstring says of it, which `HfArgumentParser` shows as help."""
+    entries = re.findall(
+        r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(settings) or "", re.MULTILINE
+    )
+    for name, text in entries:
+        plain = " ".join(text.replace("`", "").replace("%", "%%").split())
+        if name in vars(settings):
+            described = field(default=vars(settings)[name], metadata={"help": plain})
+            setattr(settings, name, described)
+    return settings
+
+
 @dataclass(frozen=True, kw_only=True)
+@_with_help
 class TrainingConfig:
     """How `accelerate_train` trains.
 
@@ -80,9 +104,6 @@ class TrainingConfig:
         torch_compile: Train with compiled code: encoder and head become a graph each. It takes a
             minute before the first step, and is for GPUs: on a CPU, a step of DistilBERT's size
             took 1.08 times as long. Evaluation stays as it is.
-        torch_compile_backend: A backend of ``torch.compile``; None for its default, which needs a
-            C++ compiler on a CPU.
-        torch_compile_mode: ``"default"``, ``"reduce-overhead"`` or ``"max-autotune"``.
         logging_steps: Optimizer steps between entries of the history and the trackers, beside those
             at each evaluation; a value below 1 is a share of all steps. The default makes 50
             entries, of a short run as of a long one, where a fixed 500 steps may make none.
@@ -139,17 +160,26 @@ class TrainingConfig:
     early_stopping_patience: int | None = None
     gradient_checkpointing: bool = False
     torch_compile: bool = False
-    torch_compile_backend: str | None = None
-    torch_compile_mode: str | None = None
     logging_steps: float = 0.02
     report_to: _Names = "none"
     dataloader_num_workers: int = 0
     disable_tqdm: bool = False
     dataset_name: str | None = None
-    fill_mask: list[str] = field(default_factory=list)
+    fill_mask: list[str] | None = None
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_private_repo: bool | None = None
+
+    def __new__(cls, **settings: Any) -> Self:
+        """Name our setting where another one is passed."""
+        names = [*cls.__annotations__]
+        for name in settings.keys() - {*names}:
+            ours = _OTHERWISE_HERE.get(name) or " or ".join(get_close_matches(name, names))
+            raise TypeError(
+                f"{name} is {settings[name]!r}, but {cls.__name__} has no {name}; pass "
+                f"{ours or 'one of ' + ', '.join(names)}"
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if isinstance(self.report_to, list | tuple):
@@ -196,7 +226,7 @@ class TrainingConfig:
         object.__setattr__(self, "lr_scheduler_kwargs", arguments)
         from transformers import SchedulerType  # noqa: PLC0415  # a second to load
 
-        schedules = [each.value for each in SchedulerType]
+        schedules = [schedule.value for schedule in SchedulerType]
         known = self.lr_scheduler_type in schedules
         self._require("lr_scheduler_type", known, f"one of {schedules}")
 
@@ -214,34 +244,11 @@ class TrainingConfig:
             raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {requirement}")
 
 
-def _describe(settings: Any) -> None:
-    """Have `HfArgumentParser` say of each option what the docstring says."""
-    text = inspect.getdoc(settings) or ""
-    told = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", text, re.MULTILINE))
-    for each in fields(settings):
-        plain = " ".join(told.get(each.name, "").replace("`", "").replace("%", "%%").split())
-        each.metadata = {"help": plain}  # type: ignore[assignment]
-
-
-def _name_ours(settings: Any) -> None:
-    """Have a class of settings name its own where it is given another one."""
-    make, names = settings.__init__, [each.name for each in fields(settings)]
-
-    @wraps(make)
-    def init(self: Any, **given: Any) -> None:
-        for name in [each for each in given if each not in names]:
-            ours = _OTHERWISE_HERE.get(name) or " or ".join(get_close_matches(name, names))
-            raise TypeError(
-                f"{name} is {given[name]!r}, but {settings.__name__} has no {name}; "
-                f"pass {ours or 'one of ' + ', '.join(names)}"
-            )
-        make(self, **given)
-
-    settings.__init__ = init
-
-
-_describe(TrainingConfig)
-_name_ours(TrainingConfig)
+# What people and tools read is the signature of `__init__`, not of `__new__`.
+_init = inspect.signature(TrainingConfig.__init__)
+TrainingConfig.__signature__ = _init.replace(  # type: ignore[attr-defined]
+    parameters=[*_init.parameters.values()][1:]
+)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -250,7 +257,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return value in choices
     if NoneType in choices:
-        return any(_fits(value, each) for each in choices)
+        return any(_fits(value, choice) for choice in choices)
     kinds = (int, float) if hint is float else get_origin(hint) or hint
     # Python takes True for a whole number.
     return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))

@@ -50,7 +50,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         log_with=trackers or None,
         project_dir=config.output_dir,
     )
-    missing = set(trackers) - {getattr(each, "value", each) for each in accelerator.log_with}
+    missing = set(trackers) - {getattr(name, "value", name) for name in accelerator.log_with}
     if missing:
         raise ValueError(
             f"report_to is {config.report_to!r}, but {sorted(missing)} is not installed; pip "
@@ -139,7 +139,7 @@ def split_stream(dataset: Any, accelerator: Accelerator) -> tuple[Any, bool]:
         if dataset.n_shards % world:
             return dataset, False
         return split_dataset_by_node(dataset, rank, world), True
-    if parts != [(each, world) for each in range(world)]:
+    if parts != [(number, world) for number in range(world)]:
         raise ValueError(
             f"train_dataset is a stream of which the {world} processes have the parts {parts} "
             "(number, of how many); pass all the whole stream, or give each its own by "
@@ -148,11 +148,11 @@ def split_stream(dataset: Any, accelerator: Accelerator) -> tuple[Any, bool]:
     return dataset, True
 
 
-def is_everywhere(hosts: ProcessGroup, *, own: bool) -> bool:
+def is_everywhere(hosts: ProcessGroup, *, here: bool) -> bool:
     """Tell whether something holds on all processes, without a wait for what their devices do."""
-    told = torch.tensor(own, dtype=torch.uint8)
-    torch.distributed.all_reduce(told, ReduceOp.MIN, group=hosts)
-    return bool(told)
+    lowest = torch.tensor(here, dtype=torch.uint8)
+    torch.distributed.all_reduce(lowest, ReduceOp.MIN, group=hosts)
+    return bool(lowest)
 
 
 def total(accelerator: Accelerator, masked: int, tokens: int, stop_signal: int) -> torch.Tensor:

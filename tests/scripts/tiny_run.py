@@ -51,10 +51,10 @@ class TinyRun:
             **self.objects,
         )
 
-    def adapt(self, **options: Any) -> None:
+    def adapt(self, name: str = "default", **options: Any) -> None:
         """Add an adapter to the model."""
-        options = {"target_modules": ["query"], "r": 2, **options}
-        self.model = peft.get_peft_model(self.model, peft.LoraConfig(**options))
+        config = peft.LoraConfig(**{"target_modules": ["query"], "r": 2, **options})
+        self.model = peft.get_peft_model(self.model, config, name)
 
     def fingerprint(self) -> dict[str, Any]:
         """What a checkpoint would store of it."""
@@ -63,7 +63,7 @@ class TinyRun:
             model=self.model,
             tokenizer=self.tokenizer,
             data_collator=self.collator,
-            own={},
+            replaced={},
             datasets={"train_dataset": self.rows, "eval": self.eval_rows},
             rows_per_step=4,
         )

@@ -113,15 +113,13 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
 
     Examples:
         >>> import tempfile
-        >>> from mlmadapt import TrainingConfig, WholeWordMaskingCollator, tokenize_with_word_ids
-        >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
+        >>> from mlmadapt import TrainingConfig, WholeWordMaskingCollator
+        >>> from mlmadapt.testing import tiny_model, tiny_rows, tiny_tokenizer
         >>> tokenizer = tiny_tokenizer()
-        >>> columns = tokenize_with_word_ids({"text": ["a film", "the story"]}, tokenizer)
-        >>> rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     result = accelerate_train(
         ...         tiny_model(tokenizer),
-        ...         rows,
+        ...         tiny_rows(tokenizer, ["a film", "the story"]),
         ...         tokenizer=tokenizer,
         ...         data_collator=WholeWordMaskingCollator(tokenizer),
         ...         config=TrainingConfig(output_dir=folder, max_steps=2, disable_tqdm=True),

@@ -73,7 +73,8 @@ def write_run(run: TrainingRun, *, loss_sums: list[float]) -> None:
     with whole_folder(run.folder, f"{_PREFIX}{run.state.step}") as folder:
         # The format is what from_pretrained looks for. Tied weights are stored once.
         save_weights(run.model, str(folder / _WEIGHTS), metadata={"format": "pt"})
-        torch.save(_state_dicts(run), folder / _OPTIMIZER)
+        states = {name: holder.state_dict() for name, holder in _holders(run).items()}
+        torch.save(states, folder / _OPTIMIZER)
         (folder / "config.json").write_text(json.dumps(run.model.config.to_dict(), indent=1))
         (folder / _STATE).write_text(json.dumps(state, indent=1))
         _write_manifest(folder)
@@ -85,8 +86,7 @@ def read_run(checkpoint: Path, run: TrainingRun) -> None:
     load_model(run.model, checkpoint / _WEIGHTS)
     states = torch.load(checkpoint / _OPTIMIZER, map_location="cpu", weights_only=True)
     for name, holder in _holders(run).items():
-        if states[name] is not None:
-            holder.load_state_dict(states[name])
+        holder.load_state_dict(states[name])
     run.state = _read_counts(stored["counts"])
     # Each process goes on with its own sum; if their number differs, the first takes the whole.
     sums, rank = stored["loss_sums"], run.accelerator.process_index
@@ -107,13 +107,13 @@ def _read_counts(counts: Mapping[str, Any]) -> TrainState:
 
 
 def _holders(run: TrainingRun) -> dict[str, Any]:
-    holders = {"optimizer": run.optimizer, "scheduler": run.scheduler}
-    scaler = run.accelerator.scaler
-    return holders if scaler is None else {**holders, "scaler": scaler}
-
-
-def _state_dicts(run: TrainingRun) -> dict[str, Any]:
-    return {name: holder.state_dict() for name, holder in _holders(run).items()}
+    """Return what has a state that is stored, by name; there is no scaler but for fp16."""
+    holders = {
+        "optimizer": run.optimizer,
+        "scheduler": run.scheduler,
+        "scaler": run.accelerator.scaler,
+    }
+    return {name: holder for name, holder in holders.items() if holder is not None}
 
 
 def load_best(run: TrainingRun) -> None:

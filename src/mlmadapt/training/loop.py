@@ -294,8 +294,8 @@ def take_step(run: TrainingRun, batches: list[Batch], *, stop_signal: int) -> No
     # DDP averages over processes, accelerate divides by its accumulation steps: undo both.
     scale = plan.world * accelerator.gradient_accumulation_steps / masked.clamp(min=1)
     losses = []
-    for place, batch in enumerate(batches):
-        is_last = place == len(batches) - 1  # which averages gradients over the processes
+    for number, batch in enumerate(batches, start=1):
+        is_last = number == len(batches)  # which averages gradients over the processes
         with nullcontext() if is_last else accelerator.no_sync(run.wrapped):
             logits, targets = run.forward(run.wrapped, batch, rounded=True)
             loss = summed_cross_entropy(logits, targets)
@@ -308,8 +308,8 @@ def take_step(run: TrainingRun, batches: list[Batch], *, stop_signal: int) -> No
     is_spoiled = ~norm.isfinite()
     for earlier in run.pending:
         is_spoiled |= earlier.is_spoiled
-    values = torch.stack([*losses, norm])
-    run.pending.append(PendingStep.now(state, values, counts, is_spoiled=is_spoiled))
+    values, place = torch.stack([*losses, norm]), (state.step, state.epoch, state.epoch_step)
+    run.pending.append(PendingStep(*place, values, counts, is_spoiled))
     _update(run, is_spoiled, masked)
     if not waits_for_metric(run.scheduler):
         run.scheduler.step()

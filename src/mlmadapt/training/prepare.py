@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, tqdm
+from accelerate.utils import tqdm
 from torch import nn
 from transformers import get_scheduler
 
@@ -140,7 +140,10 @@ def prepare(
     if isinstance(train_rows, OpenStream):
         ahead = OpenStream(train_rows.peek(plan.rows_per_step))
     (first, *_), _ = next(training_batches(ahead, plan, data_collator, epoch=0))
-    check_masking(data_collator, first)
+    if not isinstance(data_collator, WholeWordMaskingCollator):
+        is_target = first["labels"] != -100
+        is_hidden = is_target & (first["labels"] != first["input_ids"])
+        check_masks(data_collator, targets=int(is_target.sum()), hidden=int(is_hidden.sum()))
     # Of the caller's model, before hooks and wrappers are part of it.
     passed = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
     fingerprint = describe_run(
@@ -194,21 +197,6 @@ def prepare(
             # That of the devices would have the hosts wait for what these do.
             hosts=torch.distributed.new_group(backend="gloo") if is_split else None,
         )
-
-
-def check_masking(data_collator: DataCollator, batch: Batch) -> None:
-    """Check by the first batch of all processes that another library's collator masks.
-
-    Raises:
-        ValueError: If the model would see all that it is to predict.
-    """
-    if isinstance(data_collator, WholeWordMaskingCollator):
-        return
-    is_target = batch["labels"] != -100
-    is_hidden = is_target & (batch["labels"] != batch["input_ids"])
-    counts = gather_object([(int(is_target.sum()), int(is_hidden.sum()))])
-    targets, hidden = map(sum, zip(*counts, strict=True))
-    check_masks(data_collator, targets=targets, hidden=hidden)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ class TrainState:
         return min(evaluations, key=lambda evaluation: evaluation[1].loss, default=None)
 
 
-@dataclass(frozen=True)
+@dataclass
 class PendingStep:
     """A step that the device was told to take, until the host has read what came of it.
 
@@ -89,23 +89,13 @@ class PendingStep:
     is_spoiled: torch.Tensor
     copied: torch.cuda.Event | None = None
 
-    @classmethod
-    def now(
-        cls,
-        state: TrainState,
-        values: torch.Tensor,
-        counts: torch.Tensor,
-        *,
-        is_spoiled: torch.Tensor,
-    ) -> "PendingStep":
-        """Make one of the step that comes next, and have its values copied to the host."""
-        copied = None
-        if values.is_cuda:
+    def __post_init__(self) -> None:
+        if self.values.is_cuda:
             # Asked for later, they would be waited for behind all steps that were launched since.
-            values, counts = (x.to("cpu", non_blocking=True) for x in (values, counts))
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
-        return cls(state.step, state.epoch, state.epoch_step, values, counts, is_spoiled, copied)
+            self.values = self.values.to("cpu", non_blocking=True)
+            self.counts = self.counts.to("cpu", non_blocking=True)
+            self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.copied.record()
 
     def read(self) -> tuple[list[float], list[int]]:
         """Return `values` and `counts`, when the device has got so far."""

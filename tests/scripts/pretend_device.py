@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from short_run import drop_nothing, freeze, make_rows, rows_of
+from short_run import drop_nothing, make_rows, rows_of
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
@@ -23,7 +23,6 @@ from mlmadapt import (
     TrainingConfig,
     WholeWordMaskingCollator,
     accelerate_train,
-    evaluate_mlm,
     pack_texts,
 )
 from mlmadapt.testing import tiny_model, tiny_tokenizer
@@ -138,14 +137,11 @@ def make_accelerator() -> Accelerator:
     return accelerator
 
 
-def train(
-    *, fused: bool = True, packed: bool = False, accumulation: int = 2, architecture: str = "bert"
-) -> list[Any]:
-    """Train a few steps; return what each turn of the loop costs, from step to step."""
+def train(*, fused: bool = True, architecture: str = "bert") -> list[Any]:
+    """Train on packed rows for a few steps; return what each turn of the loop costs."""
     tokenizer, rows = tiny_tokenizer(), make_rows(64)
-    if packed:
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
-        rows = rows_of(pack_texts(columns, chunk_size=40))
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    rows = rows_of(pack_texts(columns, chunk_size=40))
     model = drop_nothing(tiny_model(tokenizer, architecture=architecture)).to(DEVICE)
     accelerator = make_accelerator()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
@@ -170,7 +166,7 @@ def train(
                 output_dir=folder,
                 max_steps=9,
                 per_device_train_batch_size=4,
-                gradient_accumulation_steps=accumulation,
+                gradient_accumulation_steps=2,
                 logging_steps=100,
                 eval_strategy="no",
                 save_strategy="no",
@@ -178,18 +174,6 @@ def train(
             ),
         )
     return turns
-
-
-def evaluate(*, architecture: str = "bert") -> list[Any]:
-    """Evaluate 1 batch and 5 of mixed lengths; return what each costs."""
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(tokenizer, architecture=architecture).to(DEVICE)
-    rows, found = freeze(make_rows(40)), []
-    for number in (8, 40):
-        counts.clear()
-        evaluate_mlm(model, rows[:number], tokenizer=tokenizer, batch_size=8)
-        found.append(dict(+counts))
-    return found
 
 
 def agree() -> tuple[list[bool], Any]:

@@ -9,8 +9,9 @@ which transformers would ask the device whether it hides anything.
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -24,6 +25,20 @@ logger = logging.getLogger(__name__)
 
 # Columns of a batch that are not the model's.
 _TARGETS = ("labels", "word_ids")
+
+
+class DeviceBatch(NamedTuple):
+    """A batch on the device.
+
+    Attributes:
+        inputs: The model's.
+        masked: Where to predict.
+        targets: The tokens there, of shape ``(masked,)``.
+    """
+
+    inputs: Batch
+    masked: MaskedPositions
+    targets: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,19 +63,33 @@ class MaskedForward:
         Args:
             model: The model, or what it is wrapped in.
             batch: On the host, with ``labels`` of shape ``(batch, sequence)``.
+            rounded: As in `to_device`.
+        """
+        sent = self.to_device(batch, rounded=rounded)
+        with self.at(sent.masked):
+            return masked_logits(model(**sent.inputs), sent.masked), sent.targets
+
+    def at(self, masked: MaskedPositions) -> AbstractContextManager[None]:
+        """Predict at these positions only inside the block, if the model has a sparse head."""
+        return self.sparse.at(masked) if self.sparse else nullcontext()
+
+    def to_device(self, batch: Batch, *, rounded: bool = False) -> DeviceBatch:
+        """Copy a batch to the device.
+
+        Args:
+            batch: On the host, with ``labels`` of shape ``(batch, sequence)``.
             rounded: Predict positions without a target too, up to a `POSITION_MULTIPLE`; -100
                 stands for their tokens.
         """
         labels = batch["labels"]
         masked = MaskedPositions.of(labels != -100, rounded=rounded)
-        targets = self._copy(labels.flatten()[masked.indices[: masked.number]])
+        targets = labels.flatten()[masked.indices[: masked.number]]
         inputs = {name: batch[name] for name in batch if name not in _TARGETS}
         if self.is_free and "attention_mask" in inputs and bool(inputs["attention_mask"].all()):
             del inputs["attention_mask"]
         inputs = {name: self._copy(values) for name, values in inputs.items()}
         masked = masked._replace(indices=self._copy(masked.indices))
-        with self.sparse.at(masked) if self.sparse else nullcontext():
-            return masked_logits(model(**inputs), masked), targets
+        return DeviceBatch(inputs, masked, self._copy(targets))
 
     def touch_gradients(
         self, model: nn.Module, batch: Batch, backward: Callable[[torch.Tensor], None]

@@ -21,7 +21,7 @@ from mlmadapt.data.rows import is_frozen, pad_frozen, to_columns
 from mlmadapt.masking.frozen_masks import insert_random_mask
 from mlmadapt.masking.selection import derive_key
 from mlmadapt.model.evaluation import as_log, collate_frozen, evaluate_rows, name_sets
-from mlmadapt.model.head import summed_cross_entropy
+from mlmadapt.model.head import masked_logits, summed_cross_entropy
 from mlmadapt.training import checkpoint
 from mlmadapt.training.batches import count_tokens
 from mlmadapt.training.checkpoint import own_output_dir, save_model
@@ -212,8 +212,12 @@ def evaluate(run: Run) -> None:
     for place, (name, rows) in enumerate(run.eval_sets.items()):
         collate = partial(collate_frozen, tokenizer=run.tokenizer)
         if not is_frozen(rows):
-            masks = {"data_collator": run.data_collator, "seed": run.config.seed}
-            collate = partial(collate_unfrozen, tokenizer=run.tokenizer, **masks)
+            collate = partial(
+                collate_unfrozen,
+                tokenizer=run.tokenizer,
+                data_collator=run.data_collator,
+                seed=run.config.seed,
+            )
         with in_plain_code(run):
             metrics = found[name] = evaluate_rows(
                 run.model,
@@ -307,10 +311,12 @@ def take_step(run: Run, batches: list[Batch], *, stop_signal: int) -> None:
     scale = plan.world * accelerator.gradient_accumulation_steps / masked.clamp(min=1)
     losses = []
     for place, batch in enumerate(batches):
+        sent = run.predictor.to_device(batch, rounded=True)
         is_last = place == len(batches) - 1  # which averages gradients over the processes
         with nullcontext() if is_last else accelerator.no_sync(run.wrapped):
-            logits, targets = run.predictor(run.wrapped, batch, rounded=True)
-            loss = summed_cross_entropy(logits, targets)
+            with run.predictor.at(sent.masked):
+                logits = masked_logits(run.wrapped(**sent.inputs), sent.masked)
+            loss = summed_cross_entropy(logits, sent.targets)
             losses.append(loss.detach())
             # An infinite loss can have a finite gradient; as NaN, all processes see it.
             accelerator.backward(loss * scale * (1 + losses[-1] * 0))

@@ -12,6 +12,7 @@ from transformers import AutoModelForMaskedLM
 
 from mlmadapt import WholeWordMaskingCollator, pack_texts, tokenize_with_word_ids
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
+from tests.scripts.short_run import rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,19 +24,14 @@ TOKENIZER = tiny_tokenizer()
 IS_OLD = Version(transformers.__version__) < Version("5.23")
 
 
-def columns_to_rows(columns: Any) -> Rows:
-    """Turn columns into rows."""
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
 def tokenize(count: int, *, seed: int = 0) -> dict[str, Any]:
     """Tokenize documents of unequal lengths, of which none needs more than a row."""
     columns = tokenize_with_word_ids({"text": tiny_corpus(count, seed=seed)}, TOKENIZER)
     return {name: [row[:64] for row in rows] for name, rows in columns.items()}
 
 
-ALONE = columns_to_rows(tokenize(24))
-PACKED = columns_to_rows(pack_texts(tokenize(24), chunk_size=64))
+ALONE = rows_of(tokenize(24))
+PACKED = rows_of(pack_texts(tokenize(24), chunk_size=64))
 
 
 def build(architecture: str, attention: str = "sdpa") -> PreTrainedModel:
@@ -79,11 +75,3 @@ def step(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[torch.Tensor, t
     loss = model(**batch).loss
     loss.backward()
     return loss.detach(), gradients_of(model)
-
-
-def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """Switch dropout off, which is drawn by place in the batch."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model

@@ -77,17 +77,6 @@ def test_rows_that_fit(
     check_rows("train_dataset", list(tensors), model=bert, tokenizer=wordpiece)
 
 
-def test_many_rows_are_measured_batch_by_batch(
-    bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast
-) -> None:
-    """The longest row and the highest id are found wherever they stand, in any order."""
-    for row, message in (([8] * 513, "has a row of 513 tokens"), ([475], "has token id 475")):
-        rows = datasets.Dataset.from_dict({"input_ids": [[7]] * 25_000 + [row] + [[7]] * 10_000})
-        for order in (rows, rows.shuffle(seed=0, keep_in_memory=True)):
-            with pytest.raises(ValueError, match=message):
-                check_rows("eval", order, model=bert, tokenizer=wordpiece)
-
-
 def test_other_mistakes(bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast) -> None:
     """No rows, no tokens, several sets at once, a stream, and a tokenizer that has grown."""
     with pytest.raises(ValueError, match=r"^eval has no rows; group_texts drops"):
@@ -169,16 +158,6 @@ def test_rows_are_read_by_their_number(
             raise AssertionError("iterated")
 
     check_rows("eval", MapStyle(ROWS), model=bert, tokenizer=wordpiece)
-
-
-def test_rows_that_a_transform_makes_are_measured(
-    bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast
-) -> None:
-    """As `with_transform` makes them when they are read."""
-    texts = datasets.Dataset.from_dict({"text": ["a film", "a " * 600]})
-    rows = texts.with_transform(lambda batch: wordpiece(batch["text"]))
-    with pytest.raises(ValueError, match="eval has a row of 602 tokens"):
-        check_rows("eval", rows, model=bert, tokenizer=wordpiece)
 
 
 @pytest.mark.parametrize(

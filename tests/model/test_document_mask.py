@@ -23,8 +23,8 @@ from tests.model.packed import (
     build,
     loss_and_gradients,
     step,
-    without_dropout,
 )
+from tests.scripts.short_run import drop_nothing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -171,13 +171,13 @@ def test_loss_and_gradients_are_those_of_the_dense_mask(
     monkeypatch: pytest.MonkeyPatch, architecture: str
 ) -> None:
     """A model learns by groups what it learns with the dense mask, windows included."""
-    found = []
+    results = []
     for make in (mask_documents, make_dense):
         monkeypatch.setattr(isolation, "mask_documents", make)
         model = build(architecture)
         with isolate_documents(model):
-            found.append(loss_and_gradients(model, PACKED))
-    (loss, gradient), (expected_loss, expected) = found
+            results.append(loss_and_gradients(model, PACKED))
+    (loss, gradient), (expected_loss, expected) = results
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert (gradient - expected).norm() <= 1e-5 * expected.norm()
 
@@ -196,7 +196,7 @@ def test_layers_that_run_again_attend_by_groups(
     calls: dict[str, int], architecture: str, reentrant: Any
 ) -> None:
     """With gradient checkpointing, attention and dropout of the backward pass are the same."""
-    found = []
+    results = []
     for is_checkpointed in (False, True):
         model = build(architecture).train()
         if is_checkpointed:
@@ -204,24 +204,26 @@ def test_layers_that_run_again_attend_by_groups(
         with isolate_documents(model):
             calls.update(dict.fromkeys(calls, 0))
             torch.manual_seed(0)
-            found.append(loss_and_gradients(model, PACKED))
+            results.append(loss_and_gradients(model, PACKED))
     assert calls == {"_attend": 2 * model.config.num_hidden_layers, "_make_dense": 0}
-    assert found[0][0] == found[1][0]
-    assert torch.equal(found[0][1], found[1][1])
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
 
 
 def test_batches_with_and_without_documents_take_turns() -> None:
     """In a run of both, ordinary batches give bit for bit what they give without the handle."""
-    model = without_dropout(build("bert")).train()
+    model = drop_nothing(build("bert")).train()
     ordinary = [COLLATOR(ALONE[at : at + 4]) for at in (0, 4)]
     packed = [COLLATOR(PACKED[at : at + 2]) for at in (0, 2)]
     expected = [step(model, batch) for batch in ordinary]
     with isolate_documents(model):
         alone = [step(model, batch) for batch in packed]
-        mixed = [step(model, each) for pair in zip(packed, ordinary, strict=True) for each in pair]
-    for found, wanted in zip(mixed, [alone[0], expected[0], alone[1], expected[1]], strict=True):
-        assert torch.equal(found[0], wanted[0])
-        assert torch.equal(found[1], wanted[1])
+        mixed = [
+            step(model, batch) for pair in zip(packed, ordinary, strict=True) for batch in pair
+        ]
+    for result, wanted in zip(mixed, [alone[0], expected[0], alone[1], expected[1]], strict=True):
+        assert torch.equal(result[0], wanted[0])
+        assert torch.equal(result[1], wanted[1])
 
 
 def test_model_and_configuration_stay_as_they_are(tmp_path: Path) -> None:
@@ -231,9 +233,9 @@ def test_model_and_configuration_stay_as_they_are(tmp_path: Path) -> None:
     before = (json.dumps(model.config.to_dict()), model.config._attn_implementation)
     handle = isolate_documents(model)
     model(**COLLATOR(PACKED[:2]))
-    for each in (None, handle):
-        if each is not None:
-            each.remove()
+    for hooked in (None, handle):
+        if hooked is not None:
+            hooked.remove()
         assert (json.dumps(model.config.to_dict()), model.config._attn_implementation) == before
         model.save_pretrained(tmp_path / "after")
         saved = [(tmp_path / when / "config.json").read_text() for when in ("before", "after")]

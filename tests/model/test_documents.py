@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,12 +37,11 @@ from tests.model.packed import (
     PACKED,
     TOKENIZER,
     build,
-    columns_to_rows,
     gradients_of,
     loss_and_gradients,
     tokenize,
-    without_dropout,
 )
+from tests.scripts.short_run import drop_nothing, rows_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +67,7 @@ def test_documents_see_themselves_alone(architecture: str, attention: str) -> No
         assert_documents_isolated(model, PACKED[:4], atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", [each for each in REFUSED if each not in LATER])
+@pytest.mark.parametrize("architecture", [name for name in REFUSED if name not in LATER])
 def test_models_that_mix_documents_are_refused(architecture: str) -> None:
     """A model that cannot keep documents apart is refused by name, and left without hooks."""
     model = tiny_model(TOKENIZER, architecture=architecture)
@@ -78,64 +76,48 @@ def test_models_that_mix_documents_are_refused(architecture: str) -> None:
     assert not model._forward_pre_hooks
 
 
-def dense_of(kind: str) -> Any:
-    """Return a mask that looks like one that isolates, and leaks."""
-
-    def leak(self: Any, documents: torch.Tensor, dtype: torch.dtype) -> Any:
-        sees = documents[:, None, :, None] == documents[:, None, None, :]
-        return {
-            "of ones and zeros": sees.to(dtype),
-            "of booleans": sees,
-            "of document numbers": documents + 1,
-            "of padding": (documents >= 0).to(documents.dtype),
-            "with three dimensions": sees[:, 0],
-        }[kind]
-
-    return leak
+LEAKS = {
+    "of ones and zeros": lambda sees, documents, dtype: sees.to(dtype),
+    "of booleans": lambda sees, documents, dtype: sees,
+    "of document numbers": lambda sees, documents, dtype: documents + 1,
+    "of padding": lambda sees, documents, dtype: (documents >= 0).to(documents.dtype),
+    "with three dimensions": lambda sees, documents, dtype: sees[:, 0],
+}
 
 
 @pytest.mark.parametrize("architecture", sorted({"bert", "distilbert", "mpnet", "roberta"} - LATER))
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "of ones and zeros",
-        "of booleans",
-        "of document numbers",
-        "of padding",
-        "with three dimensions",
-    ],
-)
+@pytest.mark.parametrize("kind", LEAKS)
 def test_masks_that_leak_are_noticed(
     monkeypatch: pytest.MonkeyPatch, architecture: str, kind: str
 ) -> None:
     """The check at the start notices each mask that looks right and leaks in eager attention."""
-    monkeypatch.setattr(isolation.DocumentIsolation, "_make_masks", dense_of(kind))
-    with pytest.raises(ValueError, match="does not keep the documents"):
+
+    def leak(_: Any, documents: torch.Tensor, dtype: torch.dtype) -> Any:
+        sees = documents[:, None, :, None] == documents[:, None, None, :]
+        return LEAKS[kind](sees, documents, dtype)
+
+    monkeypatch.setattr(isolation.DocumentIsolation, "_make_masks", leak)
+    with pytest.raises(ValueError, match="with attention 'eager' does not keep the documents"):
         isolate_documents(build(architecture, "eager"))
 
 
 @pytest.mark.skipif(IS_OLD, reason="ModernBERT is refused before transformers 5.23")
-def test_one_mask_for_all_layers_is_noticed_in_modernbert(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ModernBERT leaves a mask out that is not one for each kind of its layers."""
-    make = isolation.DocumentIsolation._make_masks
-    monkeypatch.setattr(
-        isolation.DocumentIsolation, "_make_masks", lambda *args: make(*args)["full_attention"]
-    )
-    with pytest.raises(ValueError, match="does not keep the documents"):
-        isolate_documents(build("modernbert"))
+@pytest.mark.parametrize(
+    "kinds", [None, ("full_attention", "sliding_attention")], ids=["one", "wide"]
+)
+def test_a_window_that_is_not_kept_is_noticed(monkeypatch: pytest.MonkeyPatch, kinds: Any) -> None:
+    """One mask for all layers is left out by ModernBERT; a wide one reaches out of its window.
 
-
-@pytest.mark.skipif(IS_OLD, reason="ModernBERT is refused before transformers 5.23")
-def test_a_window_that_is_not_kept_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The documents of the check are longer than ModernBERT's window, so that it has to hold."""
+    The documents of the check are longer than the window, so that it has to hold.
+    """
     make = isolation.DocumentIsolation._make_masks
 
     def widen(*args: Any) -> Any:
         full = make(*args)["full_attention"]
-        return {"full_attention": full, "sliding_attention": full}
+        return dict.fromkeys(kinds, full) if kinds else full
 
     monkeypatch.setattr(isolation.DocumentIsolation, "_make_masks", widen)
-    with pytest.raises(ValueError, match="not those that it has alone"):
+    with pytest.raises(ValueError, match="not those that it has alone" if kinds else "not keep"):
         isolate_documents(build("modernbert"))
 
 
@@ -145,16 +127,15 @@ def test_positions_that_do_not_begin_anew_are_noticed(
     monkeypatch: pytest.MonkeyPatch, architecture: str, wrong: str
 ) -> None:
     """The check notices documents at other positions than they have alone."""
-    positions = {
-        "none": lambda documents: torch.arange(documents.shape[1]).expand_as(documents),
-        "shifted": lambda documents: _positions(documents) + 1,
-    }[wrong]
-    monkeypatch.setattr(isolation, "_count_positions", positions)
+    count = isolation._count_positions
+
+    def misplace(documents: torch.Tensor) -> torch.Tensor:
+        all_places = torch.arange(documents.shape[1]).expand_as(documents)
+        return all_places if wrong == "none" else count(documents) + 1
+
+    monkeypatch.setattr(isolation, "_count_positions", misplace)
     with pytest.raises(ValueError, match="not those that it has alone"):
         isolate_documents(build(architecture))
-
-
-_positions = isolation._count_positions
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -183,13 +164,13 @@ def test_masks_of_a_document_know_nothing_of_its_row(budget: Any, random: float)
         batch = collator(rows, return_tensors="np")
         numbers = batch.get("document_ids", np.where(batch["attention_mask"] == 1, 0, -1))
         return sorted(
-            (batch["input_ids"][row][own].tolist(), batch["labels"][row][own].tolist())
+            (batch["input_ids"][row][is_its].tolist(), batch["labels"][row][is_its].tolist())
             for row in range(len(rows))
-            for own in (numbers[row] == each for each in set(numbers[row]) - {-1})
+            for is_its in (numbers[row] == number for number in set(numbers[row]) - {-1})
         )
 
     assert documents(PACKED) == documents(ALONE)
-    wider = columns_to_rows(pack_texts(tokenize(24), chunk_size=200))
+    wider = rows_of(pack_texts(tokenize(24), chunk_size=200))
     assert documents(wider) == documents(ALONE)
 
 
@@ -215,7 +196,7 @@ def test_both_handles_in_any_order() -> None:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_gradient_checkpointing_and_adapters() -> None:
     """Isolation holds below PEFT's adapters, and where activations are computed again."""
-    bare = without_dropout(build("bert"))
+    bare = drop_nothing(build("bert"))
     model = get_peft_model(bare, LoraConfig(target_modules=["query"], init_lora_weights=False))
     new = hasattr(bare, "activation_checkpointing_enable")  # from transformers 5.23 on
     name = "activation_checkpointing" if new else "gradient_checkpointing"
@@ -238,12 +219,12 @@ def test_collators_of_others_keep_the_documents(tmp_path: Path) -> None:
     result = accelerate_train(
         build("bert"),
         PACKED,
-        columns_to_rows(frozen),
+        rows_of(frozen),
         tokenizer=TOKENIZER,
         data_collator=collator,
         config=TrainingConfig(output_dir=str(tmp_path), max_steps=2, disable_tqdm=True),
     )
-    targets = [int((np.asarray(each) != -100).sum()) for each in frozen["masked_labels"]]
+    targets = [int((np.asarray(row) != -100).sum()) for row in frozen["masked_labels"]]
     assert result.final.masked_tokens == sum(targets)
 
 
@@ -267,7 +248,7 @@ def test_training_isolates_by_itself(tmp_path: Path) -> None:
     """A step on all documents, packed, takes the weights where a step on single rows takes them."""
     ends = []
     for rows in (PACKED, ALONE):
-        model = without_dropout(build("bert"))
+        model = drop_nothing(build("bert"))
         accelerate_train(
             model,
             rows,
@@ -289,7 +270,7 @@ def test_trainer_isolates_with_the_handle(tmp_path: Path) -> None:
     losses = []
     for rows in (PACKED, ALONE):
         set_seed(0)
-        model = without_dropout(build("bert"))
+        model = drop_nothing(build("bert"))
         arguments = TrainingArguments(
             output_dir=str(tmp_path), per_device_train_batch_size=32, max_steps=2, report_to="none",
             remove_unused_columns=False, logging_steps=1, disable_tqdm=True, save_strategy="no",
@@ -317,20 +298,6 @@ def test_a_model_without_the_handle_says_so(architecture: str) -> None:
         tiny_model(TOKENIZER, architecture=architecture)(**batch)
 
 
-def test_masks_of_packed_batches_can_be_read_and_moved() -> None:
-    """All that a loop does with a mask works; a type that is changed is refused."""
-    mask = WholeWordMaskingCollator(TOKENIZER, seed=0)(PACKED[:2])["attention_mask"]
-    plain = mask.as_subclass(torch.Tensor)
-    assert type(plain) is torch.Tensor
-    assert int(mask.sum()) == int(plain.sum())
-    assert mask.tolist() == plain.tolist()
-    assert torch.equal(mask.to("cpu", non_blocking=True)[:1].clone(), plain[:1])
-    assert type(copy.deepcopy(mask)) is type(mask)
-    assert type(mask.to("cpu")) is type(mask[:, None, None]) is type(mask)
-    with pytest.raises(ValueError, match="hold several documents"):
-        mask.to(torch.bool)
-
-
 @pytest.mark.parametrize(
     ("documents", "message"),
     [
@@ -352,7 +319,7 @@ def test_collators_refuse_documents_that_fall() -> None:
     message = "document_ids of row 1 of the batch fall from 1 to 0"
     with pytest.raises(ValueError, match=message):
         WholeWordMaskingCollator(TOKENIZER)([fine, row])
-    frozen = [{**each, "labels": [7, 9, -100]} for each in (fine, row)]
+    frozen = [{**columns, "labels": [7, 9, -100]} for columns in (fine, row)]
     with pytest.raises(ValueError, match=message):
         evaluate_mlm(build("bert"), frozen, tokenizer=TOKENIZER)
     short = {**row, "document_ids": [0, 1]}

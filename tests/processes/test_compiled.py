@@ -14,7 +14,8 @@ from mlmadapt import WholeWordMaskingCollator, isolate_documents, sparse_predict
 from mlmadapt.model.checks import try_model
 from mlmadapt.model.forward import masked_forward
 from mlmadapt.testing import assert_documents_isolated
-from tests.model.packed import ALONE, IS_OLD, PACKED, TOKENIZER, build, step, without_dropout
+from tests.model.packed import ALONE, IS_OLD, PACKED, TOKENIZER, build, step
+from tests.scripts.short_run import drop_nothing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +40,7 @@ def _compile_anew() -> Iterator[None]:
 @pytest.fixture
 def model() -> PreTrainedModel:
     """A tiny BERT in training mode, whose steps can be compared."""
-    return without_dropout(build("bert")).train()
+    return drop_nothing(build("bert")).train()
 
 
 def assert_same(steps: list[Any], expected: list[Any]) -> None:
@@ -113,7 +114,7 @@ def test_compiled_models_isolate(*, is_compiled_first: bool) -> None:
 @pytest.mark.parametrize("architecture", ["bert", *([] if IS_OLD else ["modernbert"])])
 def test_compiled_models_learn_what_others_do(architecture: str) -> None:
     """Compiled, masks are dense; loss and gradient are the same, and few graphs are made."""
-    model = without_dropout(build(architecture)).train()
+    model = drop_nothing(build(architecture)).train()
     packed = [COLLATOR(PACKED[at : at + 2]) for at in (0, 2, 4)]
     batches = [packed[0], COLLATOR(ALONE[:2]), *packed[1:]]
     with isolate_documents(model), sparse_prediction(model):

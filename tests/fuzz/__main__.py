@@ -42,19 +42,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cases", type=int, help="of each part, at most")
     parser.add_argument("--only", choices=PARTS, action="append", help="a part, or several")
     parser.add_argument("--data", type=Path, default=data, help="folder of real tokenizers")
-    given = parser.parse_args(arguments)
-    seed = int(time.time()) if given.seed is None else given.seed
-    folder = given.data if given.data.is_dir() else None
-    end = time.monotonic() + 60 * given.minutes
-    spent = dict.fromkeys(given.only or PARTS, 0.0)
+    options = parser.parse_args(arguments)
+    seed = int(time.time()) if options.seed is None else options.seed
+    folder = options.data if options.data.is_dir() else None
+    end = time.monotonic() + 60 * options.minutes
+    spent = dict.fromkeys(options.only or PARTS, 0.0)
     cases: Counter[str] = Counter()
     counts: dict[str, Counter[str]] = {part: Counter() for part in spent}
     findings: dict[str, str] = {}
     print(f"cases from {seed} on")
     while time.monotonic() < end and (open_parts := [p for p in spent if p not in findings]):
         part = min(open_parts, key=spent.__getitem__)
-        if given.cases is not None and cases[part] >= given.cases:
-            if all(cases[each] >= given.cases for each in open_parts):
+        if options.cases is not None and cases[part] >= options.cases:
+            if all(cases[p] >= options.cases for p in open_parts):
                 break
             spent[part] = float("inf")
             continue
@@ -71,8 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
         cases[part] += 1
         spent[part] += time.monotonic() - start
     for part, counted in counts.items():
-        told = ", ".join(f"{count:,} {name}" for name, count in sorted(counted.items()))
-        print(f"{part}: {cases[part]:,} cases ({told}), {int(part in findings)} found")
+        figures = ", ".join(f"{count:,} {name}" for name, count in sorted(counted.items()))
+        print(f"{part}: {cases[part]:,} cases ({figures}), {int(part in findings)} found")
     return 1 if findings else 0
 
 

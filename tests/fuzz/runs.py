@@ -16,8 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.scripts.processes import Ended, outcome, start
-from tests.training.test_faults import last_step, torchrun
+from tests.scripts.processes import Ended, last_step, outcome, start, torchrun
 
 if TYPE_CHECKING:
     from random import Random
@@ -69,14 +68,14 @@ def compare(draw: Random, settings: dict[str, Any], folder: Path, plan: list[str
         else:
             ended = start("train", **arguments, **how)
             check_end(ended, name)
-            counts["interruptions"] += any(each.code for each in ended)
+            counts["interruptions"] += any(process.code for process in ended)
             if name == "term" and "at_step" in how and len(ended) == 1 and ended[0].code:
                 # The step at which it was told is the last that it takes.
                 (step,) = map(int, how["at_step"])
                 assert last_step(cut) == max(step + 1, before), f"left at {last_step(cut)}"
     plan.append("resumed")
-    found = outcome(cut, **settings, resume_from_checkpoint=True, **PLANTED)
-    assert found == whole, f"ended {found}, expected {whole}"
+    made = outcome(cut, **settings, resume_from_checkpoint=True, **PLANTED)
+    assert made == whole, f"ended {made}, expected {whole}"
     return counts + Counter(steps=whole["steps"])
 
 
@@ -85,10 +84,10 @@ PLANTED: dict[str, Any] = {}  # a fault, by a test of this file
 
 def check_end(ended: list[Ended], name: str) -> None:
     """A process ends by its signal, or because another one has gone without a word."""
-    codes = {each.code for each in ended}
+    codes = {process.code for process in ended}
     gone = codes & {-9, -15, -2}
     fine = codes <= CODES[name] | ({1} if gone and len(ended) > 1 else set())
-    assert fine, f"ended by {name} with {codes}:\n" + "\n".join(each.log for each in ended)
+    assert fine, f"ended by {name} with {codes}:\n" + "\n".join(process.log for process in ended)
 
 
 def interrupt_torchrun(

@@ -28,6 +28,7 @@ from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_tokenizer
 from tests.data.reference_chunking import reference_group_texts
 from tests.data.reference_tokenization import reference_tokenize
 from tests.masking.reference_masking import reference_collate, reference_key, reference_mask
+from tests.scripts.short_run import rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,7 +147,7 @@ def compare(draw: Random, tokenizer: Any, texts: list[str]) -> Counter[str]:
 def compare_masks(draw: Random, tokenizer: Any, columns: dict[str, Any]) -> int:
     """Compare a batch of all rows, and the rows with frozen masks."""
     columns = {name: values for name, values in columns.items() if name != "labels"}
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    rows = rows_of(columns)
     draw.shuffle(rows)
     size = max(tokenizer.get_vocab().values()) + 1
     shares = [(1.0, 0.0), (0.8, 0.1), (0.0, 1.0), (0.0, 0.0), (draw.random() / 2, 0.3)]
@@ -186,9 +187,9 @@ def same(what: str, found: Any, expected: Any) -> None:
         others = expected.keys() if isinstance(expected, dict) else range(len(expected))
         if [*parts] != [*others]:
             break
-        if isinstance(found, list) and all(isinstance(each, int) for each in found):
+        if isinstance(found, list) and all(isinstance(value, int) for value in found):
             break
-        part = next(each for each in parts if found[each] != expected[each])
+        part = next(name for name in parts if found[name] != expected[name])
         where, found, expected = f"{where}, {part}", found[part], expected[part]
     raise AssertionError(f"{where}: found {found}, expected {expected}")
 

@@ -162,12 +162,15 @@ def test_several_processes_write_one_card(tmp_path: Path) -> None:
     outcome(tmp_path / "one", **settings)
     outcome(tmp_path / "two", **settings, world=2, per_device_train_batch_size=4)
     one, two = (
-        (tmp_path / name / "README.md").read_text(encoding="utf-8") for name in ("one", "two")
+        [
+            line
+            for line in (tmp_path / name / "README.md").read_text(encoding="utf-8").splitlines()
+            if " value: " not in line  # the perplexity, to all digits
+        ]
+        for name in ("one", "two")
     )
-    assert "This is a great" in one
-    assert [line for line in two.splitlines() if "batch" not in line] == [
-        line for line in one.splitlines() if "batch" not in line
-    ]
+    assert "This is a great" in str(one)
+    assert one == two
 
 
 @pytest.mark.slow

@@ -144,7 +144,7 @@ def last_step(folder: Path) -> int:
     from mlmadapt.training.checkpoint import find_checkpoints, find_damage
 
     paths = find_checkpoints(folder)
-    assert [list(find_damage(path)) for path in paths] == [[] for _ in paths]
+    assert [find_damage(path) for path in paths] == [None] * len(paths)
     return int(paths[0].name.rpartition("-")[2]) if paths else 0
 
 

@@ -86,7 +86,7 @@ def assert_same_loss(
         loss = torch.as_tensor(loss_of(model, dict(part), count))
         if not (gradients and loss.requires_grad):
             return loss.item(), map(torch.zeros_like, trained.values())
-        with_zeros = {"allow_unused": True, "materialize_grads": True}
+        with_zeros: Any = {"allow_unused": True, "materialize_grads": True}
         return loss.item(), torch.autograd.grad(loss, [*trained.values()], **with_zeros)
 
     parts = {f"row {row}": slice(row, row + 1) for row in range(len(step["labels"]))}

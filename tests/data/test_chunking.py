@@ -192,7 +192,7 @@ def test_what_is_dropped_is_logged(
         for tokens, chunk_size in ((5000, 4999), (5, 4), (5, 4), (100, 64), (5000, 4999), (5, 5)):
             caplog.clear()
             group_texts({"input_ids": [[7] * tokens]}, chunk_size=chunk_size)
-            levels.append([each.levelname for each in caplog.records])
+            levels.append([record.levelname for record in caplog.records])
         # One pass over a large dataset leaves nothing to be done; 36 % of a small one does, also
         # after a smaller loss was told of; and what is said once per batch would be noise.
         assert levels == [["INFO"], ["WARNING"], ["INFO"], ["WARNING"], ["INFO"], []]

@@ -71,23 +71,23 @@ def test_documents_are_whole_and_no_token_is_lost(columns: Columns, chunk_size: 
     """Each is in one row and in order, or in whole rows and a piece of what is left."""
     rows = pack_texts(columns, chunk_size=chunk_size)
     assert all(0 < len(row) <= chunk_size for row in rows["input_ids"])
-    found: dict[int, dict[str, list[Any]]] = {}
+    by_first: dict[int, dict[str, list[Any]]] = {}
     for row, ids in enumerate(rows["document_ids"]):
         in_row = pieces(rows, row)
         assert ids == [
-            *chain(*([number] * len(each["input_ids"]) for number, each in enumerate(in_row)))
+            *chain(*([number] * len(piece["input_ids"]) for number, piece in enumerate(in_row)))
         ]
-        found |= {each["input_ids"][0]: each for each in in_row}
+        by_first |= {piece["input_ids"][0]: piece for piece in in_row}
     tokens = 0
     for document, ids in enumerate(columns["input_ids"]):
         for start in range(0, len(ids), chunk_size):
             # Tokens are numbered through, so the first of a piece tells where it is from.
-            piece = found.pop(ids[start])
+            piece = by_first.pop(ids[start])
             part = slice(start, start + chunk_size)
             assert piece["input_ids"] == ids[part]
             assert words(piece["word_ids"]) == words(columns["word_ids"][document][part])
             tokens += len(piece["input_ids"])
-    assert not found
+    assert not by_first
     assert tokens == sum(map(len, columns["input_ids"]))
 
 

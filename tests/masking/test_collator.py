@@ -134,7 +134,7 @@ def test_words_are_whole_and_apart(kind: str) -> None:
     special = special_ids(tokenizer)
     words = [
         [
-            [i for i, own in enumerate(row["word_ids"]) if own == word]
+            [i for i, number in enumerate(row["word_ids"]) if number == word]
             for word in {*row["word_ids"]} - {-1}
         ]
         for row in rows

@@ -18,6 +18,8 @@ from mlmadapt.testing import TOKENIZER_KINDS, tiny_model, tiny_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from tests.scripts.tiny_run import TinyRun
+
 # Read by the Hugging Face libraries when they are imported, which nothing above does.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # `datasets` recognises a mapped function by its name, not its code: rows in a cache that outlives
@@ -60,6 +62,14 @@ def pytest_unconfigure() -> None:
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs write no picture, as without matplotlib: it takes as long as the rest of a tiny run."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+
+@pytest.fixture
+def run(tmp_path: Path, no_curves: None) -> TinyRun:
+    """A run of three steps into a new folder, to be changed."""
+    from tests.scripts.tiny_run import TinyRun
+
+    return TinyRun(tmp_path / "out")
 
 
 @pytest.fixture(params=TOKENIZER_KINDS)

@@ -38,7 +38,7 @@ from mlmadapt import (
     tokenize_with_word_ids,
 )
 from mlmadapt.data.chunking import cut_rows
-from mlmadapt.model.head import masked_logits, round_up, summed_cross_entropy
+from mlmadapt.model.head import MaskedPositions, masked_logits, summed_cross_entropy
 from mlmadapt.testing import tiny_corpus, tiny_tokenizer
 from mlmadapt.training.batches import BatchPlan, training_batches
 
@@ -316,10 +316,10 @@ def make_step(
         for rows in batches:
             batch = collator(rows)
             labels = batch.pop("labels")
-            positions = round_up(labels != -100)
-            with sparse.at(positions):
-                logits = masked_logits(model(**batch), positions)
-            loss = summed_cross_entropy(logits, labels[positions])
+            masked = MaskedPositions.of(labels != -100, rounded=True)
+            with sparse.at(masked):
+                logits = masked_logits(model(**batch), masked)
+            loss = summed_cross_entropy(logits, labels.flatten()[masked.indices[: masked.number]])
             (loss / (labels != -100).sum()).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mlmadapt import TrainingConfig, accelerate_train, masked_lm_loss, tokenize_with_word_ids
-from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
+from mlmadapt import TrainingConfig, accelerate_train, masked_lm_loss
+from mlmadapt.testing import tiny_model, tiny_rows, tiny_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,12 +62,6 @@ class HalfWords(WholeWords):
         return positions[: (len(positions) + 1) // 2]
 
 
-def load_reviews(tokenizer: PreTrainedTokenizerBase, count: int) -> list[dict[str, Any]]:
-    """Tokenize some reviews, a row each."""
-    columns = tokenize_with_word_ids({"text": tiny_corpus(count)}, tokenizer)
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
 def cut_reviews(reviews: list[dict[str, Any]], *, chunk_size: int) -> list[dict[str, Any]]:
     """Cut long reviews; unlike `group_texts`, no row holds two of them."""
     return [
@@ -89,7 +83,7 @@ def adapt(output_dir: str, resume: bool) -> dict[str, Any]:  # noqa: FBT001 (see
     model = tiny_model(tokenizer, architecture="distilbert")
     result = accelerate_train(
         model,
-        load_reviews(tokenizer, 24),
+        tiny_rows(tokenizer, 24),
         tokenizer=tokenizer,
         data_collator=WholeWords(tokenizer),
         config=TrainingConfig(

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from film_reviews import WholeWords, adapt, compute_loss, cut_reviews, load_reviews
+from film_reviews import WholeWords, adapt, compute_loss, cut_reviews
 
 from mlmadapt.testing import (
     assert_masks_reproducible,
@@ -11,6 +11,7 @@ from mlmadapt.testing import (
     assert_same_loss,
     assert_tokens_kept,
     assert_whole_words_masked,
+    tiny_rows,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def test_masks_cover_whole_words(
     mlmadapt_tokenizer: PreTrainedTokenizerFast, collator: WholeWords
 ) -> None:
     """The batch of a page of reviews has no word that is half masked."""
-    reviews = load_reviews(mlmadapt_tokenizer, 32)
+    reviews = tiny_rows(mlmadapt_tokenizer, 32)
     assert_whole_words_masked(collator(reviews), reviews, tokenizer=mlmadapt_tokenizer)
 
 
@@ -35,20 +36,20 @@ def test_masks_depend_on_the_review_alone(
     mlmadapt_tokenizer: PreTrainedTokenizerFast, collator: WholeWords
 ) -> None:
     """Whichever reviews share its batch, a review has the same masks."""
-    assert_masks_reproducible(collator, load_reviews(mlmadapt_tokenizer, 8), num_workers=1)
+    assert_masks_reproducible(collator, tiny_rows(mlmadapt_tokenizer, 8), num_workers=1)
 
 
 @families
 def test_no_token_is_lost(mlmadapt_tokenizer: PreTrainedTokenizerFast) -> None:
     """Cut reviews hold what the reviews held."""
-    reviews = load_reviews(mlmadapt_tokenizer, 32)
+    reviews = tiny_rows(mlmadapt_tokenizer, 32)
     assert_tokens_kept(reviews, cut_reviews(reviews, chunk_size=16), tokenizer=mlmadapt_tokenizer)
 
 
 @pytest.mark.parametrize("mlmadapt_model", ["bert", "distilbert"], indirect=True)
 def test_the_loss_is_exact(mlmadapt_model: PreTrainedModel, collator: WholeWords) -> None:
     """Under gradient accumulation too."""
-    assert_same_loss(compute_loss, mlmadapt_model, collator(load_reviews(collator.tokenizer, 6)))
+    assert_same_loss(compute_loss, mlmadapt_model, collator(tiny_rows(collator.tokenizer, 6)))
 
 
 def test_a_kill_costs_nothing() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForTokenClassification,
@@ -409,3 +410,69 @@ def test_a_table_is_frozen_to_a_table(name: str, layout: str) -> None:
         remove_columns=[*rows],
     )
     assert list(mapped.with_format(None)) == frozen.to_pylist()
+
+
+RARE = "an uncharacteristically naïve film of electroencephalography and straightforwardness"
+TEXTS = [*tiny_corpus(30), *[RARE] * 4, "café"]
+
+
+def test_two_vocabularies_are_asked_for_the_same_words() -> None:
+    """Where words become tokens of their own, the same words are masked, and no others."""
+    larger = tiny_tokenizer("wordpiece")
+    words = ["uncharacteristically", "electroencephalography", "straightforwardness"]
+    larger.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
+    masked: list[list[str]] = []
+    for known in (tokenizer, larger):
+        columns: dict[str, Any] = {**tokenize_with_word_ids({"text": TEXTS}, known)}
+        columns["id"] = range(len(TEXTS))
+        collator = WholeWordMaskingCollator(known, wwm_probability=0.3)
+        frozen = insert_random_mask(columns, collator, key_column="id")
+        targets = ([i for i in labels if i != -100] for labels in frozen["masked_labels"])
+        masked.append([known.decode(row) for row in targets])
+    assert masked[0] == masked[1]
+    assert any(word in text for text in masked[1] for word in words)
+
+
+def test_keys_take_the_place_of_tokens() -> None:
+    """A mask depends on seed, key and word, not on batch, order or tokens; strings are keys too."""
+    columns: dict[str, Any] = dict(tokenize_with_word_ids({"text": TEXTS}, tokenizer))
+    dataset = datasets.Dataset.from_dict(
+        {**columns, "id": [f"text {place}" for place in range(len(TEXTS))]}
+    )
+
+    def frozen(rows: Dataset, **options: Any) -> list[Any]:
+        options = {"batched": True, "remove_columns": rows.column_names, **options}
+        seed = options.pop("seed", 3)
+        arguments = {"data_collator": OURS, "key_column": "id", "seed": seed}
+        mapped = rows.map(insert_random_mask, fn_kwargs=arguments, **options)
+        return list(mapped.with_format(None))
+
+    whole = frozen(dataset)
+    assert "masked_id" not in whole[0]
+    assert frozen(dataset, batch_size=7) == whole
+    assert frozen(dataset, seed=4) != whole
+    assert frozen(dataset.with_format("arrow"), batch_size=50) == whole
+    backwards = dataset.select(range(len(TEXTS) - 1, -1, -1))
+    assert frozen(backwards)[::-1] == whole
+    same = datasets.Dataset.from_dict({**columns, "id": ["one"] * len(TEXTS)})
+    assert frozen(same) != whole
+    long = {"input_ids": [[9] * 9000] * 3, "word_ids": [[*range(9000)]] * 3}  # three blocks
+    made = insert_random_mask({**long, "id": [0, 1, 0]}, OURS, key_column="id")
+    labels = np.asarray(made["masked_labels"])
+    assert (labels[0] == labels[2]).all()
+    assert (labels[0] != labels[1]).any()
+
+
+def test_keys_that_are_none() -> None:
+    """A column that is not there, of values that are no keys, of packed rows, for others' masks."""
+    columns: dict[str, Any] = {"input_ids": [[2, 7, 3]], "word_ids": [[-1, 0, -1]], "id": [0]}
+    with pytest.raises(ValueError, match=r"key_column is 'number', the columns are \['input_ids'"):
+        insert_random_mask(columns, OURS, key_column="number")
+    packed = {**columns, "document_ids": [[0, 0, 0]]}
+    with pytest.raises(ValueError, match=r"without document_ids"):
+        insert_random_mask(packed, OURS, key_column="id")
+    others = DataCollatorForLanguageModeling(tokenizer)
+    with pytest.raises(ValueError, match=r"is DataCollatorForLanguageModeling; .* for WholeWord"):
+        insert_random_mask(columns, others, key_column="id")
+    with pytest.raises(TypeError):
+        insert_random_mask({**columns, "id": [1.5]}, OURS, key_column="id")

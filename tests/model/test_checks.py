@@ -1,7 +1,8 @@
-"""What cannot work is told before the first step: the argument, the value, and what to do."""
+"""What cannot work is told before the first step; a trial leaves the model as it was."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForPreTraining,
+    BertForSequenceClassification,
     BertModel,
     DataCollatorForLanguageModeling,
     GPT2Config,
@@ -17,7 +20,14 @@ from transformers import (
 )
 
 from mlmadapt import WholeWordMaskingCollator, sparse_prediction
-from mlmadapt.model.checks import check_collator, check_model, check_rows, position_capacity, unwrap
+from mlmadapt.model.checks import (
+    check_collator,
+    check_model,
+    check_rows,
+    position_capacity,
+    try_model,
+    unwrap,
+)
 from mlmadapt.testing import tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -65,17 +75,6 @@ def test_rows_that_fit(
     tensors = datasets.Dataset.from_list(ROWS).with_format("torch")
     check_rows("train_dataset", tensors, model=bert, tokenizer=wordpiece)
     check_rows("train_dataset", list(tensors), model=bert, tokenizer=wordpiece)
-
-
-def test_many_rows_are_measured_batch_by_batch(
-    bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast
-) -> None:
-    """The longest row and the highest id are found wherever they stand, in any order."""
-    for row, message in (([8] * 513, "has a row of 513 tokens"), ([475], "has token id 475")):
-        rows = datasets.Dataset.from_dict({"input_ids": [[7]] * 25_000 + [row] + [[7]] * 10_000})
-        for order in (rows, rows.shuffle(seed=0, keep_in_memory=True)):
-            with pytest.raises(ValueError, match=message):
-                check_rows("eval", order, model=bert, tokenizer=wordpiece)
 
 
 def test_other_mistakes(bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast) -> None:
@@ -161,16 +160,6 @@ def test_rows_are_read_by_their_number(
     check_rows("eval", MapStyle(ROWS), model=bert, tokenizer=wordpiece)
 
 
-def test_rows_that_a_transform_makes_are_measured(
-    bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast
-) -> None:
-    """As `with_transform` makes them when they are read."""
-    texts = datasets.Dataset.from_dict({"text": ["a film", "a " * 600]})
-    rows = texts.with_transform(lambda batch: wordpiece(batch["text"]))
-    with pytest.raises(ValueError, match="eval has a row of 602 tokens"):
-        check_rows("eval", rows, model=bert, tokenizer=wordpiece)
-
-
 @pytest.mark.parametrize(
     ("architecture", "capacity"),
     [
@@ -203,3 +192,70 @@ def test_capacity_is_what_the_model_takes(architecture: str, capacity: int | Non
     if capacity:
         with pytest.raises((IndexError, RuntimeError)):
             run(capacity + 1)
+
+
+def test_a_trial_gives_what_the_model_gives(bert: PreTrainedModel) -> None:
+    """In 32 bits, whatever kind its output is of, with labels or without."""
+    ids = torch.tensor([[2, 9, 8, 3], [2, 7, 7, 3]])
+    with torch.no_grad():
+        expected = bert.eval()(input_ids=ids).logits
+    assert torch.equal(try_model(bert.train(), {"input_ids": ids}), expected)
+    bert.config.return_dict = False
+    assert torch.equal(try_model(bert, {"input_ids": ids}), expected)
+    assert try_model(bert.bfloat16(), {"input_ids": ids}).dtype == torch.float32
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_trial_moves_nothing(
+    bert: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, *, fails: bool
+) -> None:
+    """Neither modes of single modules nor gradients, hooks or generators."""
+    if fails:
+        monkeypatch.setattr(bert.cls, "forward", lambda hidden: hidden.no_such_method())
+    bert.train()
+    bert.bert.embeddings.eval()
+    modes = [module.training for module in bert.modules()]
+    state = torch.get_rng_state()
+    refusal = pytest.raises(
+        ValueError, match=r"BertForMaskedLM fails on a batch of \['input_ids'\] "
+    )
+    with refusal if fails else nullcontext():
+        try_model(bert, {"input_ids": torch.tensor([[2, 9, 3]])})
+    assert [module.training for module in bert.modules()] == modes
+    assert all(parameter.grad is None for parameter in bert.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled()
+
+
+def test_a_trial_tells_what_the_model_does_not_predict(bert: PreTrainedModel) -> None:
+    """No logits, logits of another shape, too small a vocabulary, NaN and infinity."""
+    ids = torch.tensor([[2, 9, 8, 3]])
+    with pytest.raises(
+        ValueError, match=r"ForPreTraining does not predict .* have shape None, the"
+    ):
+        try_model(BertForPreTraining(bert.config), {"input_ids": ids})
+    message = (
+        r"BertForMaskedLM does not predict .* shape \(1, 4, 475\), the labels \(1, 4\) and .* 475;"
+    )
+    with pytest.raises(ValueError, match=message):
+        try_model(bert, {"input_ids": ids}, labels=torch.tensor([[-100, 475, -100, -100]]))
+    with pytest.raises(ValueError, match="ForSequenceClassification does not predict a token"):
+        try_model(BertForSequenceClassification(bert.config), {"input_ids": ids})
+    for value in (torch.inf, torch.nan):
+        with torch.no_grad():
+            bert.get_output_embeddings().weight[7, 0] = value
+        with pytest.raises(ValueError, match="BertForMaskedLM predicts NaN or infinity: its"):
+            try_model(bert, {"input_ids": ids})
+
+
+def test_want_of_memory_is_no_fault_of_the_model(
+    bert: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What finds a batch that fits has to see it."""
+
+    def fail(hidden: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bert.cls, "forward", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        try_model(bert, {"input_ids": torch.tensor([[2, 9, 3]])})

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.model.test_documents import (
+from torch.nn.functional import scaled_dot_product_attention as attend
+
+from mlmadapt import WholeWordMaskingCollator, isolate_documents
+from mlmadapt.model import document_mask
+from mlmadapt.model import documents as isolation
+from mlmadapt.model.document_mask import DocumentMask, make_dense, mask_documents
+from tests.model.packed import (
     ALONE,
     IS_OLD,
     PACKED,
     TOKENIZER,
     build,
     loss_and_gradients,
-    without_dropout,
+    step,
 )
-from torch.nn.functional import scaled_dot_product_attention as attend
-
-from mlmadapt import WholeWordMaskingCollator, isolate_documents, sparse_prediction
-from mlmadapt.model import document_mask
-from mlmadapt.model import documents as isolation
-from mlmadapt.model.document_mask import DocumentMask, make_dense, mask_documents
+from tests.scripts.short_run import drop_nothing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,14 +79,14 @@ def test_groups_attend_as_the_dense_mask(
     inputs = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).double()
     weights = torch.randn(shape, generator=torch.Generator().manual_seed(1)).double()
     weights *= (documents >= 0)[:, None, :, None]  # nobody reads the padding
-    found = []
+    results = []
     for make in (mask_documents, make_dense):
-        own = inputs.clone().requires_grad_()
+        leaf = inputs.clone().requires_grad_()
         mask = make(documents, torch.float64, window)
-        output = attend(*own, attn_mask=mask) * weights
+        output = attend(*leaf, attn_mask=mask) * weights
         output.sum().backward()
-        found.append((output.detach(), own.grad))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+        results.append((output.detach(), leaf.grad))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
 def test_attention_keeps_its_options() -> None:
@@ -171,13 +171,13 @@ def test_loss_and_gradients_are_those_of_the_dense_mask(
     monkeypatch: pytest.MonkeyPatch, architecture: str
 ) -> None:
     """A model learns by groups what it learns with the dense mask, windows included."""
-    found = []
+    results = []
     for make in (mask_documents, make_dense):
         monkeypatch.setattr(isolation, "mask_documents", make)
         model = build(architecture)
         with isolate_documents(model):
-            found.append(loss_and_gradients(model, PACKED))
-    (loss, gradient), (expected_loss, expected) = found
+            results.append(loss_and_gradients(model, PACKED))
+    (loss, gradient), (expected_loss, expected) = results
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert (gradient - expected).norm() <= 1e-5 * expected.norm()
 
@@ -196,7 +196,7 @@ def test_layers_that_run_again_attend_by_groups(
     calls: dict[str, int], architecture: str, reentrant: Any
 ) -> None:
     """With gradient checkpointing, attention and dropout of the backward pass are the same."""
-    found = []
+    results = []
     for is_checkpointed in (False, True):
         model = build(architecture).train()
         if is_checkpointed:
@@ -204,33 +204,26 @@ def test_layers_that_run_again_attend_by_groups(
         with isolate_documents(model):
             calls.update(dict.fromkeys(calls, 0))
             torch.manual_seed(0)
-            found.append(loss_and_gradients(model, PACKED))
+            results.append(loss_and_gradients(model, PACKED))
     assert calls == {"_attend": 2 * model.config.num_hidden_layers, "_make_dense": 0}
-    assert found[0][0] == found[1][0]
-    assert torch.equal(found[0][1], found[1][1])
-
-
-def step(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the loss of a batch and its gradient."""
-    model.zero_grad()
-    loss = model(**batch).loss
-    loss.backward()
-    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return loss.detach(), torch.cat(gradients)
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
 
 
 def test_batches_with_and_without_documents_take_turns() -> None:
     """In a run of both, ordinary batches give bit for bit what they give without the handle."""
-    model = without_dropout(build("bert")).train()
+    model = drop_nothing(build("bert")).train()
     ordinary = [COLLATOR(ALONE[at : at + 4]) for at in (0, 4)]
     packed = [COLLATOR(PACKED[at : at + 2]) for at in (0, 2)]
     expected = [step(model, batch) for batch in ordinary]
     with isolate_documents(model):
         alone = [step(model, batch) for batch in packed]
-        mixed = [step(model, each) for pair in zip(packed, ordinary, strict=True) for each in pair]
-    for found, wanted in zip(mixed, [alone[0], expected[0], alone[1], expected[1]], strict=True):
-        assert torch.equal(found[0], wanted[0])
-        assert torch.equal(found[1], wanted[1])
+        mixed = [
+            step(model, batch) for pair in zip(packed, ordinary, strict=True) for batch in pair
+        ]
+    for result, wanted in zip(mixed, [alone[0], expected[0], alone[1], expected[1]], strict=True):
+        assert torch.equal(result[0], wanted[0])
+        assert torch.equal(result[1], wanted[1])
 
 
 def test_model_and_configuration_stay_as_they_are(tmp_path: Path) -> None:
@@ -240,9 +233,9 @@ def test_model_and_configuration_stay_as_they_are(tmp_path: Path) -> None:
     before = (json.dumps(model.config.to_dict()), model.config._attn_implementation)
     handle = isolate_documents(model)
     model(**COLLATOR(PACKED[:2]))
-    for each in (None, handle):
-        if each is not None:
-            each.remove()
+    for hooked in (None, handle):
+        if hooked is not None:
+            hooked.remove()
         assert (json.dumps(model.config.to_dict()), model.config._attn_implementation) == before
         model.save_pretrained(tmp_path / "after")
         saved = [(tmp_path / when / "config.json").read_text() for when in ("before", "after")]
@@ -259,22 +252,6 @@ def test_autocast_computes_as_alone() -> None:
     assert (packed[1] - alone[1]).norm() <= 0.03 * alone[1].norm()
 
 
-def test_threads_attend_to_their_own_documents() -> None:
-    """Threads that share a model each keep the documents of their own batch apart."""
-    model = build("bert")
-    batches = [COLLATOR(PACKED[at : at + 1]) for at in range(len(PACKED))]
-
-    def predict(batch: dict[str, Any]) -> torch.Tensor:
-        with torch.no_grad():
-            logits: torch.Tensor = model(**batch).logits
-        return logits
-
-    with isolate_documents(model), ThreadPoolExecutor(4) as pool:
-        expected = [predict(batch) for batch in batches]
-        for found, wanted in zip(pool.map(predict, batches * 3), expected * 3, strict=True):
-            assert torch.equal(found, wanted)
-
-
 def test_long_rows_need_no_mask_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit is that of a mask that is made: sdpa on a CPU makes none, eager attention does."""
     ids = torch.full((2, 16), 7)
@@ -287,22 +264,3 @@ def test_long_rows_need_no_mask_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Non
             else:
                 with pytest.raises(ValueError, match="2 rows of 16 tokens needs an attention mask"):
                     model(input_ids=ids, document_ids=torch.zeros_like(ids))
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("architecture", ["bert", *([] if IS_OLD else ["modernbert"])])
-def test_compiled_models_learn_what_others_do(architecture: str) -> None:
-    """Compiled, masks are dense; loss and gradient are the same, and few graphs are made."""
-    model = without_dropout(build(architecture)).train()
-    packed = [COLLATOR(PACKED[at : at + 2]) for at in (0, 2, 4)]
-    batches = [packed[0], COLLATOR(ALONE[:2]), *packed[1:]]
-    with isolate_documents(model), sparse_prediction(model):
-        expected = [step(model, batch) for batch in batches]
-        model.compile(backend="aot_eager")
-        torch._dynamo.utils.counters.clear()
-        found = [step(model, batch) for batch in batches]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
-    for (loss, gradient), (expected_loss, wanted) in zip(found, expected, strict=True):
-        assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
-        assert (gradient - wanted).norm() <= 1e-5 * wanted.norm()

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from datasets import Dataset
-from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForMaskedLM,
     DataCollatorForLanguageModeling,
     Trainer,
     TrainingArguments,
@@ -30,76 +25,33 @@ from mlmadapt import (
     isolate_documents,
     pack_texts,
     sparse_prediction,
-    tokenize_with_word_ids,
 )
-from mlmadapt.data.rows import document_bounds
 from mlmadapt.model import documents as isolation
 from mlmadapt.testing import (
     assert_documents_isolated,
-    tiny_corpus,
     tiny_model,
-    tiny_tokenizer,
 )
-from tests.scripts.processes import outcome, start
+from tests.model.packed import (
+    ALONE,
+    IS_OLD,
+    PACKED,
+    TOKENIZER,
+    build,
+    gradients_of,
+    loss_and_gradients,
+    tokenize,
+)
+from tests.scripts.short_run import drop_nothing, rows_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from transformers import PreTrainedModel
 
 BOTH = ["albert", "bert", "camembert", "distilbert", "electra", "ernie", "roberta", "xlm-roberta"]
 EAGER = ["megatron-bert", "mpnet", "rembert", "roformer"]
 REFUSED = ["convbert", "deberta", "deberta-v2", "esm", "fnet", "nystromformer", "yoso"]
-TOKENIZER = tiny_tokenizer()
-# Before transformers 5.23, these took masks of shapes of their own, and are refused.
-IS_OLD = Version(transformers.__version__) < Version("5.23")
+# These took masks of shapes of their own, and are refused.
 LATER = {*EAGER, "esm", "modernbert"} if IS_OLD else set()
-
-
-def columns_to_rows(columns: Any) -> list[dict[str, Any]]:
-    """Turn columns into rows."""
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def tokenize(count: int, *, seed: int = 0) -> dict[str, Any]:
-    """Tokenize documents of unequal lengths, of which none needs more than a row."""
-    columns = tokenize_with_word_ids({"text": tiny_corpus(count, seed=seed)}, TOKENIZER)
-    return {name: [row[:64] for row in rows] for name, rows in columns.items()}
-
-
-ALONE = columns_to_rows(tokenize(24))
-PACKED = columns_to_rows(pack_texts(tokenize(24), chunk_size=64))
-
-
-def build(architecture: str, attention: str = "sdpa") -> PreTrainedModel:
-    """Build a tiny model with an attention; ModernBERT's reaches 4 tokens to each side."""
-    model = tiny_model(TOKENIZER, architecture=architecture)
-    config = copy.deepcopy(model.config)
-    if architecture == "modernbert":
-        changed = {"local_attention": 8, "layer_types": ["full_attention", "sliding_attention"]}
-        config = type(config)(**{**config.to_dict(), **changed})
-    torch.manual_seed(0)
-    built: PreTrainedModel = AutoModelForMaskedLM.from_config(config, attn_implementation=attention)
-    return built.eval()
-
-
-def loss_and_gradients(
-    model: PreTrainedModel, rows: list[dict[str, Any]], **options: Any
-) -> tuple[float, torch.Tensor]:
-    """Sum the loss over rows in evaluation mode, and its gradient of all weights in one line."""
-    tokenizer = copy.deepcopy(TOKENIZER)
-    tokenizer.padding_side = options.get("side", "right")
-    batch = WholeWordMaskingCollator(tokenizer, seed=3)(rows)
-    batch.setdefault("document_ids", torch.zeros_like(batch["input_ids"]))
-    model.zero_grad()
-    labels = batch.pop("labels")
-    logits = model(**batch).logits
-    loss = torch.nn.functional.cross_entropy(
-        logits[labels != -100], labels[labels != -100], reduction="sum"
-    )
-    loss.backward()
-    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return loss.item(), torch.cat(gradients)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -115,7 +67,7 @@ def test_documents_see_themselves_alone(architecture: str, attention: str) -> No
         assert_documents_isolated(model, PACKED[:4], atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", [each for each in REFUSED if each not in LATER])
+@pytest.mark.parametrize("architecture", [name for name in REFUSED if name not in LATER])
 def test_models_that_mix_documents_are_refused(architecture: str) -> None:
     """A model that cannot keep documents apart is refused by name, and left without hooks."""
     model = tiny_model(TOKENIZER, architecture=architecture)
@@ -124,64 +76,48 @@ def test_models_that_mix_documents_are_refused(architecture: str) -> None:
     assert not model._forward_pre_hooks
 
 
-def dense_of(kind: str) -> Any:
-    """Return a mask that looks like one that isolates, and leaks."""
-
-    def leak(self: Any, documents: torch.Tensor, dtype: torch.dtype) -> Any:
-        sees = documents[:, None, :, None] == documents[:, None, None, :]
-        return {
-            "of ones and zeros": sees.to(dtype),
-            "of booleans": sees,
-            "of document numbers": documents + 1,
-            "of padding": (documents >= 0).to(documents.dtype),
-            "with three dimensions": sees[:, 0],
-        }[kind]
-
-    return leak
+LEAKS = {
+    "of ones and zeros": lambda sees, documents, dtype: sees.to(dtype),
+    "of booleans": lambda sees, documents, dtype: sees,
+    "of document numbers": lambda sees, documents, dtype: documents + 1,
+    "of padding": lambda sees, documents, dtype: (documents >= 0).to(documents.dtype),
+    "with three dimensions": lambda sees, documents, dtype: sees[:, 0],
+}
 
 
 @pytest.mark.parametrize("architecture", sorted({"bert", "distilbert", "mpnet", "roberta"} - LATER))
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "of ones and zeros",
-        "of booleans",
-        "of document numbers",
-        "of padding",
-        "with three dimensions",
-    ],
-)
+@pytest.mark.parametrize("kind", LEAKS)
 def test_masks_that_leak_are_noticed(
     monkeypatch: pytest.MonkeyPatch, architecture: str, kind: str
 ) -> None:
     """The check at the start notices each mask that looks right and leaks in eager attention."""
-    monkeypatch.setattr(isolation.DocumentIsolation, "_make_masks", dense_of(kind))
-    with pytest.raises(ValueError, match="does not keep the documents"):
+
+    def leak(_: Any, documents: torch.Tensor, dtype: torch.dtype) -> Any:
+        sees = documents[:, None, :, None] == documents[:, None, None, :]
+        return LEAKS[kind](sees, documents, dtype)
+
+    monkeypatch.setattr(isolation.DocumentIsolation, "_make_masks", leak)
+    with pytest.raises(ValueError, match="with attention 'eager' does not keep the documents"):
         isolate_documents(build(architecture, "eager"))
 
 
 @pytest.mark.skipif(IS_OLD, reason="ModernBERT is refused before transformers 5.23")
-def test_one_mask_for_all_layers_is_noticed_in_modernbert(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ModernBERT leaves a mask out that is not one for each kind of its layers."""
-    make = isolation.DocumentIsolation._make_masks
-    monkeypatch.setattr(
-        isolation.DocumentIsolation, "_make_masks", lambda *args: make(*args)["full_attention"]
-    )
-    with pytest.raises(ValueError, match="does not keep the documents"):
-        isolate_documents(build("modernbert"))
+@pytest.mark.parametrize(
+    "kinds", [None, ("full_attention", "sliding_attention")], ids=["one", "wide"]
+)
+def test_a_window_that_is_not_kept_is_noticed(monkeypatch: pytest.MonkeyPatch, kinds: Any) -> None:
+    """One mask for all layers is left out by ModernBERT; a wide one reaches out of its window.
 
-
-@pytest.mark.skipif(IS_OLD, reason="ModernBERT is refused before transformers 5.23")
-def test_a_window_that_is_not_kept_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The documents of the check are longer than ModernBERT's window, so that it has to hold."""
+    The documents of the check are longer than the window, so that it has to hold.
+    """
     make = isolation.DocumentIsolation._make_masks
 
     def widen(*args: Any) -> Any:
         full = make(*args)["full_attention"]
-        return {"full_attention": full, "sliding_attention": full}
+        return dict.fromkeys(kinds, full) if kinds else full
 
     monkeypatch.setattr(isolation.DocumentIsolation, "_make_masks", widen)
-    with pytest.raises(ValueError, match="not those that it has alone"):
+    with pytest.raises(ValueError, match="not those that it has alone" if kinds else "not keep"):
         isolate_documents(build("modernbert"))
 
 
@@ -191,16 +127,15 @@ def test_positions_that_do_not_begin_anew_are_noticed(
     monkeypatch: pytest.MonkeyPatch, architecture: str, wrong: str
 ) -> None:
     """The check notices documents at other positions than they have alone."""
-    positions = {
-        "none": lambda documents: torch.arange(documents.shape[1]).expand_as(documents),
-        "shifted": lambda documents: _positions(documents) + 1,
-    }[wrong]
-    monkeypatch.setattr(isolation, "_count_positions", positions)
+    count = isolation._count_positions
+
+    def misplace(documents: torch.Tensor) -> torch.Tensor:
+        all_places = torch.arange(documents.shape[1]).expand_as(documents)
+        return all_places if wrong == "none" else count(documents) + 1
+
+    monkeypatch.setattr(isolation, "_count_positions", misplace)
     with pytest.raises(ValueError, match="not those that it has alone"):
         isolate_documents(build(architecture))
-
-
-_positions = isolation._count_positions
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -229,41 +164,39 @@ def test_masks_of_a_document_know_nothing_of_its_row(budget: Any, random: float)
         batch = collator(rows, return_tensors="np")
         numbers = batch.get("document_ids", np.where(batch["attention_mask"] == 1, 0, -1))
         return sorted(
-            (batch["input_ids"][row][own].tolist(), batch["labels"][row][own].tolist())
+            (batch["input_ids"][row][is_its].tolist(), batch["labels"][row][is_its].tolist())
             for row in range(len(rows))
-            for own in (numbers[row] == each for each in set(numbers[row]) - {-1})
+            for is_its in (numbers[row] == number for number in set(numbers[row]) - {-1})
         )
 
     assert documents(PACKED) == documents(ALONE)
-    wider = columns_to_rows(pack_texts(tokenize(24), chunk_size=200))
+    wider = rows_of(pack_texts(tokenize(24), chunk_size=200))
     assert documents(wider) == documents(ALONE)
 
 
 def test_both_handles_in_any_order() -> None:
     """With `sparse_prediction` before or after, loss and gradients in training are the same."""
     batch = WholeWordMaskingCollator(TOKENIZER, seed=3)(PACKED)
-    found = []
+    gradients = []
     for order in [(isolate_documents,), (isolate_documents, sparse_prediction),
                   (sparse_prediction, isolate_documents)]:  # fmt: skip
         model = build("bert").train()
         handles = [install(model) for install in order]
         torch.manual_seed(0)
         model(**batch).loss.backward()
-        found.append(
-            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        )
+        gradients.append(gradients_of(model))
         for handle in handles:
             handle.remove()
         with pytest.raises(ValueError, match="call isolate_documents"):
             model(**batch)
-    for other in found[1:]:
-        assert (other - found[0]).norm() <= 1e-5 * found[0].norm()
+    for other in gradients[1:]:
+        assert (other - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_gradient_checkpointing_and_adapters() -> None:
     """Isolation holds below PEFT's adapters, and where activations are computed again."""
-    bare = without_dropout(build("bert"))
+    bare = drop_nothing(build("bert"))
     model = get_peft_model(bare, LoraConfig(target_modules=["query"], init_lora_weights=False))
     new = hasattr(bare, "activation_checkpointing_enable")  # from transformers 5.23 on
     name = "activation_checkpointing" if new else "gradient_checkpointing"
@@ -276,20 +209,6 @@ def test_gradient_checkpointing_and_adapters() -> None:
     assert (packed[1] - alone[1]).norm() <= 1e-4 * alone[1].norm()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("compiled_first", [False, True])
-def test_compiled_models_isolate(compiled_first: Any) -> None:
-    """Documents stay apart under `torch.compile`, whichever comes first."""
-    model = build("bert")
-    if compiled_first:
-        model.compile()
-        model(input_ids=torch.tensor([[7, 8, 9]]))
-    with isolate_documents(model):
-        if not compiled_first:
-            model.compile()
-        assert_documents_isolated(model, PACKED[-2:], atol=1e-5)
-
-
 def test_collators_of_others_keep_the_documents(tmp_path: Path) -> None:
     """A collator of transformers, which knows no document, trains and freezes packed rows."""
     collator = DataCollatorForLanguageModeling(TOKENIZER, mlm_probability=0.3)
@@ -300,12 +219,12 @@ def test_collators_of_others_keep_the_documents(tmp_path: Path) -> None:
     result = accelerate_train(
         build("bert"),
         PACKED,
-        columns_to_rows(frozen),
+        rows_of(frozen),
         tokenizer=TOKENIZER,
         data_collator=collator,
         config=TrainingConfig(output_dir=str(tmp_path), max_steps=2, disable_tqdm=True),
     )
-    targets = [int((np.asarray(each) != -100).sum()) for each in frozen["masked_labels"]]
+    targets = [int((np.asarray(row) != -100).sum()) for row in frozen["masked_labels"]]
     assert result.final.masked_tokens == sum(targets)
 
 
@@ -325,19 +244,11 @@ def test_evaluation_isolates_by_itself() -> None:
     assert (packed.accuracy, packed.top5_accuracy) == (alone.accuracy, alone.top5_accuracy)
 
 
-def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """Switch dropout off, which is drawn by place in the batch."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
-
-
 def test_training_isolates_by_itself(tmp_path: Path) -> None:
     """A step on all documents, packed, takes the weights where a step on single rows takes them."""
     ends = []
     for rows in (PACKED, ALONE):
-        model = without_dropout(build("bert"))
+        model = drop_nothing(build("bert"))
         accelerate_train(
             model,
             rows,
@@ -359,7 +270,7 @@ def test_trainer_isolates_with_the_handle(tmp_path: Path) -> None:
     losses = []
     for rows in (PACKED, ALONE):
         set_seed(0)
-        model = without_dropout(build("bert"))
+        model = drop_nothing(build("bert"))
         arguments = TrainingArguments(
             output_dir=str(tmp_path), per_device_train_batch_size=32, max_steps=2, report_to="none",
             remove_unused_columns=False, logging_steps=1, disable_tqdm=True, save_strategy="no",
@@ -377,20 +288,6 @@ def test_trainer_isolates_with_the_handle(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_workers_hand_over_packed_batches() -> None:
-    """A batch from a worker process still refuses a model that would mix its documents."""
-    loader = DataLoader(
-        PACKED,
-        batch_size=4,
-        num_workers=1,
-        collate_fn=WholeWordMaskingCollator(TOKENIZER, seed=0),
-        timeout=120,
-    )
-    batch = next(iter(loader))
-    with pytest.raises(ValueError, match="call isolate_documents"):
-        build("bert")(**batch)
-
-
 @pytest.mark.parametrize("architecture", [*BOTH, *EAGER, *REFUSED, "modernbert"])
 def test_a_model_without_the_handle_says_so(architecture: str) -> None:
     """No architecture with attention takes a packed batch for an ordinary one without a word."""
@@ -399,20 +296,6 @@ def test_a_model_without_the_handle_says_so(architecture: str) -> None:
     batch = WholeWordMaskingCollator(TOKENIZER, seed=0)(PACKED[:2])
     with pytest.raises(ValueError, match="call isolate_documents"):
         tiny_model(TOKENIZER, architecture=architecture)(**batch)
-
-
-def test_masks_of_packed_batches_can_be_read_and_moved() -> None:
-    """All that a loop does with a mask works; a type that is changed is refused."""
-    mask = WholeWordMaskingCollator(TOKENIZER, seed=0)(PACKED[:2])["attention_mask"]
-    plain = mask.as_subclass(torch.Tensor)
-    assert type(plain) is torch.Tensor
-    assert int(mask.sum()) == int(plain.sum())
-    assert mask.tolist() == plain.tolist()
-    assert torch.equal(mask.to("cpu", non_blocking=True)[:1].clone(), plain[:1])
-    assert type(copy.deepcopy(mask)) is type(mask)
-    assert type(mask.to("cpu")) is type(mask[:, None, None]) is type(mask)
-    with pytest.raises(ValueError, match="hold several documents"):
-        mask.to(torch.bool)
 
 
 @pytest.mark.parametrize(
@@ -429,14 +312,6 @@ def test_documents_that_make_no_sense_are_refused(documents: list[Any], message:
         model(input_ids=torch.tensor([[7, 8, 9, 7]]), document_ids=torch.tensor(documents))
 
 
-def test_empty_rows_hide_no_document_that_falls() -> None:
-    """Empty rows, wherever they stand, are neither an error nor a reason to overlook one."""
-    for bounds in ([0, 0, 4], [0, 4, 4], [0, 2, 2, 4]):
-        assert document_bounds(np.array([0, 1, 1, 2]), np.array(bounds))[-1] == 4
-    with pytest.raises(ValueError, match="row 1 of the batch fall from 1 to 0"):
-        document_bounds(np.array([0, 1, 0]), np.array([0, 0, 3]))
-
-
 def test_collators_refuse_documents_that_fall() -> None:
     """Rows whose documents do not rise are refused on the way to the model, by each collator."""
     row = {"input_ids": [7, 8, 9], "word_ids": [0, 1, 2], "document_ids": [0, 1, 0]}
@@ -444,7 +319,7 @@ def test_collators_refuse_documents_that_fall() -> None:
     message = "document_ids of row 1 of the batch fall from 1 to 0"
     with pytest.raises(ValueError, match=message):
         WholeWordMaskingCollator(TOKENIZER)([fine, row])
-    frozen = [{**each, "labels": [7, 9, -100]} for each in (fine, row)]
+    frozen = [{**columns, "labels": [7, 9, -100]} for columns in (fine, row)]
     with pytest.raises(ValueError, match=message):
         evaluate_mlm(build("bert"), frozen, tokenizer=TOKENIZER)
     short = {**row, "document_ids": [0, 1]}
@@ -469,30 +344,3 @@ def test_global_randomness_stays() -> None:
     before = torch.get_rng_state()
     isolate_documents(model)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(("world", "precision"), [(1, "no"), (1, "bf16"), (2, "no")])
-def test_packed_rows_resume_exactly(tmp_path: Path, world: int, precision: str) -> None:
-    """A run on packed rows, with dropout, ends bit for bit the same after a kill in an epoch."""
-    settings: dict[str, Any] = {"packed": True, "world": world, "mixed_precision": precision}
-    settings |= {"dataloader_num_workers": 1, "per_device_train_batch_size": 3 // world}
-    whole = outcome(tmp_path / "whole", **settings)
-    ended = start(
-        "train", folder=str(tmp_path / "killed"), at_step={"3": [["kill", -1]]}, **settings
-    )
-    assert ended[0].code == -9
-    assert outcome(tmp_path / "killed", resume_from_checkpoint=True, **settings) == whole
-
-
-@pytest.mark.distributed
-def test_packed_rows_on_two_processes(tmp_path: Path) -> None:
-    """Two processes learn from packed rows what one does, and resume exactly."""
-    settings = {"packed": True, "dropout": False}
-    one = outcome(tmp_path / "one", per_device_train_batch_size=4, **settings)
-    two = {"world": 2, "per_device_train_batch_size": 2, **settings}
-    both = outcome(tmp_path / "two", **two)
-    assert both["tokens"] == one["tokens"]
-    assert both["final"] == pytest.approx(one["final"], rel=1e-5)
-    start("train", folder=str(tmp_path / "killed"), at_step={"3": [["kill", -1]]}, **two)
-    assert outcome(tmp_path / "killed", resume_from_checkpoint=True, **two) == both

@@ -1,4 +1,4 @@
-"""Metrics are those of a slow reference, whatever the batch size, and nothing is moved or kept."""
+"""Metrics by token and by word are those of a slow reference, and nothing is moved or kept."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import copy
 import math
 import random
 import threading
+from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -20,17 +22,17 @@ from transformers import BartConfig, BartForConditionalGeneration
 
 from mlmadapt import (
     MaskedLMMetrics,
+    MaskedWordMetrics,
     WholeWordMaskingCollator,
     evaluate_mlm,
+    evaluate_words,
     insert_random_mask,
     tokenize_with_word_ids,
 )
 from mlmadapt.model import evaluation
-from mlmadapt.model import forward as predictor
-from mlmadapt.model.evaluation import FrozenCollator, evaluate_rows, is_frozen, rank_targets
-from mlmadapt.model.forward import Predictor
-from mlmadapt.model.head import masked_logits
-from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
+from mlmadapt.model.evaluation import collate_frozen, evaluate_rows, rank_targets
+from mlmadapt.model.forward import MaskedForward
+from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -87,15 +89,10 @@ def slow_metrics(model: PreTrainedModel, rows: Rows) -> MaskedLMMetrics:
     return MaskedLMMetrics(loss, math.exp(loss), correct / count, top5_correct / count, count)
 
 
-def assert_same(found: MaskedLMMetrics, expected: MaskedLMMetrics) -> None:
-    """Counts are equal, and the loss to 1e-6: logits have 32 bits, and their kernels vary."""
-    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
-    assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
-    assert (found.accuracy, found.top5_accuracy, found.masked_tokens) == (
-        expected.accuracy,
-        expected.top5_accuracy,
-        expected.masked_tokens,
-    )
+def assert_same(metrics: MaskedLMMetrics, expected: MaskedLMMetrics) -> None:
+    """To 1e-6: logits have 32 bits, and their kernels vary."""
+    assert asdict(metrics) == pytest.approx(asdict(expected), rel=1e-5)
+    assert metrics.loss == pytest.approx(expected.loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 16, 64, 1000])
@@ -103,8 +100,8 @@ def test_exact_for_every_batch_size(
     bert: PreTrainedModel, rows: Rows, expected: MaskedLMMetrics, batch_size: int
 ) -> None:
     """Rows of unequal length give the reference's figures, however they share batches."""
-    found = evaluate_mlm(bert, rows, tokenizer=tiny_tokenizer(), batch_size=batch_size)
-    assert_same(found, expected)
+    metrics = evaluate_mlm(bert, rows, tokenizer=tiny_tokenizer(), batch_size=batch_size)
+    assert_same(metrics, expected)
 
 
 def test_every_form_of_frozen_rows(
@@ -124,7 +121,6 @@ def test_every_form_of_frozen_rows(
     with_words = [
         {**row, "word_ids": old["word_ids"]} for row, old in zip(rows, unfrozen, strict=True)
     ]
-    assert "word_ids" not in FrozenCollator(wordpiece)(with_words)
     forms = [
         kept,
         removed,
@@ -133,17 +129,8 @@ def test_every_form_of_frozen_rows(
         datasets.Dataset.from_list(rows),
     ]
     for form in forms:
-        found = evaluate_mlm(bert, form, tokenizer=wordpiece, batch_size=16)
-        assert_same(found, expected)
-
-
-def test_padding_on_the_left(rows: Rows) -> None:
-    """Which side is padded makes no difference to a model whose positions are relative."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.padding_side = "left"
-    model = tiny_model(tokenizer, architecture="modernbert")
-    found = evaluate_mlm(model, rows[:20], tokenizer=tokenizer)
-    assert found.loss == pytest.approx(slow_metrics(model, rows[:20]).loss, rel=1e-5)
+        metrics = evaluate_mlm(bert, form, tokenizer=wordpiece, batch_size=16)
+        assert_same(metrics, expected)
 
 
 def test_models_without_a_sparse_head(
@@ -158,8 +145,8 @@ def test_models_without_a_sparse_head(
         BartConfig(vocab_size=len(wordpiece), d_model=16, encoder_layers=1, decoder_layers=1)
     ).eval()
     for model in (bert, bart):
-        found = evaluate_mlm(model, rows[:20], tokenizer=wordpiece, batch_size=8)
-        assert_same(found, slow_metrics(model, rows[:20]))
+        metrics = evaluate_mlm(model, rows[:20], tokenizer=wordpiece, batch_size=8)
+        assert_same(metrics, slow_metrics(model, rows[:20]))
 
 
 @pytest.mark.parametrize("form", ["list", "dataset", "shuffled", "prefixed"])
@@ -171,14 +158,14 @@ def test_rows_are_sorted_by_length(bert: PreTrainedModel, rows: Rows, form: str)
         widths.append(kwargs["input_ids"].shape[1])
         firsts.append(kwargs["input_ids"][:, 1].tolist())
 
-    given: Any = rows
+    dataset: Any = rows
     if form == "prefixed":
-        given = Dataset.from_list([{f"masked_{name}": row[name] for name in row} for row in rows])
+        dataset = Dataset.from_list([{f"masked_{name}": row[name] for name in row} for row in rows])
     elif form != "list":
-        given = Dataset.from_list(rows)
-        given = given.shuffle(seed=1) if form == "shuffled" else given
+        dataset = Dataset.from_list(rows)
+        dataset = dataset.shuffle(seed=1) if form == "shuffled" else dataset
     handle = bert.register_forward_pre_hook(record, with_kwargs=True)
-    evaluate_mlm(bert, given, tokenizer=tiny_tokenizer(), batch_size=16)
+    evaluate_mlm(bert, dataset, tokenizer=tiny_tokenizer(), batch_size=16)
     lengths = sorted((len(row["input_ids"]) for row in rows), reverse=True)
     assert widths[-5:] == lengths[::16]
     short = [{name: row[name][:6] for name in row} for row in rows if len(row["input_ids"]) > 5]
@@ -204,8 +191,8 @@ def test_rows_whose_lengths_are_not_known_are_taken_as_they_come(
 
     made = Dataset.from_dict({"place": [*range(len(rows))]}).with_transform(make)
     for form in (Lazy(), made):
-        found = evaluate_mlm(bert, form, tokenizer=tiny_tokenizer(), batch_size=16)
-        assert_same(found, expected)
+        metrics = evaluate_mlm(bert, form, tokenizer=tiny_tokenizer(), batch_size=16)
+        assert_same(metrics, expected)
 
 
 def test_never_all_logits_at_once(
@@ -220,30 +207,17 @@ def test_never_all_logits_at_once(
     bert.get_output_embeddings().register_forward_hook(
         lambda _, args, output: seen.append(output.shape[:-1].numel())
     )
-    batches: list[int] = []
-
-    def record(*arguments: Any) -> torch.Tensor:
-        logits = masked_logits(*arguments)
-        batches.append(len(logits))
-        return logits
-
-    monkeypatch.setattr(predictor, "masked_logits", record)
-    assert_same(evaluate_mlm(bert, rows, tokenizer=wordpiece, batch_size=35), expected)
-    masked = [
-        sum(label != -100 for label in row["labels"])
-        for row in sorted(rows, key=lambda row: -len(row["input_ids"]))
-    ]
-    assert batches == [sum(masked[:35]), sum(masked[35:])]
-
-    batches.clear()
-    seen.clear()
-    monkeypatch.setattr(evaluation, "MAX_LOGITS", 40 * len(wordpiece))
-    found = evaluate_mlm(bert, rows, tokenizer=wordpiece, batch_size=35)
-    assert sum(batches) == sum(masked)
-    assert 20 < max(batches) <= 40 + max(masked)
-    # The head in multiples of 32; its first six calls compare sparse with full, and masks.
-    assert seen[6:] == [-(-batch // 32) * 32 for batch in batches]
-    assert_same(found, expected)
+    for limit, highest in ((evaluation.MAX_LOGITS, 10**6), (40 * len(wordpiece), 96)):
+        monkeypatch.setattr(evaluation, "MAX_LOGITS", limit)
+        seen.clear()
+        metrics = evaluate_mlm(bert, rows, tokenizer=wordpiece, batch_size=35)
+        assert_same(metrics, expected)
+        passes = seen[3:]  # behind those on a few rows
+        masked = sum(label != -100 for row in rows for label in row["labels"])
+        # In multiples of 32.
+        assert masked <= sum(passes) < masked + 32 * len(passes)
+        assert max(passes) <= highest
+    assert len(passes) > 2
 
 
 def test_nothing_is_moved(
@@ -326,65 +300,25 @@ def test_wrong_batch_size_is_told(
         evaluate_mlm(bert, [FROZEN], tokenizer=wordpiece, batch_size=0)
 
 
-def test_what_is_frozen() -> None:
-    """Short rows without special tokens have no -100; one that kept its token tells nothing.
-
-    Rows whose targets all kept their token are told by the prefix only.
-    """
-    assert is_frozen([{"input_ids": [4], "labels": [9]}])
-    assert is_frozen([{"input_ids": [9], "labels": [9]}, {"input_ids": [4], "labels": [9]}])
-    assert is_frozen([{"masked_input_ids": [9], "masked_labels": [9]}])
-    kept = {"input_ids": [2, 9, 3], "labels": [-100, 9, -100]}
-    assert not is_frozen([kept])
-    assert is_frozen([{f"masked_{name}": values for name, values in kept.items()}])
-
-
-def test_rows_are_frozen_on_the_way(
-    wordpiece: PreTrainedTokenizerFast, rows: Rows, unfrozen: Rows
-) -> None:
-    """A collator given with them freezes rows to what `insert_random_mask` makes, batch or no."""
-    collate = FrozenCollator(wordpiece, WholeWordMaskingCollator(wordpiece), seed=0)
-    expected = FrozenCollator(wordpiece)(rows)
-    for place in (0, 30):
-        batch = collate(unfrozen[place : place + 30])
-        width = batch["labels"].shape[1]
-        for name, values in batch.items():
-            assert torch.equal(values, expected[name][place : place + 30, :width])
-
-
-@given(
-    st.integers(2, 12).flatmap(
-        lambda vocabulary: st.tuples(
-            st.lists(
-                st.lists(
-                    st.sampled_from([-math.inf, -1.0, 0.0, 1.0]),
-                    min_size=vocabulary,
-                    max_size=vocabulary,
-                ),
-                min_size=1,
-                max_size=4,
-            ),
-            st.integers(0, vocabulary - 1),
-        )
-    )
-)
-def test_ties_go_to_the_lower_id(case: tuple[list[list[float]], int]) -> None:
+@given(st.integers(1, 4), st.integers(2, 12), st.integers(0, 10**6))
+def test_ties_go_to_the_lower_id(rows: int, vocabulary: int, seed: int) -> None:
     """Among equal logits guesses are ordered as by argmax and a stable sort."""
-    logits, label = torch.tensor(case[0]), case[1]
+    drawn = np.random.default_rng(seed).choice([-math.inf, -1.0, 0.0, 1.0], (rows, vocabulary))
+    logits, label = torch.from_numpy(drawn), seed % vocabulary
     guesses = logits.argsort(dim=1, descending=True, stable=True).tolist()
-    found = evaluation._sum_metrics(*rank_targets(logits, torch.full((len(logits),), label)), {})
-    assert found[1] == sum(row[0] == label for row in guesses)
-    assert found[1] == (logits.argmax(1) == label).sum()
-    assert found[2] == sum(label in row[:5] for row in guesses)
-    assert found[3] == len(logits)
+    metrics = evaluation._sum_tokens(*rank_targets(logits, torch.full((len(logits),), label)), {})
+    assert metrics[1] == sum(row[0] == label for row in guesses)
+    assert metrics[1] == (logits.argmax(1) == label).sum()
+    assert metrics[2] == sum(label in row[:5] for row in guesses)
+    assert metrics[3] == len(logits)
 
 
 def test_a_broken_model_has_no_accuracy() -> None:
     """NaN logits are no right guesses."""
     ranked = rank_targets(torch.full((2, 9), torch.nan), torch.tensor([0, 3]))
-    found = evaluation._sum_metrics(*ranked, {})
-    assert found[0].isnan()
-    assert found[1:].tolist() == [0, 0, 2]
+    metrics = evaluation._sum_tokens(*ranked, {})
+    assert metrics[0].isnan()
+    assert metrics[1:].tolist() == [0, 0, 2]
 
 
 def test_metrics_of_extreme_sums() -> None:
@@ -424,7 +358,7 @@ def test_processes_stay_in_step(
     """Every process makes as many forward passes, and all have the figures of one."""
     tokenizer = tiny_tokenizer()
     monkeypatch.setattr(evaluation, "MAX_LOGITS", 400 * len(tokenizer))
-    barrier, mail, found = threading.Barrier(3, timeout=120), [None] * 3, [None] * 3
+    barrier, mail, metrics = threading.Barrier(3, timeout=120), [None] * 3, [None] * 3
     passes = [0, 0, 0]
 
     def evaluate(rank: int) -> None:
@@ -434,12 +368,12 @@ def test_processes_stay_in_step(
             passes[rank] += 1
 
         model.register_forward_pre_hook(count_pass)
-        found[rank] = evaluate_rows(
+        metrics[rank] = evaluate_rows(
             model,
             rows[:count],
-            collate=FrozenCollator(tokenizer),
+            collate=partial(collate_frozen, tokenizer=tokenizer),
             batch_size=batch_size,
-            predictor=Predictor(device=model.device),
+            forward=MaskedForward(device=model.device),
             accelerator=ThreadAccelerator(rank, barrier, mail),
         )
 
@@ -448,7 +382,119 @@ def test_processes_stay_in_step(
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert found[0] == found[1] == found[2]
-    assert found[0] is not None
-    assert_same(found[0], slow_metrics(bert, rows[:count]))
+    assert metrics[0] == metrics[1] == metrics[2]
+    assert metrics[0] is not None
+    assert_same(metrics[0], slow_metrics(bert, rows[:count]))
     assert passes[0] == passes[1] == passes[2] > 0
+
+
+RARE = "an uncharacteristically naïve film of electroencephalography and straightforwardness"
+TEXTS = [*tiny_corpus(30), *[RARE] * 4, "café"]
+
+
+def freeze_words(tokenizer: PreTrainedTokenizerFast, *, rate: float = 0.3, **options: Any) -> Rows:
+    """Mask documents by their number, and keep the words that they were masked by."""
+    columns = {**tokenize_with_word_ids({"text": TEXTS}, tokenizer), "id": range(len(TEXTS))}
+    collator = WholeWordMaskingCollator(tokenizer, wwm_probability=rate, mask_replace_prob=0.9)
+    frozen = insert_random_mask(columns, collator, key_column="id", **options)
+    return to_rows({**frozen, "word_ids": columns["word_ids"]})
+
+
+def slow_words(
+    model: PreTrainedModel, rows: Rows, tokenizer: PreTrainedTokenizerFast
+) -> MaskedWordMetrics:
+    """One row and one word after the other, all logits, in 64 bits."""
+    total, right, size, count = 0.0, 0, 0, 0
+    for row in rows:
+        inputs = {
+            name.removeprefix("masked_"): torch.tensor([values])
+            for name, values in row.items()
+            if name not in ("word_ids", "labels", "masked_labels")
+        }
+        labels = row.get("labels", row.get("masked_labels"))
+        with torch.no_grad():
+            scores = model(**inputs).logits[0].double().log_softmax(1)
+        for word in sorted({word for word, label in zip(row["word_ids"], labels) if label != -100}):  # noqa: B905
+            places = [place for place, number in enumerate(row["word_ids"]) if number == word]
+            pieces = [labels[place] for place in places]
+            total -= sum(scores[place, piece].item() for place, piece in zip(places, pieces))  # noqa: B905
+            right += [scores[place].argmax().item() for place in places] == pieces
+            size += len(tokenizer.decode(pieces).strip().encode())
+            count += 1
+    return MaskedWordMetrics(
+        loss=total / count,
+        accuracy=right / count,
+        bits_per_byte=total / math.log(2) / size,
+        masked_words=count,
+    )
+
+
+@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
+@pytest.mark.parametrize("prefix", ["", "masked_"])
+def test_words_are_those_of_the_reference(kind: str, prefix: str) -> None:
+    """For every tokenizer, batch size and form of the rows."""
+    tokenizer = tiny_tokenizer(kind)
+    model, rows = tiny_model(tokenizer).eval(), freeze_words(tokenizer, prefix=prefix)
+    expected = slow_words(model, rows, tokenizer)
+    for batch_size in (1, 5, 64):
+        dataset: Any = Dataset.from_list(rows) if batch_size == 64 else rows
+        metrics = evaluate_words(model, dataset, tokenizer=tokenizer, batch_size=batch_size)
+        assert asdict(metrics) == pytest.approx(asdict(expected), rel=1e-6)
+    tokenizer.padding_side = "left"  # which moves this model's positions, and no word
+    by_word, by_token = (
+        measure(model, rows, tokenizer=tokenizer) for measure in (evaluate_words, evaluate_mlm)
+    )
+    assert by_word.masked_words == expected.masked_words
+    total = by_token.loss * by_token.masked_tokens
+    assert by_word.loss * by_word.masked_words == pytest.approx(total)
+
+
+def test_words_of_one_token_have_the_loss_of_tokens(bert: PreTrainedModel) -> None:
+    """Where each word is a token, both have one mean."""
+    tokenizer = tiny_tokenizer()
+    rows = freeze_words(tokenizer)
+    by_token = evaluate_mlm(bert, rows, tokenizer=tokenizer)
+    single = [{**row, "word_ids": [*range(len(row["word_ids"]))]} for row in rows]
+    assert evaluate_words(bert, single, tokenizer=tokenizer).loss == pytest.approx(by_token.loss)
+
+
+def test_a_word_is_right_if_all_its_pieces_are() -> None:
+    """And a byte of it is a byte of its text, without what stands around it."""
+    tokenizer = tiny_tokenizer("byte_bpe")
+    columns = tokenize_with_word_ids({"text": [" naïve"]}, tokenizer)
+    labels = [
+        [token if word >= 0 else -100 for token, word in zip(*row, strict=True)]
+        for row in zip(columns["input_ids"], columns["word_ids"], strict=True)
+    ]
+    batch = collate_frozen(to_rows({**columns, "labels": labels}), tokenizer, with_words=True)
+    pieces = batch["labels"][batch["labels"] != -100]
+    assert len(pieces) > 1
+    losses, right = torch.ones(len(pieces)), torch.zeros(len(pieces))
+    for before, count in ((right, 1), (right + 1, 0), (right.index_fill(0, torch.tensor(1), 2), 0)):
+        sums = evaluation._sum_words(losses, before, batch, tokenizer=tokenizer)
+        assert sums.tolist() == [len(pieces), count, len("naïve".encode()), 1]
+
+
+def test_rows_that_do_not_know_their_words(bert: PreTrainedModel) -> None:
+    """They are refused by what is missing: the column, its length, the words of tokens masked."""
+    tokenizer = tiny_tokenizer()
+    rows = freeze_words(tokenizer)
+
+    def evaluate(rows: Any) -> None:
+        evaluate_words(bert, rows, tokenizer=tokenizer)
+
+    without = [{name: row[name] for name in row if name != "word_ids"} for row in rows]
+    with pytest.raises(ValueError, match=r"no 'word_ids', only \['masked_.*out of remove_columns"):
+        evaluate(without)
+    with pytest.raises(ValueError, match=r"word_ids"):
+        evaluate([{**row, "word_ids": row["word_ids"][:-1]} for row in rows])
+    none = [{**row, "word_ids": [-1] * len(row["word_ids"])} for row in rows]
+    with pytest.raises(ValueError, match=r"a masked token, .+, that belongs to no word"):
+        evaluate(none)
+    unmasked = [{**row, "masked_labels": [-100] * len(row["word_ids"])} for row in rows]
+    with pytest.raises(ValueError, match=r"no masked word; freeze masks into it"):
+        evaluate(unmasked)
+    with pytest.raises(ValueError, match=r"dataset is not frozen"):
+        evaluate([{"input_ids": [2, 7, 3], "word_ids": [-1, 0, -1]}])
+    with pytest.raises(ValueError, match=r"batch_size is 0"):
+        evaluate_words(bert, rows, tokenizer=tokenizer, batch_size=0)

@@ -1,23 +1,21 @@
-"""From a batch to the logits of its masked tokens, by a mask that the device is not asked about."""
+"""From a batch to the logits of its masked tokens, by what the model was seen to allow."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tests.model.test_documents import IS_OLD
+from transformers import BartConfig, BartForConditionalGeneration
 
-from mlmadapt.model import forward as predictors
+from mlmadapt.data.rows import pad_frozen
 from mlmadapt.model.checks import evaluation_mode
-from mlmadapt.model.document_mask import is_near
-from mlmadapt.model.evaluation import FrozenCollator
-from mlmadapt.model.forward import predicting
+from mlmadapt.model.forward import MaskedForward, masked_forward
 from mlmadapt.model.head import masked_logits
 from mlmadapt.testing import tiny_model, tiny_tokenizer
-from tests.scripts.short_run import freeze, make_rows
+from tests.scripts.short_run import freeze, global_states, make_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,110 +34,173 @@ ARCHITECTURES = (
 )
 
 
-def make_batch(count: int = 4, *, side: str = "right") -> Batch:
-    """Make a padded batch of rows of mixed lengths."""
+def make_batch(count: int = 4, *, side: str = "right", is_full: bool = False) -> Batch:
+    """Make a padded batch of rows of mixed lengths, or 10 tokens of each, none of them padding."""
     tokenizer = tiny_tokenizer()
     tokenizer.padding_side = side
-    return FrozenCollator(tokenizer)(freeze(make_rows(count)))
+    rows = freeze(make_rows(count))
+    if is_full:
+        rows = [{name: row[name][2:12] for name in row} for row in rows]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: torch.from_numpy(a) for name, a in pad_frozen(columns, tokenizer).items()}
 
 
-def plain(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Predict with the batch's own mask."""
-    inputs = {name: values for name, values in batch.items() if name != "labels"}
-    return masked_logits(model(**inputs), batch["labels"] != -100)
+def masks_sent(model: PreTrainedModel) -> list[Any]:
+    """Record the attention masks that a model is called with from now on."""
+    masks: list[Any] = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
+    )
+    return masks
+
+
+def hooks_of(model: PreTrainedModel) -> list[Any]:
+    """The hooks that are left on a model and its encoder."""
+    parts = [model, model.base_model]
+    return [hook for part in parts for hook in (*part._forward_hooks, *part._forward_pre_hooks)]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_are_those_of_the_plain_mask(architecture: str, attention: str, side: str) -> None:
-    """To the bit, whatever mask is sent; of rows with padding and without."""
+    """To the bit, with padding and without, where none is sent; and the sparse head is used."""
     model = tiny_model(tiny_tokenizer(), architecture=architecture)
     if architecture != "deberta-v2":
         model.set_attn_implementation(attention)
-    padded = make_batch(side=side)
-    full = {name: values[:, 10:20] for name, values in padded.items()}
-    full["attention_mask"] = torch.ones_like(full["attention_mask"])
-    for batch in (padded, full):
-        assert (batch["labels"] != -100).any()
-        with predicting(model, padded, is_packed=False) as predictor, evaluation_mode(model):
-            found, targets = replace(predictor, sparse=None)(model, batch)
-            assert torch.equal(found, plain(model, batch))
+    padded, full = make_batch(side=side), make_batch(is_full=True)
+    masks = masks_sent(model)
+    with masked_forward(model, padded) as forward, evaluation_mode(model):
+        assert forward.sparse is not None
+        for batch in (padded, full):
+            inputs = {name: values for name, values in batch.items() if name != "labels"}
+            expected = masked_logits(model(**inputs), batch["labels"] != -100)
+            logits, targets = replace(forward, sparse=None)(model, batch)
+            assert torch.equal(logits, expected)
             assert torch.equal(targets, batch["labels"][batch["labels"] != -100])
+            assert (masks[-1] is None) is (batch is full)
 
 
-@pytest.mark.skipif(IS_OLD, reason="transformers makes other masks")
-def test_the_mask_that_is_sent() -> None:
-    """None where nothing is padded; a square where it does the same, which in eager it does not."""
-    for attention, shape in (("sdpa", (4, 1)), ("eager", (4,))):
-        model = tiny_model(tiny_tokenizer())
-        model.set_attn_implementation(attention)
-        seen: list[Any] = []
-        model.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append(kwargs.get("attention_mask")),  # noqa: B023
-            with_kwargs=True,
-        )
-        batch = make_batch()
-        length = batch["input_ids"].shape[1]
-        with predicting(model, batch, is_packed=False) as predictor, torch.no_grad():
-            predictor(model, batch)
-            assert seen[-1].shape == (*shape, *(length for _ in range(len(shape))))
-            batch["attention_mask"].fill_(1)
-            predictor(model, batch)
-            assert seen[-1] is None
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_what_a_model_allows_does_not_depend_on_what_is_masked(*, is_packed: bool) -> None:
+    """With nothing masked, or with the documents of packed rows, the answer is the same."""
+    batch = make_batch()
+    batch["labels"].fill_(-100)
+    if is_packed:
+        batch["document_ids"] = batch["attention_mask"] - 1
+    model = tiny_model(tiny_tokenizer(), architecture="roberta")
+    with masked_forward(model, batch) as forward:
+        assert forward.is_free
+        assert forward.sparse is not None
 
 
 def test_a_model_that_wants_a_mask_gets_it() -> None:
-    """Where leaving it out, or a square, changes the logits or fails."""
+    """Where leaving it out fails, or changes the logits."""
 
-    def refuse(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        mask = kwargs["attention_mask"]
-        assert mask.dim() == 2
-        return args, {**kwargs, "attention_mask": None}
+    def need(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "attention_mask": kwargs["attention_mask"].bool()}
 
-    model = tiny_model(tiny_tokenizer())
-    model.register_forward_pre_hook(refuse, with_kwargs=True)
-    with predicting(model, make_batch(), is_packed=False) as predictor:
-        assert not predictor.is_free
-        assert predictor.to_square is None
-        predictor(model, make_batch())
+    def change(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("attention_mask") is None:
+            return args, {**kwargs, "input_ids": kwargs["input_ids"].flip(1)}
+        return None
 
-
-def test_a_window_is_kept_though_the_probe_is_shorter() -> None:
-    """On rows within the window a square does the same, and on longer ones it would reach on."""
-    model = tiny_model(tiny_tokenizer(), architecture="modernbert")
-    batch = make_batch()
-    probe = {name: values[:, :20] for name, values in batch.items()}
-    assert batch["input_ids"].shape[1] > 64  # its window
-    with predicting(model, probe, is_packed=False) as predictor, evaluation_mode(model):
-        found, _ = replace(predictor, sparse=None)(model, batch)
-        assert torch.equal(found, plain(model, batch))
-        if IS_OLD:  # where its layers take no mask of their own
-            return
-        assert predictor.to_square
-        without = partial(predictor.to_square.func, window=None)
-        found, _ = replace(predictor, sparse=None, to_square=without)(model, batch)
-        assert not torch.equal(found, plain(model, batch))
+    for hook in (need, change):
+        model = tiny_model(tiny_tokenizer())
+        model.register_forward_pre_hook(hook, with_kwargs=True)
+        with masked_forward(model, make_batch()) as forward:
+            assert not forward.is_free
+            forward(model, make_batch(is_full=True))
 
 
-def test_a_window_of_another_kind_keeps_the_plain_mask() -> None:
-    """Of it, rows as short as the first tell nothing."""
-    model = tiny_model(tiny_tokenizer())
-    model.config.attention_window = 4
-    with predicting(model, make_batch(), is_packed=False) as predictor:
-        assert predictor.to_square is None
+def test_rounding_counts_for_nothing() -> None:
+    """Positions are predicted in multiples of 32, and those without a target have none."""
+    model, batch = tiny_model(tiny_tokenizer()).eval(), make_batch()
+    with masked_forward(model, batch) as forward:
+        logits, targets = forward(model, batch)
+        rounded, all_targets = forward(model, batch, rounded=True)
+    assert len(rounded) == len(all_targets) == 32 * -(-len(logits) // 32) > len(logits)
+    assert torch.equal(all_targets[all_targets != -100], targets)
+    torch.testing.assert_close(rounded[all_targets != -100], logits)
 
 
-@pytest.mark.skipif(IS_OLD, reason="its layers take no mask of their own")
-@pytest.mark.parametrize("off", [-1, 1])
-def test_another_window_than_the_model_has_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, off: int
+def test_gradients_are_touched() -> None:
+    """All that a step reaches have one of zeros, others none; the pooler is one of these."""
+    model, batch = tiny_model(tiny_tokenizer()).train(), make_batch()
+    with masked_forward(model, batch) as forward:
+        forward.touch_gradients(model, batch, torch.Tensor.backward)
+        touched = {name for name, p in model.named_parameters() if p.grad is not None}
+        assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+        model.zero_grad()
+        model(**batch).loss.backward()
+    assert touched == {name for name, p in model.named_parameters() if p.grad is not None} != set()
+
+
+@pytest.mark.parametrize("taken_out", [0, 3])
+def test_a_head_that_mixes_positions_is_told_and_left_full(
+    bert: PreTrainedModel,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    taken_out: int,
 ) -> None:
-    """By a token to each side, though the first row has far fewer; it then keeps the plain mask."""
-    monkeypatch.setattr(
-        predictors, "is_near", lambda length, window, device: is_near(length, window + off, device)
-    )
-    model = tiny_model(tiny_tokenizer(), architecture="modernbert")
-    probe = {name: values[:, :20] for name, values in make_batch().items()}
-    with predicting(model, probe, is_packed=False) as predictor:
-        assert predictor.to_square is None
+    """A sparse head is kept; with tokens that are out of the vocabulary, too."""
+    with torch.no_grad():
+        bert.get_output_embeddings().bias[:taken_out] = -torch.inf
+    bert.train()
+    states = global_states()
+    with masked_forward(bert, make_batch()) as forward:
+        assert forward.sparse is not None
+    assert not caplog.records
+
+    head = bert.cls.forward
+    for mix in (lambda hidden: hidden.mean(1), lambda hidden: hidden[:, 0]):
+        mixing = lambda hidden, mix=mix: head(hidden + mix(hidden)[:, None])  # noqa: E731
+        monkeypatch.setattr(bert.cls, "forward", mixing)
+        with caplog.at_level(logging.WARNING), masked_forward(bert, make_batch()) as forward:
+            assert forward.sparse is None
+            assert not hooks_of(bert)
+        assert "BertForMaskedLM runs with its full head, more slowly: its head" in caplog.text
+
+    # Whatever the head needs of the other positions, such as the attention mask.
+    caplog.clear()
+    sequence = make_batch()["labels"].shape[1]
+    needs_all = lambda hidden: head(hidden * torch.ones(4, sequence, 1))  # noqa: E731
+    monkeypatch.setattr(bert.cls, "forward", needs_all)
+    with masked_forward(bert, make_batch()) as forward:
+        assert forward.sparse is None
+    assert "by position: model BertForMaskedLM fails on" in caplog.text
+    assert "(RuntimeError: The size of tensor a" in caplog.text
+    assert not hooks_of(bert)
+    assert bert.training
+    assert global_states() == states
+
+
+def test_an_encoder_decoder_runs_with_its_full_head(caplog: pytest.LogCaptureFixture) -> None:
+    """And says so once."""
+    config = BartConfig(vocab_size=475, d_model=16, encoder_layers=1, decoder_layers=1)
+    with masked_forward(BartForConditionalGeneration(config), make_batch()) as forward:
+        assert forward.sparse is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "is an encoder-decoder, whose labels" in caplog.text
+
+
+def test_an_error_of_the_model_is_not_one_of_its_head(
+    bert: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that fails with all positions is named, and left without hooks."""
+
+    def fail(hidden: torch.Tensor) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(bert.cls, "forward", fail)
+    message = r"model BertForMaskedLM fails on a batch of .*\(RuntimeError: no such kernel\)"
+    with pytest.raises(ValueError, match=message), masked_forward(bert, make_batch()):
+        pass
+    assert not hooks_of(bert)
+
+
+def test_without_trials_all_is_sent(bert: PreTrainedModel) -> None:
+    """What is made without `masked_forward` takes nothing for granted."""
+    masks = masks_sent(bert)
+    MaskedForward(device=bert.device)(bert, make_batch(is_full=True))
+    assert masks[0] is not None

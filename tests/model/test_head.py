@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import logging
-import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     BartConfig,
@@ -23,8 +24,10 @@ from transformers import (
 from transformers.modeling_outputs import MaskedLMOutput
 
 from mlmadapt import masked_lm_loss, sparse_prediction
-from mlmadapt.model.head import masked_logits, summed_cross_entropy, try_sparse
+from mlmadapt.model import head
+from mlmadapt.model.head import masked_logits, summed_cross_entropy
 from mlmadapt.testing import tiny_model, tiny_tokenizer
+from tests.scripts.short_run import drop_nothing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,10 +46,7 @@ ARCHITECTURES = """
 TINY_GPT2 = GPT2Config(
     vocab_size=100, n_embd=16, n_layer=1, n_head=1, bos_token_id=1, eos_token_id=1
 )
-TINY_BART = BartConfig(
-    vocab_size=100, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=1,
-    decoder_attention_heads=1, encoder_ffn_dim=16, decoder_ffn_dim=16,
-)  # fmt: skip
+TINY_BART = BartConfig(vocab_size=100, d_model=16, encoder_layers=1, decoder_layers=1)
 
 
 def make_batch(rows: int = 3, *, seed: int = 0, vocabulary: int = 100) -> Batch:
@@ -92,14 +92,6 @@ def has_hooks(model: PreTrainedModel) -> bool:
     """Tell whether any hook of `sparse_prediction` is left."""
     hooks = [model._forward_pre_hooks, model._forward_hooks, model.base_model._forward_hooks]
     return any(hooks)
-
-
-def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """For comparisons in which batches are cut up differently."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
 
 
 @pytest.fixture
@@ -241,30 +233,15 @@ def test_remove_gives_the_full_head_back(model: PreTrainedModel) -> None:
     assert not has_hooks(model)
 
 
-def test_two_handles_at_once(model: PreTrainedModel) -> None:
-    """A second handle changes nothing, and each is removed by itself."""
-    with sparse_prediction(model):
-        assert_same(model, make_batch())
-        first = loss_and_gradients(model, make_batch(), num_items_in_batch=50)[0]
-        with sparse_prediction(model):
-            assert loss_and_gradients(model, make_batch(), num_items_in_batch=50)[0] == first
-        assert model(**make_batch()).logits.shape[0] == 1
-
-
 @pytest.mark.parametrize("architecture", ["bert", "mpnet"])
 def test_tuple_outputs(architecture: str) -> None:
     """With return_dict=False, which MPNet's encoder hears of too, the loss comes first."""
     model = tiny_model(tiny_tokenizer(), architecture=architecture)
     batch = make_batch()
     masked = int((batch["labels"] != -100).sum())
-    assert_same(model, batch, {"return_dict": False})
     assert_same(model, batch, {"return_dict": False, "num_items_in_batch": masked})
     model.config.return_dict = False
     assert_same(model, batch)
-    positions, inputs = batch.pop("labels") != -100, batch
-    full = masked_logits(model.eval()(**inputs), positions)
-    with sparse_prediction(model) as handle, handle.at(positions):
-        torch.testing.assert_close(masked_logits(model(**inputs), positions), full)
 
 
 # Its new name is not known to transformers 5.0.
@@ -285,84 +262,6 @@ def test_autocast(model: PreTrainedModel) -> None:
     torch.testing.assert_close(sparse_gradients, gradients, rtol=0.1, atol=1e-2)
 
 
-# torch looks at the gradient of every tensor that a graph takes.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("hooked_first", [True, False])
-def test_compile(model: PreTrainedModel, hooked_first: bool) -> None:  # noqa: FBT001
-    """Compiled before or after, the hooks hold, and the number of masked tokens may vary."""
-    torch._dynamo.reset()
-    batches = [make_batch(seed=seed) for seed in range(3)]
-    expected = [loss_and_gradients(model, batch) for batch in batches]
-    handle = sparse_prediction(model) if hooked_first else None
-    compiled: Any = torch.compile(model, backend="eager")
-    handle = handle or sparse_prediction(compiled)
-    for batch, (loss, gradients) in zip(batches, expected, strict=True):
-        compiled.train()
-        found, _ = loss_and_gradients(compiled, batch)
-        torch.testing.assert_close(found, loss, rtol=1e-6, atol=1e-6)
-        found_gradients = {
-            name: p.grad for name, p in model.named_parameters() if name in gradients
-        }
-        torch.testing.assert_close(found_gradients, gradients, rtol=1e-4, atol=1e-6)
-    assert compiled(**batches[0]).logits.shape[0] == 1
-    torch._dynamo.reset()
-
-
-# As above.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("wrapped", [True, False])
-def test_what_was_compiled_before_gets_the_hooks(
-    model: PreTrainedModel,
-    wrapped: bool,  # noqa: FBT001
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """By `torch.compile(model)` or `model.compile()`, and called, with code that has no hooks."""
-    torch._dynamo.reset()
-    batch = make_batch()
-    if wrapped:
-        compiled: Any = torch.compile(model, backend="eager")
-    else:
-        model.compile(backend="eager")
-        compiled = model
-    expected, gradients = loss_and_gradients(compiled, batch)
-    compiled.eval()
-    with torch.no_grad():
-        compiled(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    handle = try_sparse(compiled, batch)
-    assert handle is not None
-    assert "full head" not in caplog.text
-    found, sparse_gradients = loss_and_gradients(compiled, batch)
-    assert compiled(**batch).logits.shape[0] == 1
-    torch.testing.assert_close(
-        (found, sparse_gradients), (expected, gradients), rtol=1e-4, atol=1e-6
-    )
-    torch._dynamo.reset()
-
-
-def test_threads_do_not_share_positions(model: PreTrainedModel) -> None:
-    """`DataParallel` calls replicas, whose hooks are the same objects, at the same time."""
-    without_dropout(model)
-    batches = [make_batch(rows=2, seed=1), make_batch(rows=4, seed=2)]
-    expected = [model(**batch).loss.item() for batch in batches]
-    both_are_inside = threading.Barrier(2, timeout=120)
-    found = [0.0, 0.0]
-
-    def wait(*call: Any) -> None:
-        both_are_inside.wait()
-
-    def run(place: int) -> None:
-        found[place] = model(**batches[place]).loss.item()
-
-    model.bert.embeddings.register_forward_hook(wait)
-    with sparse_prediction(model):
-        threads = [threading.Thread(target=run, args=(place,)) for place in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-    assert found == pytest.approx(expected, rel=1e-6)
-
-
 def test_a_copied_model_keeps_its_own_hooks(model: PreTrainedModel) -> None:
     """Averages of weights are kept in copies, which must not lean on the model they came from."""
     handle = sparse_prediction(model)
@@ -372,27 +271,12 @@ def test_a_copied_model_keeps_its_own_hooks(model: PreTrainedModel) -> None:
     assert model(**make_batch()).logits.shape[0] == 3
 
 
-class Adapted(nn.Module):
-    """Goes around the hooks of the model below, as PEFT's `LoraModel.forward` does."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def get_base_model(self) -> PreTrainedModel:
-        """As `PeftModel` has it."""
-        return self.model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call `forward`, not the model."""
-        return self.model.forward(*args, **kwargs)
-
-
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_around_the_model(model: PreTrainedModel) -> None:
-    """The hooks of a model with adapters go where its calls do."""
-    adapted = Adapted(model)
+    """The hooks of a model with adapters go where its calls do, which is around its own hooks."""
+    adapted: Any = get_peft_model(model, LoraConfig(target_modules=["query"], lora_dropout=0.1))
     assert_same(adapted, make_batch())
-    with sparse_prediction(adapted):  # type: ignore[arg-type]
+    with sparse_prediction(adapted):
         assert adapted.train()(**make_batch()).logits.shape[0] == 1
 
 
@@ -487,7 +371,7 @@ def test_trainer(
     tmp_path: Path,
 ) -> None:
     """`Trainer` logs the exact loss and gradient norm however the same 8 rows are accumulated."""
-    model = without_dropout(tiny_model(tiny_tokenizer(), architecture=architecture))
+    model = drop_nothing(tiny_model(tiny_tokenizer(), architecture=architecture))
     rows = make_batch(rows=8)
     expected = []
     reference = copy.deepcopy(model)
@@ -502,8 +386,8 @@ def test_trainer(
         sparse_prediction(model)
     kwargs = {"compute_loss_func": masked_lm_loss} if with_loss else {}
     _, log, head_rows = train(model, rows, tmp_path, accumulation, **kwargs)
-    for found, wanted in zip(log, expected, strict=True):
-        assert found == pytest.approx(wanted, rel=1e-4)
+    for entry, wanted in zip(log, expected, strict=True):
+        assert entry == pytest.approx(wanted, rel=1e-4)
     if with_loss or not is_sparse:
         assert head_rows == 2 * rows["labels"].numel()
     else:  # two steps of 39 masked tokens, rounded up to multiples of 32 in each forward pass
@@ -520,8 +404,8 @@ def test_trainer_evaluation(
     sparse_prediction(model)
     trainer, _, _ = train(model, rows, tmp_path, 1, compute_loss_func=loss_func)
     expected = model.eval()(**rows).loss.item()
-    found = trainer.evaluate(eval_dataset=trainer.train_dataset)
-    assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    logged = trainer.evaluate(eval_dataset=trainer.train_dataset)
+    assert logged["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def slow_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
@@ -563,63 +447,54 @@ def test_masked_lm_loss_without_targets() -> None:
         assert not logits.grad.any()
 
 
-@pytest.mark.parametrize("taken_out", [0, 3])
-def test_self_check_falls_back(
-    model: PreTrainedModel,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    taken_out: int,
-) -> None:
-    """A sparse head is kept; one that mixes positions, or is refused, is told and left full.
-
-    That holds with tokens that are out of the vocabulary, too.
-    """
-    with torch.no_grad():
-        model.get_output_embeddings().bias[:taken_out] = -torch.inf
-    for module in model.bert.encoder.modules():
-        module.training = False
-    modes = [module.training for module in model.modules()]
-    handle = try_sparse(model, make_batch(rows=5))
-    assert handle is not None
-    handle.remove()
-    assert not caplog.records
-
-    head = model.cls.forward
-    monkeypatch.setattr(model.cls, "forward", lambda hidden: head(hidden + hidden.mean(1)[:, None]))
-    with caplog.at_level(logging.WARNING):
-        assert try_sparse(model, make_batch()) is None
-    assert "BertForMaskedLM runs with its full head, more slowly: its head" in caplog.text
-    assert not has_hooks(model)
-    assert [module.training for module in model.modules()] == modes
-
-    # Whatever the head needs of the other positions, such as the attention mask.
-    caplog.clear()
-    monkeypatch.setattr(model.cls, "forward", lambda hidden: head(hidden * torch.ones(3, 24, 1)))
-    assert try_sparse(model, make_batch()) is None
-    assert "by position (RuntimeError: The size of tensor a" in caplog.text
-    assert not has_hooks(model)
-
-    caplog.clear()
-    assert try_sparse(BartForConditionalGeneration(TINY_BART), make_batch()) is None
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+def gradient_in_place(
+    logits: torch.Tensor, labels: torch.Tensor, *, ours: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss times 3 and its gradient, of logits that a linear layer gives."""
+    leaf = logits.clone().requires_grad_()
+    computed = leaf * 1.0
+    if ours:
+        loss = summed_cross_entropy(computed, labels)
+    else:
+        loss = nn.functional.cross_entropy(computed, labels, reduction="sum")
+    (loss * 3).backward()
+    return loss.detach(), leaf.grad
 
 
-def test_an_error_of_the_model_is_not_one_of_its_head(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A model that fails or gives NaN with all positions is told as it is, and left as it was."""
+@given(st.integers(0, 40), st.integers(1, 50), st.integers(0, 5), st.integers(1, 300))
+def test_the_loss_is_torchs(tokens: int, vocabulary: int, seed: int, at_once: int) -> None:
+    """Whatever the sizes, however many logits are taken at once, targets or none."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 30 * torch.randn(tokens, vocabulary, generator=generator, dtype=torch.float64)
+    labels = torch.randint(vocabulary, (tokens,), generator=generator)
+    labels[torch.rand(tokens, generator=generator) < 0.3] = -100
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head, "_LOGITS_AT_ONCE", at_once)
+        result = gradient_in_place(logits, labels, ours=True)
+    torch.testing.assert_close(result, gradient_in_place(logits, labels, ours=False))
 
-    def fail(hidden: torch.Tensor) -> None:
-        raise RuntimeError("out of memory")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(model.cls, "forward", fail)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            try_sparse(model, make_batch())
-    for value in (torch.inf, torch.nan):
-        with torch.no_grad():
-            model.get_output_embeddings().weight[7, 0] = value
-        with pytest.raises(ValueError, match="BertForMaskedLM predicts NaN or infinity: its"):
-            try_sparse(model, make_batch())
-    assert not has_hooks(model)
-    assert model.training
+def test_the_gradient_lies_where_the_logits_lay() -> None:
+    """No array of their size is made."""
+    logits = torch.randn(5, 7, requires_grad=True) * 1.0
+    logits.retain_grad()
+    summed_cross_entropy(logits, torch.arange(5)).backward()
+    torch.testing.assert_close(logits.detach(), logits.grad)
+
+
+def test_logits_that_are_needed_again_are_an_error() -> None:
+    """Not a wrong gradient: the exponential's own backward pass reads what it returned."""
+    logits = torch.randn(5, 7, requires_grad=True).exp()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        summed_cross_entropy(logits, torch.arange(5)).backward()
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_shows(value: float) -> None:
+    """In the loss, as torch's, and where nothing is to be predicted not at all."""
+    logits = torch.zeros(2, 3)
+    logits[0, 1] = value
+    for labels in (torch.tensor([1, 2]), torch.tensor([0, 2]), torch.tensor([-100, 2])):
+        expected = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        loss = summed_cross_entropy(logits, labels)
+        assert torch.equal(loss.isfinite(), expected.isfinite())

@@ -15,19 +15,12 @@ from typing import Any, Self
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from short_run import drop_nothing, freeze, make_rows, rows_of
+from short_run import drop_nothing, make_rows, pack
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from mlmadapt import (
-    TrainingConfig,
-    WholeWordMaskingCollator,
-    accelerate_train,
-    evaluate_mlm,
-    pack_texts,
-)
+from mlmadapt import TrainingConfig, WholeWordMaskingCollator, accelerate_train
 from mlmadapt.testing import tiny_model, tiny_tokenizer
-from mlmadapt.training.distributed import is_everywhere
 
 WAITS = {
     "aten::_local_scalar_dense",
@@ -130,26 +123,14 @@ class Enough(Exception):  # noqa: N818  # no error
     """Ends a run before it saves a model, which has no memory to save here."""
 
 
-def make_accelerator() -> Accelerator:
-    """Make one that takes the pretend device for its own."""
+def waits_of_turns() -> list[Any]:
+    """Train a few steps on packed rows; return what each turn of the loop costs."""
+    tokenizer, turns = tiny_tokenizer(), []
+    model = drop_nothing(tiny_model(tokenizer)).to(DEVICE)
     accelerator = Accelerator()
     for shared in (PartialState._shared_state, AcceleratorState._shared_state):
         shared["device"] = DEVICE
-    return accelerator
-
-
-def train(
-    *, fused: bool = True, packed: bool = False, accumulation: int = 2, architecture: str = "bert"
-) -> list[Any]:
-    """Train a few steps; return what each turn of the loop costs, from step to step."""
-    tokenizer, rows = tiny_tokenizer(), make_rows(64)
-    if packed:
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
-        rows = rows_of(pack_texts(columns, chunk_size=40))
-    model = drop_nothing(tiny_model(tokenizer, architecture=architecture)).to(DEVICE)
-    accelerator = make_accelerator()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
-    turns: list[Any] = []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def end_turn(*_: object) -> None:
         turns.append(dict(+counts))
@@ -161,7 +142,7 @@ def train(
     with tempfile.TemporaryDirectory() as folder, suppress(Enough):
         accelerate_train(
             model,
-            rows,
+            pack(make_rows(64), chunk_size=40),
             tokenizer=tokenizer,
             data_collator=WholeWordMaskingCollator(tokenizer, seed=1),
             accelerator=accelerator,
@@ -170,7 +151,7 @@ def train(
                 output_dir=folder,
                 max_steps=9,
                 per_device_train_batch_size=4,
-                gradient_accumulation_steps=accumulation,
+                gradient_accumulation_steps=2,
                 logging_steps=100,
                 eval_strategy="no",
                 save_strategy="no",
@@ -178,22 +159,3 @@ def train(
             ),
         )
     return turns
-
-
-def evaluate(*, architecture: str = "bert") -> list[Any]:
-    """Evaluate 1 batch and 5 of mixed lengths; return what each costs."""
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(tokenizer, architecture=architecture).to(DEVICE)
-    rows, found = freeze(make_rows(40)), []
-    for number in (8, 40):
-        counts.clear()
-        evaluate_mlm(model, rows[:number], tokenizer=tokenizer, batch_size=8)
-        found.append(dict(+counts))
-    return found
-
-
-def agree() -> tuple[list[bool], Any]:
-    """Tell on 2 processes whether something holds that does on the second, and what it costs."""
-    rank = make_accelerator().process_index
-    hosts = torch.distributed.new_group(backend="gloo")
-    return [is_everywhere(hosts, own=rank == 1), is_everywhere(hosts, own=True)], dict(+counts)

@@ -79,7 +79,7 @@ def start(
     if isinstance(answer, str):
         took = f"{function} {arguments} on {world} processes took over {seconds} s"
         raise TimeoutError(f"{took}:\n{answer}")
-    return [Ended(**each) for each in answer]
+    return [Ended(**process) for process in answer]
 
 
 def train(folder: object, **arguments: Any) -> Ended:
@@ -90,7 +90,7 @@ def train(folder: object, **arguments: Any) -> Ended:
 def outcome(folder: object, **arguments: Any) -> dict[str, Any]:
     """Train in processes of their own, all of which must succeed; return what the first made."""
     ended = start("train", folder=str(folder), **arguments)
-    assert [each.code for each in ended] == [0] * len(ended), "\n".join(each.log for each in ended)
+    assert {process.code for process in ended} == {0}, "\n".join(process.log for process in ended)
     return ended[0].result
 
 
@@ -127,13 +127,34 @@ def run_script(
     return subprocess.CompletedProcess(arguments, process.returncode, output)
 
 
+def torchrun(folder: Path, arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Train in two processes that are started as users do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", str(port), str(Path(__file__).with_name("short_run.py"))]
+    return run_script(
+        [*command, arguments, str(folder / "outcome-")], **{"ACCELERATE_USE_CPU": "1", **options}
+    )
+
+
+def last_step(folder: Path) -> int:
+    """Return the step of the newest checkpoint; none may be damaged."""
+    from mlmadapt.training.checkpoint import find_checkpoints, find_damage
+
+    paths = find_checkpoints(folder)
+    assert [list(find_damage(path)) for path in paths] == [[] for _ in paths]
+    return int(paths[0].name.rpartition("-")[2]) if paths else 0
+
+
 def _signal(family: list[psutil.Process], number: int) -> None:
     """Signal processes and what they have started by now, which `family` remembers."""
     with contextlib.suppress(psutil.NoSuchProcess):
         family.extend(set(family[0].children(recursive=True)) - set(family))
-    for each in family:
+    for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
-            each.send_signal(number)
+            process.send_signal(number)
 
 
 @functools.cache

@@ -14,10 +14,10 @@ import logging
 import math
 import os
 import random
+import re
 import signal
 import sys
 import threading
-import time
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.distributed.fsdp import fully_shard
@@ -37,16 +36,15 @@ from mlmadapt import (
     accelerate_train,
     insert_random_mask,
     pack_texts,
-    tokenize_with_word_ids,
 )
-from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
-from mlmadapt.training import checkpoint, loop
+from mlmadapt.testing import tiny_model, tiny_rows, tiny_tokenizer
+from mlmadapt.training import loop
 from mlmadapt.training.batches import BatchPlan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-logging.getLogger("mlmadapt.data.stream").setLevel(logging.INFO)
+logging.getLogger("mlmadapt.training.batches").setLevel(logging.INFO)
 
 SETTINGS = {
     "num_train_epochs": 2,
@@ -66,8 +64,7 @@ def rows_of(columns: dict[str, Any]) -> list[dict[str, Any]]:
 
 def make_rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
     """Tokenize documents of unequal lengths."""
-    columns = {"text": tiny_corpus(count, seed=seed)}
-    return rows_of(tokenize_with_word_ids(columns, tiny_tokenizer()))
+    return tiny_rows(tiny_tokenizer(), count, seed=seed)
 
 
 def pack(rows: list[dict[str, Any]], *, chunk_size: int) -> list[dict[str, Any]]:
@@ -131,11 +128,11 @@ def drop_nothing(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def on_pretend_device(what: str, **arguments: Any) -> Any:
-    """Call a function of `pretend_device`, which changes the process for good."""
+def waits_of_turns(**arguments: Any) -> Any:
+    """Call `pretend_device`, which changes the process for good."""
     import pretend_device
 
-    return getattr(pretend_device, what)(**arguments)
+    return pretend_device.waits_of_turns(**arguments)
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -164,6 +161,7 @@ def train(
     at_step: dict[str, list[Any]] | None = None,
     at_event: list[Any] | None = None,
     while_saving: dict[str, list[Any]] | None = None,
+    in_worker: str | None = None,
     count_events: bool = False,
     curves: bool = False,
     **settings: Any,
@@ -186,6 +184,7 @@ def train(
         at_event: A number and what to do before the so-manyth event of the filesystem below
             `folder`.
         while_saving: By step, what to do when half of that checkpoint is written.
+        in_worker: What a worker does at the first row that it reads.
         count_events: Whether to return how many events there were.
         curves: Whether the model card has a picture, which takes as long to draw as all the rest.
         **settings: Of `TrainingConfig`, over `SETTINGS`.
@@ -212,9 +211,11 @@ def train(
         train_rows = pack(train_rows, chunk_size=40)
     if stream is not None:
         train_rows = make_stream(train_rows, stream)
-    events = _watch_files(folder, at_event)
+    if in_worker is not None:
+        train_rows = ActingRows(train_rows)
+        train_rows.action = in_worker
+    events = _watch_files(folder, at_event, while_saving or {})
     _act_at_steps(model, at_step or {})
-    _act_while_saving(model, while_saving or {})
     before = global_states()
     result = accelerate_train(
         model,
@@ -235,15 +236,6 @@ def train(
     }
 
 
-def count_reductions(folder: str, **arguments: Any) -> int:
-    """Train; return how often processes asked their devices for a sum."""
-    sums: list[Any] = []
-    original = Accelerator.reduce
-    Accelerator.reduce = lambda *given, **more: sums.append(0) or original(*given, **more)
-    train(folder, **arguments)
-    return len(sums)
-
-
 def execute(*, script: str, name: str) -> Any:
     """Run a script and return one of its variables."""
     names: dict[str, Any] = {}
@@ -257,22 +249,6 @@ def train_differently(folder: str, *, differ: str) -> dict[str, Any]:
     return train(folder, **{differ: value + 4 * (os.environ["RANK"] == "1")})
 
 
-def train_late(folder: str, *, wait_for: str, **arguments: Any) -> dict[str, Any]:
-    """Train; the second process reads its checkpoint when the first has gone on to make a file."""
-    original = checkpoint.read_run
-
-    def read_run(*args: Any) -> None:
-        deadline = time.monotonic() + 60
-        while os.environ["RANK"] == "1" and not Path(wait_for).exists():
-            if time.monotonic() > deadline:
-                raise TimeoutError(wait_for)
-            time.sleep(0.01)
-        original(*args)
-
-    checkpoint.read_run = read_run
-    return train(folder, **arguments)
-
-
 def reference(*, rows: int, batch: int = 8, epochs: int | None = None) -> dict[str, Any]:
     """Train as `train` does without dropout, in the plainest way: one full batch a step.
 
@@ -284,8 +260,8 @@ def reference(*, rows: int, batch: int = 8, epochs: int | None = None) -> dict[s
     data = make_rows(rows)
     epochs = epochs or (2 if rows == 8 else 1)
     collator = WholeWordMaskingCollator(tokenizer, seed=42)
-    decayed = [each for each in model.parameters() if each.ndim > 1]
-    others = [each for each in model.parameters() if each.ndim == 1]
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=SETTINGS["learning_rate"])
     plan = BatchPlan(rows=rows, batch_size=batch, seed=42)
@@ -353,12 +329,12 @@ def _act(model: torch.nn.Module, name: str, rank: int = -1) -> None:  # noqa: C9
         return
     if name in _SIGNALS:
         os.kill(os.getpid(), _SIGNALS[name])
-    elif name == "term group":  # workers included
-        os.killpg(0, signal.SIGTERM)
+    elif name.endswith(" group"):  # workers included
+        os.killpg(0, _SIGNALS[name.removesuffix(" group")])
     elif name == "term parent":  # torchrun, which hands it to all
         os.kill(os.getppid(), signal.SIGTERM)
     elif name == "poison gradient":
-        parameter = next(each for each in model.parameters() if each.requires_grad)
+        parameter = next(parameter for parameter in model.parameters() if parameter.requires_grad)
         parameter.register_hook(lambda gradient: gradient * float("nan"))
     elif name == "poison loss":
         # The loss of these targets is infinite, and its gradient finite.
@@ -378,6 +354,19 @@ def _act(model: torch.nn.Module, name: str, rank: int = -1) -> None:  # noqa: C9
         raise ValueError(name)
 
 
+class ActingRows(list[dict[str, Any]]):
+    """Rows of which the first that a worker reads does harm."""
+
+    action = ""
+
+    def __getitem__(self, place: Any) -> Any:
+        """Read a row."""
+        if self.action and torch.utils.data.get_worker_info() is not None:
+            action, self.action = self.action, ""
+            _act(torch.nn.Module(), action)
+        return super().__getitem__(place)
+
+
 def _act_at_steps(model: torch.nn.Module, actions: dict[str, list[Any]]) -> None:
     original = loop.take_step
 
@@ -389,25 +378,16 @@ def _act_at_steps(model: torch.nn.Module, actions: dict[str, list[Any]]) -> None
     loop.take_step = take_step
 
 
-def _act_while_saving(model: torch.nn.Module, actions: dict[str, list[Any]]) -> None:
-    original = checkpoint.save_file
-
-    def save_file(tensors: Any, path: Path, **kwargs: Any) -> None:
-        step = path.parent.name.strip(".").removesuffix(".tmp").rpartition("-")[2]
-        if path.name == "optimizer.safetensors":
-            for action in actions.get(step, []):
-                _act(model, action)
-        original(tensors, path, **kwargs)
-
-    checkpoint.save_file = save_file
-
-
-def _watch_files(folder: str, at_event: list[Any] | None) -> list[str]:
+def _watch_files(
+    folder: str, at_event: list[Any] | None, while_saving: dict[str, list[Any]]
+) -> list[str]:
     """Note what this process does to files below a folder; torch's and Rust's code is not seen."""
     events: list[str] = []
+    # The last file of a checkpoint that Python itself writes, before it has its name.
+    half_written = re.compile(r"checkpoint-(\d+)[^/]*/state\.json").search
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        names = [str(each) for each in arguments if isinstance(each, (str, Path))]
+        names = [str(name) for name in arguments if isinstance(name, (str, Path))]
         if not event.startswith(("open", "os.", "shutil.")) or threading.current_thread() is not (
             threading.main_thread()
         ):
@@ -416,6 +396,9 @@ def _watch_files(folder: str, at_event: list[Any] | None) -> list[str]:
             if at_event is not None and len(events) == at_event[0]:
                 _act(torch.nn.Module(), *at_event[1:])
             events.append(f"{event} {names}")
+            if event == "open" and "w" in names[1:] and (match := half_written(names[0])):
+                for action in while_saving.pop(match[1], []):
+                    _act(torch.nn.Module(), action)
 
     sys.addaudithook(watch)
     return events

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import random
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from mlmadapt import tokenize_with_word_ids
 from mlmadapt.testing import (
     TOKENIZER_KINDS,
     material,
     tiny_corpus,
     tiny_model,
+    tiny_rows,
     tiny_tokenizer,
 )
 
@@ -168,26 +167,18 @@ def test_tokenizers_are_saved_and_loaded_whole(
     assert loaded.model_max_length == 512
 
 
-def test_processes_agree_and_the_import_is_light() -> None:
-    """Every process trains the same tokenizers, and the import alone loads nothing heavy."""
-    code = (
-        "import sys, hashlib\n"
-        "from mlmadapt import testing\n"
-        "heavy = {'torch', 'transformers', 'tokenizers', 'datasets', 'numpy'} & set(sys.modules)\n"
-        "trained = ''.join(map(testing.material._train, testing.TOKENIZER_KINDS))\n"
-        "print(sorted(heavy), hashlib.sha256(trained.encode()).hexdigest())\n"
-    )
-    here = "".join(map(material._train, TOKENIZER_KINDS))
-    for hash_seed in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": hash_seed},
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.stdout.strip() == f"[] {hashlib.sha256(here.encode()).hexdigest()}"
+def test_rows_are_what_documents_are_tokenized_to(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Plain lists, of texts that are given or of so many of the corpus."""
+    texts = tiny_corpus(5, seed=2)
+    columns = tokenize_with_word_ids({"text": texts}, tokenizer)
+    rows = tiny_rows(tokenizer, texts)
+    assert rows == tiny_rows(tokenizer, 5, seed=2) != tiny_rows(tokenizer, 5)
+    assert {name: [row[name] for row in rows] for name in rows[0]} == {
+        name: [values.tolist() for values in column] for name, column in columns.items()
+    }
+    assert tiny_rows(tokenizer, []) == []
+    with pytest.raises(TypeError, match="column 'text' is 'a film', not a batch of documents"):
+        tiny_rows(tokenizer, "a film")
 
 
 def test_unknown_kind_is_named() -> None:

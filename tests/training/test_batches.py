@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import random
 from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from datasets.distributed import split_dataset_by_node
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DataCollatorForLanguageModeling
 
-from mlmadapt import WholeWordMaskingCollator, tokenize_with_word_ids
-from mlmadapt.testing import tiny_corpus, tiny_tokenizer
-from mlmadapt.training.batches import BatchPlan, training_batches
+from mlmadapt import WholeWordMaskingCollator
+from mlmadapt.testing import tiny_rows, tiny_tokenizer
+from mlmadapt.training.batches import BatchPlan, open_rows, training_batches
+from tests.scripts.short_run import global_states, yield_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,7 +102,7 @@ def test_order_differs_by_epoch_and_seed() -> None:
     """A new order each epoch and for each seed, and the same for the same."""
     plan = BatchPlan(rows=30, batch_size=4)
     plans = [(plan, 0), (plan, 1), (replace(plan, seed=1), 0), (plan, 1)]
-    *orders, again = [each.order(epoch).tolist() for each, epoch in plans]
+    *orders, again = [plan.order(epoch).tolist() for plan, epoch in plans]
     assert len({tuple(order) for order in orders}) == 3
     assert again == orders[1]
     assert orders[0] != list(range(30))
@@ -109,7 +113,7 @@ def share_of_text(plan: BatchPlan) -> float:
     assert plan.lengths is not None
     batches = [batch for steps in ranks(plan) for step in steps for batch in step]
     held = [plan.lengths[[row for row, counts in batch if counts]] for batch in batches]
-    padded = sum(len(each) * int(each.max()) for each in held if len(each))
+    padded = sum(len(lengths) * int(lengths.max()) for lengths in held if len(lengths))
     return int(plan.lengths.sum()) / padded
 
 
@@ -147,11 +151,11 @@ def test_steps_of_grouped_rows_come_in_random_order() -> None:
     plan = BatchPlan(rows=400, batch_size=8, lengths=lengths)
     orders = [plan.order(epoch) for epoch in range(3)]
     heads = [lengths[order[::8]] for order in orders]
-    for order, each in zip(orders, heads, strict=True):
+    for order, longest in zip(orders, heads, strict=True):
         assert lengths[order[:8]].max() == 96
-        rises = int((each[2:] > each[1:-1]).sum())
+        rises = int((longest[2:] > longest[1:-1]).sum())
         assert 10 < rises < 38
-    assert len({tuple(each.tolist()) for each in orders}) == 3
+    assert len({tuple(order.tolist()) for order in orders}) == 3
     steps = [{frozenset(step.tolist()) for step in order.split(8)} for order in orders]
     assert len(steps[0] & steps[1]) < 10
 
@@ -159,10 +163,8 @@ def test_steps_of_grouped_rows_come_in_random_order() -> None:
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
     """Nine rows of one length and two shorter ones."""
-    columns = tokenize_with_word_ids({"text": tiny_corpus(40)}, TOKENIZER)
-    found = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    long = [row for row in found if len(row["input_ids"]) >= 24][:9]
-    cut = [{name: np.asarray(row[name])[:24].tolist() for name in row} for row in long]
+    long = [row for row in tiny_rows(TOKENIZER, 40) if len(row["input_ids"]) >= 24][:9]
+    cut = [{name: values[:24] for name, values in row.items()} for row in long]
     return cut + [{name: row[name][:7] for name in row} for row in cut[:2]]
 
 
@@ -201,11 +203,6 @@ def flatten(batches: Any) -> list[dict[str, Any]]:
         for step, _ in batches
         for batch in step
     ]
-
-
-def global_states() -> Any:
-    """The state of every global generator."""
-    return torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002
 
 
 @pytest.mark.parametrize("name", COLLATORS)
@@ -291,14 +288,14 @@ def test_each_step_has_the_rate_of_its_share_of_the_run(
     if is_stream and workers:
         pytest.skip("streams are read by the training process")
     following = WholeWordMaskingCollator(TOKENIZER, wwm_probability=lambda done: 0.9 - 0.8 * done)
-    given: Any = datasets.Dataset.from_list(rows)
-    given = given.to_iterable_dataset() if is_stream else given
-    count = 0 if is_stream else len(rows)
+    dataset: Any = datasets.Dataset.from_list(rows)
+    dataset = dataset.to_iterable_dataset() if is_stream else dataset
+    number = 0 if is_stream else len(rows)
 
     def batches(collator: Any, start: int = 0, **plan: int) -> list[Any]:
         found = training_batches(
-            given,
-            BatchPlan(rows=count, **plan),
+            open_rows(dataset),
+            BatchPlan(rows=number, **plan),
             collator,
             epoch=1,
             start=start,
@@ -327,21 +324,6 @@ def test_each_step_has_the_rate_of_its_share_of_the_run(
     assert targets(cut) == targets(together) == targets(whole)
 
 
-@pytest.mark.parametrize("kind", ["list", pytest.param("dataset", marks=pytest.mark.slow)])
-def test_spawned_workers(
-    rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    """What a worker needs can be sent to it, where processes are not forked."""
-    spawn = torch.multiprocessing.get_context("spawn")
-    for name in ("Process", "Queue", "Event"):
-        monkeypatch.setattr(torch.multiprocessing, name, getattr(spawn, name))
-    plan = BatchPlan(rows=len(rows), batch_size=6)
-    collator = WholeWordMaskingCollator(TOKENIZER)
-    expected = flatten(training_batches(rows, plan, collator, epoch=0))
-    given: Any = datasets.Dataset.from_list(rows) if kind == "dataset" else rows
-    assert flatten(training_batches(given, plan, collator, epoch=0, num_workers=1)) == expected
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_dataset_gives_the_batches_of_its_rows(
@@ -358,10 +340,10 @@ def test_a_dataset_gives_the_batches_of_its_rows(
     words = [[None if word < 0 else word for word in row["word_ids"]] for row in dataset]
     without = dataset.remove_columns("word_ids").add_column("word_ids", words)
     labelled = dataset.add_column("labels", dataset["input_ids"])
-    given = [dataset.with_format(kind) for kind in (None, "torch", "numpy", "arrow")]
-    for each in [*given, without, labelled, dataset.with_transform(dict)]:
-        found = training_batches(each, plan, collator, epoch=1, num_workers=workers)
-        assert flatten(found) == expected
+    formatted = [dataset.with_format(kind) for kind in (None, "torch", "numpy", "arrow")]
+    for form in [*formatted, without, labelled, dataset.with_transform(dict)]:
+        batches = training_batches(form, plan, collator, epoch=1, num_workers=workers)
+        assert flatten(batches) == expected
 
 
 class Noting(WholeWordMaskingCollator):
@@ -434,3 +416,156 @@ def test_a_collator_without_labels_is_told(rows: list[dict[str, Any]]) -> None:
     plan = BatchPlan(rows=len(rows), batch_size=4)
     with pytest.raises(ValueError, match=r"returned \['input_ids'\]; it must return 'labels'"):
         next(training_batches(rows, plan, lambda batch: {"input_ids": batch}, epoch=0))
+
+
+# Streams
+
+
+Steps = list[list[dict[str, Any]]]
+COLLATOR = WholeWordMaskingCollator(TOKENIZER, seed=0)
+
+
+def number_rows(sizes: list[int]) -> list[list[dict[str, list[int]]]]:
+    """Make shards of rows that tell themselves apart."""
+    numbers = count(30)
+    return [
+        [{"input_ids": [2, next(numbers), 3], "word_ids": [-1, 0, -1]} for _ in range(size)]
+        for size in sizes
+    ]
+
+
+def stream_of(shards: list[list[dict[str, Any]]], read: Any = yield_rows) -> Any:
+    """Make a stream of shards."""
+    return datasets.IterableDataset.from_generator(read, gen_kwargs={"shards": shards})
+
+
+def take(plan: BatchPlan, stream: Any, steps: int, start: int = 0) -> Steps:
+    """Take so many steps on one process."""
+    batches = training_batches(open_rows(stream), plan, COLLATOR, epoch=0, start=start)
+    return [flatten([next(batches)]) for _ in range(steps)]
+
+
+def trained(batch: dict[str, Any]) -> list[int]:
+    """Return the rows of a batch that count."""
+    return [row[1] for row in batch["labels"] if row[1] != -100]
+
+
+@given(
+    st.integers(2, 3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.lists(st.integers(1, 9), min_size=3, max_size=3),
+    st.integers(0, 9),
+)
+def test_every_row_of_every_part_counts_once(
+    world: int, batch_size: int, accumulation: int, sizes: list[int], start: int
+) -> None:
+    """In equally many passes everywhere, and the same steps if it is entered at one of them."""
+    shards = number_rows(sizes[:world])
+    per_step = batch_size * accumulation
+    longest = max(-(-size // per_step) for size in sizes[:world])
+    start = min(start, longest)
+    plan = BatchPlan(
+        rows=0, batch_size=batch_size, accumulation=accumulation, world=world, is_split=True
+    )
+    for rank, shard in enumerate(shards):
+        part, here = split_dataset_by_node(stream_of(shards), rank, world), replace(plan, rank=rank)
+        batches = training_batches(open_rows(part), here, COLLATOR, epoch=0)
+        ends = [next(batches)[1] for _ in range(longest)]
+        assert ends == [per_step * step >= sizes[rank] for step in range(1, longest + 1)]
+        steps = take(here, part, longest)
+        assert take(here, part, longest - start, start) == steps[start:]
+        assert {len(step) for step in steps} == {accumulation}
+        rows = [row for step in steps for batch in step for row in trained(batch)]
+        assert sorted(rows) == [row["input_ids"][1] for row in shard]
+        fillers = [batch for step in steps for batch in step if not trained(batch)]
+        assert all(len(batch["labels"]) == 1 for batch in fillers)
+
+
+def test_a_process_reads_its_own_part_only() -> None:
+    """Neither the others' rows, nor one more than the step that follows needs."""
+    read = []
+
+    def note(shards: list[list[dict[str, Any]]]) -> Any:
+        for row in yield_rows(shards):
+            read.append(row["input_ids"][1])
+            yield row
+
+    shards = number_rows([7, 5])
+    plan = BatchPlan(rows=0, batch_size=2, rank=1, world=2, is_split=True)
+    part = split_dataset_by_node(stream_of(shards, note), 1, 2)
+    take(plan, part, 1)
+    assert read == [row["input_ids"][1] for row in shards[1][:4]]
+    read.clear()
+    take(plan, part, 6)
+    assert read == [row["input_ids"][1] for row in shards[1]]
+
+
+def test_rows_of_two_parts_are_not_drawn_alike() -> None:
+    """Other collators draw by the numbers of a batch's rows, which differ from part to part."""
+    drawn = []
+
+    def draw(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        drawn.append(int(torch.randint(2**40, ())))
+        ids = torch.tensor([feature["input_ids"] for feature in features])
+        return {"input_ids": ids, "labels": ids}
+
+    for rank in range(2):
+        plan = BatchPlan(rows=0, batch_size=2, rank=rank, world=2, is_split=True)
+        part = split_dataset_by_node(stream_of(number_rows([4, 4])), rank, 2)
+        batches = training_batches(open_rows(part), plan, draw, epoch=0)
+        for _ in range(2):
+            next(batches)
+    assert len(set(drawn)) == 4
+
+
+def test_rows_of_a_step_are_named_by_part() -> None:
+    """Since each process counts its own."""
+    plan = BatchPlan(rows=0, batch_size=2, accumulation=3, world=4, is_split=True)
+    assert plan.rows_of_step(1, 2) == "12 to 17 of each of the 4 parts of the stream"
+
+
+def test_a_part_without_rows_is_an_error() -> None:
+    """At the start of an epoch; later, a part may well be at its end."""
+    plan = BatchPlan(rows=0, batch_size=2, rank=1, world=2, is_split=True)
+    with pytest.raises(ValueError, match="ended before row 0 of its epoch; it must have rows"):
+        take(plan, split_dataset_by_node(stream_of(number_rows([3, 0])), 1, 2), 1)
+
+
+OVER: dict[str, Callable[[Any], Any]] = {
+    "shards": lambda stream: stream,
+    "a buffer": lambda stream: stream.shuffle(seed=1, buffer_size=5),
+    "batches": lambda stream: stream.map(
+        lambda columns: {name: rows * 2 for name, rows in columns.items()},
+        batched=True,
+        batch_size=4,
+    ),
+    "a part": lambda stream: split_dataset_by_node(stream, 1, 2),
+    "an iterable": lambda stream: type("Rows", (), {"__iter__": lambda _: iter(stream)})(),
+}
+
+
+@pytest.mark.parametrize("over", OVER)
+def test_a_stream_goes_on_with_the_rows_that_follow(
+    over: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Behind each step of a later epoch: the same rows, with the same numbers, and the end."""
+    caplog.set_level(logging.INFO, "mlmadapt")
+
+    def steps(start: int = 0) -> list[Any]:
+        stream = open_rows(OVER[over](stream_of(number_rows([5, 2, 8, 3, 6, 4]))))
+        batches = training_batches(stream, plan, COLLATORS["transformers"](), epoch=1, start=start)
+        made = []
+        for batch, ends in batches:
+            made.append((flatten([(batch, ends)]), ends))
+            if ends:
+                return made
+        raise AssertionError("the stream has no end")
+
+    is_part = over == "a part"
+    plan = BatchPlan(rows=0, batch_size=3, rank=int(is_part), world=1 + is_part, is_split=is_part)
+    whole = steps()
+    assert "passed over" not in caplog.text
+    for start in (1, 2, len(whole) - 1):
+        assert steps(start) == whole[start:]
+        assert f"read from its start, and {3 * start} rows are passed over" in caplog.text

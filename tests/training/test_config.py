@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import json
+import pickle
 import re
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,6 +62,51 @@ def test_a_value_out_of_range_is_named_with_what_is_required(
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "requirement"),
+    [
+        ("max_steps", 2.5, "int"),
+        ("max_steps", True, "int"),
+        ("seed", None, "int"),
+        ("per_device_train_batch_size", "8", "int"),
+        ("learning_rate", "5e-5", "float"),
+        ("learning_rate", False, "float"),
+        ("overwrite", 1, "bool"),
+        ("gradient_checkpointing", "false", "bool"),
+        ("eval_strategy", False, "Literal['no', 'epoch', 'steps']"),
+        ("save_total_limit", 1.0, "int | None"),
+        ("output_dir", None, "str"),
+        ("dataset_name", 7, "str | None"),
+        ("fill_mask", "a [MASK]", "list[str]"),
+    ],
+)
+def test_a_setting_of_another_type_is_named(name: str, value: Any, requirement: str) -> None:
+    """YAML reads 5e-5 as text and `no` as False; a step and a half would never be the last."""
+    message = f"{name} is {value!r}; it must be of type {requirement}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TrainingConfig(**{name: value})
+    with pytest.raises(ValueError, match="resume_from_checkpoint is 6; it must be True, a dir"):
+        TrainingConfig(resume_from_checkpoint=6)  # type: ignore[arg-type]
+
+
+def test_settings_of_the_right_type_come_from_anywhere(tmp_path: Path) -> None:
+    """Whole numbers where fractions are allowed, paths, and what JSON has."""
+    settings = {
+        "output_dir": "out",
+        "learning_rate": 1,
+        "num_train_epochs": 2,
+        "save_total_limit": None,
+        "resume_from_checkpoint": True,
+        "lr_scheduler_kwargs": {"min_lr": 1e-6},
+        "fill_mask": ["a [MASK]"],
+    }
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    parser = HfArgumentParser(TrainingConfig)  # type: ignore[arg-type]
+    (parsed,) = parser.parse_json_file(str(tmp_path / "settings.json"))
+    assert parsed == TrainingConfig(**{**settings, "output_dir": Path("out")})  # type: ignore[arg-type]
+    assert parsed.output_dir == "out"
+
+
+@pytest.mark.parametrize(
     "settings",
     [
         {"eval_strategy": "no", "save_strategy": "no"},
@@ -74,8 +123,8 @@ def test_the_best_model_needs_a_checkpoint_at_each_evaluation(settings: dict[str
 
 def test_names_are_those_of_training_arguments() -> None:
     """What is not there is ours for a reason."""
-    theirs = {each.name for each in fields(TrainingArguments)}
-    ours = {each.name for each in fields(TrainingConfig)}
+    theirs = {field.name for field in fields(TrainingArguments)}
+    ours = {field.name for field in fields(TrainingConfig)}
     # Two flags there, `bf16` and `fp16`; gone since transformers 5; a callback of `Trainer`; the
     # name that the scripts of transformers give it; nowhere.
     # In transformers 5.0, it was a flag: `group_by_length`.
@@ -118,14 +167,24 @@ def test_a_name_that_is_not_ours_is_answered_with_one_that_is(
 
 
 def test_the_signature_is_that_of_the_fields() -> None:
-    """For editors and the reference."""
-    assert list(inspect.signature(TrainingConfig).parameters) == [
-        each.name for each in fields(TrainingConfig)
-    ]
+    """For editors and the reference; settings are copied, pickled and inherited like any other."""
+    names = [field.name for field in fields(TrainingConfig)]
+    assert list(inspect.signature(TrainingConfig).parameters) == names
+    config = TrainingConfig(seed=7)
+    assert pickle.loads(pickle.dumps(config)) == copy.copy(config) == config  # noqa: S301
+    assert replace(config, seed=42) == TrainingConfig()
+
+    @dataclass(frozen=True, kw_only=True)
+    class Ours(TrainingConfig):
+        more: int = 1
+
+    assert Ours(seed=7, more=2).seed == 7
+    with pytest.raises(TypeError, match="Ours has no fewer; pass"):
+        Ours(fewer=1)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
-    ("given", "taken"),
+    ("value", "taken"),
     [
         (["tensorboard", "trackio"], "tensorboard,trackio"),
         (("wandb",), "wandb"),
@@ -133,41 +192,26 @@ def test_the_signature_is_that_of_the_fields() -> None:
         ("none", "none"),
     ],
 )
-def test_trackers_come_in_a_list_too(given: Any, taken: str) -> None:
+def test_trackers_come_in_a_list_too(value: Any, taken: str) -> None:
     """As in `TrainingArguments`."""
-    assert TrainingConfig(report_to=given).report_to == taken
+    assert TrainingConfig(report_to=value).report_to == taken
 
 
 def test_options_are_described_by_the_docstring() -> None:
-    """Of each field, to `HfArgumentParser`; and a subclass keeps it all."""
-    for each in fields(TrainingConfig):
-        assert len(each.metadata["help"]) > 15, each.name
-    helped = {each.name: each.metadata["help"] for each in fields(TrainingConfig)}
+    """Of each field, to `HfArgumentParser`."""
+    helped = {field.name: field.metadata["help"] for field in fields(TrainingConfig)}
+    assert min(map(len, helped.values())) > 15
     assert helped["output_dir"] == "Directory of the final model."
     assert '"no", "bf16" or, on a GPU, "fp16"; None leaves' in helped["mixed_precision"]
 
 
 def test_a_command_line_makes_them() -> None:
     """Every field can be given to `HfArgumentParser`."""
-    (parsed,) = HfArgumentParser(TrainingConfig).parse_args_into_dataclasses(
-        [
-            "--output_dir",
-            "out",
-            "--learning_rate",
-            "1e-4",
-            "--warmup_steps",
-            "0.1",
-            "--overwrite",
-            "--mixed_precision",
-            "bf16",
-            "--save_total_limit",
-            "2",
-            "--eval_strategy",
-            "no",
-            "--resume_from_checkpoint",
-            "out/checkpoint-3",
-        ]
-    )
+    arguments = "--output_dir out --learning_rate 1e-4 --warmup_steps 0.1 --overwrite"
+    arguments += " --mixed_precision bf16 --save_total_limit 2 --eval_strategy no"
+    arguments += " --resume_from_checkpoint out/checkpoint-3"
+    parser = HfArgumentParser(TrainingConfig)  # type: ignore[arg-type]
+    (parsed,) = parser.parse_args_into_dataclasses(arguments.split())
     assert parsed == TrainingConfig(
         output_dir="out",
         learning_rate=1e-4,

@@ -1,111 +1,84 @@
-"""Several processes train what one does."""
+"""What several processes need to stay in step, as far as one process shows it."""
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+import logging
+import os
+import signal
+import threading
+from typing import TYPE_CHECKING
 
 import pytest
+from accelerate import Accelerator
+from datasets import Dataset
+from datasets.distributed import split_dataset_by_node
 
-from tests.scripts.processes import outcome, start
+from mlmadapt.training.distributed import Signals, split_stream
+from tests.scripts.short_run import stream_shards
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-pytestmark = pytest.mark.distributed
-
-# (processes, batch, accumulation), each 8 rows a step.
-GRID = [(1, 8, 1), (1, 4, 2), (1, 1, 8), (2, 4, 1), (2, 2, 2), (2, 1, 4)]
+    from tests.scripts.tiny_run import TinyRun
 
 
-def logged(run: dict[str, Any], name: str) -> list[float]:
-    """Return what was logged under a name."""
-    return [entry[name] for entry in run["history"] if name in entry]
+def test_signals_are_handled_as_before_afterwards() -> None:
+    """The caller's handlers come back, and what it ignores is not heard."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with Signals() as signals:
+        assert signal.getsignal(signal.SIGTERM) != before[1]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals.noted == 0
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before[0])
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A plain loop of full batches, over 8 rows and over 101."""
-    return {rows: start("reference", rows=rows)[0].result for rows in (8, 101)}
+def test_signals_are_left_alone_in_another_thread() -> None:
+    """Where Python does not allow handlers, a run does without."""
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with Signals() as signals:
+                assert signals.noted == 0
+        except BaseException as error:  # noqa: BLE001
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(10)
+    assert not failed
 
 
-@pytest.mark.parametrize("rows", [8, 101])
-@pytest.mark.parametrize("cut", GRID, ids=str)
-def test_the_loss_is_that_of_full_batches(
-    tmp_path: Path, reference: dict[int, Any], cut: tuple[int, int, int], rows: int
+def test_a_launcher_that_starts_loners_is_noticed(
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loss, gradient norm and perplexity of each step, however its 8 rows are cut up."""
-    world, batch, accumulation = cut
-    run = outcome(
-        tmp_path,
-        world=world,
-        rows=rows,
-        dropout=False,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulation,
-        save_strategy="no",
-        num_train_epochs=2 if rows == 8 else 1,
-        weight_decay=0.1,
-    )
-    expected = reference[rows]
-    assert logged(run, "loss") == pytest.approx(expected["losses"], abs=1e-5)
-    assert logged(run, "grad_norm") == pytest.approx(expected["norms"], abs=1e-5)
-    assert logged(run, "eval_perplexity")[0] == pytest.approx(expected["perplexity"], rel=1e-6)
-    assert run["tokens"] == expected["tokens"]
-    assert math.isfinite(run["final"])
+    """Two processes that both believe to be alone would overwrite each other's files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run.objects["accelerator"] = Accelerator()
+    with pytest.raises(RuntimeError, match=r"started 2 processes .* set ACCELERATE_USE_CPU=1"):
+        run.train()
+    assert not run.folder.exists()
 
 
-def test_a_sharded_model_is_refused(tmp_path: Path) -> None:
-    """By name and on each process: of its shards, no checkpoint could be resumed."""
-    ended = start("train", folder=str(tmp_path), world=2, sharded=True)
-    message = "ValueError: model is sharded (FSDPBertForMaskedLM), of which no checkpoint can be"
-    assert all(each.error.startswith(message) for each in ended)
+def test_a_launcher_that_starts_one_process_is_noticed(
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``accelerate launch --cpu --num_processes 2`` does."""
+    run.objects["accelerator"] = Accelerator()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with caplog.at_level(logging.WARNING, "mlmadapt"):
+        run.train()
+    assert "one process trains alone: 'accelerate launch --cpu' starts one" in caplog.text
 
 
-def test_the_first_process_tells_of_evaluations(tmp_path: Path) -> None:
-    """Once, for all."""
-    ended = start("train", folder=str(tmp_path), world=2, disable_tqdm=False, save_strategy="no")
-    first, second = (each.log.count("eval: perplexity ") for each in ended)
-    assert (first, second) == (3, 0)
-
-
-def test_processes_do_not_share_dropout(tmp_path: Path) -> None:
-    """Each draws its own, or half of the randomness would be lost."""
-    ended = start("dropout_of_rank", world=2, folder=str(tmp_path))
-    first, second = (each.result for each in ended)
-    assert len(first) == len(second) > 0
-    assert all(mine != others for mine, others in zip(first, second, strict=True))
-
-
-def test_only_dropout_depends_on_the_processes(tmp_path: Path) -> None:
-    """2 processes of 4 take the steps of 1 of 8; they learn the same without dropout, not with."""
-    gaps = {}
-    for dropout in (False, True):
-        settings = {"dropout": dropout, "save_strategy": "no", "num_train_epochs": 1}
-        one = outcome(tmp_path / f"1 {dropout}", **settings)
-        two = outcome(tmp_path / f"2 {dropout}", **settings, world=2, per_device_train_batch_size=4)
-        assert two["steps"] == one["steps"] == 3
-        assert two["tokens"] == one["tokens"]  # the same rows, with the same masks
-        pairs = zip(logged(one, "loss"), logged(two, "loss"), strict=True)
-        gaps[dropout] = max(abs(first - second) for first, second in pairs)
-    assert gaps[False] < 1e-5
-    assert 1e-3 < gaps[True] < 0.5
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_fewer_rows_than_processes_train_as_on_one(tmp_path: Path, world: int) -> None:
-    """A process without a row keeps in step with a filler that weighs nothing."""
-    settings = {"rows": 1, "dropout": False, "save_strategy": "no", "num_train_epochs": 3}
-    one = outcome(tmp_path / "one", **settings, per_device_train_batch_size=world)
-    many = outcome(tmp_path / "many", **settings, per_device_train_batch_size=1, world=world)
-    assert logged(many, "loss") == pytest.approx(logged(one, "loss"), abs=1e-5)
-    assert many["tokens"] == one["tokens"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
-def test_ten_runs_in_a_row_end_in_time(tmp_path: Path, world: int) -> None:
-    """None hangs at exit and all are equal (``pytest -m slow``)."""
-    settings = {"world": world, "rows": 23, "per_device_train_batch_size": 3}
-    runs = [outcome(tmp_path / str(number), **settings) for number in range(10)]
-    assert runs == runs[:1] * 10
+def test_one_process_reads_what_it_is_given(run: TinyRun) -> None:
+    """Be it a list, a dataset, a stream, or a part of one."""
+    stream = stream_shards(run.rows)
+    part = split_dataset_by_node(stream, 0, 2)
+    for rows in (run.rows, Dataset.from_list(run.rows), stream, part):
+        assert split_stream(rows, Accelerator()) == (rows, False)

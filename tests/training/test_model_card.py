@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import getpass
 import re
+import shutil
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -16,52 +18,27 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from mlmadapt import (
-    TrainingConfig,
-    TrainingResult,
-    WholeWordMaskingCollator,
-    accelerate_train,
-)
-from mlmadapt.testing import tiny_model, tiny_tokenizer
+from mlmadapt import WholeWordMaskingCollator, sparse_prediction
+from mlmadapt.testing import tiny_model
 from mlmadapt.training.model_card import fill_masks, hub_name
-from tests.scripts.processes import outcome, start
-from tests.scripts.short_run import freeze, make_rows
+from tests.scripts.short_run import freeze, global_states, make_rows
+from tests.scripts.tiny_run import SAVING, TinyRun, equal, weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from mlmadapt import TrainingResult
 
 PROBES = ["This is a great [MASK].", "The film | is *not* <b>[MASK]</b> & a_b _c_ `d`!"]
 
 
-class Run:
-    """A run of 3 steps, to be changed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.tokenizer = tiny_tokenizer()
-        self.model = tiny_model(self.tokenizer)
-        self.collator: Any = WholeWordMaskingCollator(self.tokenizer)
-        self.objects: dict[str, Any] = {}
+class Run(TinyRun):
+    """A run that learns fast, with a card."""
 
     def train(self, eval_rows: Any = None, /, **settings: Any) -> TrainingResult:
-        """Train."""
-        defaults = {
-            "num_train_epochs": 1,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-        }
-        return accelerate_train(
-            self.model,
-            make_rows(12),
-            eval_rows,
-            tokenizer=self.tokenizer,
-            data_collator=self.collator,
-            config=TrainingConfig(output_dir=str(self.folder), **{**defaults, **settings}),
-            **self.objects,
-        )
+        """Train, and evaluate on some rows."""
+        self.eval_rows = eval_rows
+        return super().train(**{"learning_rate": 1e-2, **settings})
 
     @property
     def card(self) -> Card:
@@ -150,10 +127,10 @@ def test_the_hub_can_read_it(run: Run) -> None:
     assert f"\n# {title}\n" in run.card.text
 
 
-@pytest.mark.parametrize(("given", "shown"), [("film reviews", "film reviews"), (None, "eval")])
-def test_the_result_is_of_the_data_that_was_named(run: Run, given: str | None, shown: str) -> None:
+@pytest.mark.parametrize(("named", "shown"), [("film reviews", "film reviews"), (None, "eval")])
+def test_the_result_is_of_the_data_that_was_named(run: Run, named: str | None, shown: str) -> None:
     """In words that are no name on the hub, too; what has no name is called as in the history."""
-    run.train(freeze(make_rows(5)), dataset_name=given)
+    run.train(freeze(make_rows(5)), dataset_name=named)
     (measured,) = run.card.data.eval_results
     assert (measured.dataset_name, measured.dataset_type) == (shown, "eval")
 
@@ -163,8 +140,8 @@ def test_each_set_is_a_result_of_its_own(run: Run) -> None:
     rows = freeze(make_rows(5))
     run.train({"a": rows, "b": rows}, dataset_name="stanfordnlp/imdb")
     results = run.card.data.eval_results
-    assert [each.dataset_name for each in results] == ["eval_a", "eval_b"]
-    assert [each.dataset_type for each in results] == ["eval_a", "eval_b"]
+    assert [measured.dataset_name for measured in results] == ["eval_a", "eval_b"]
+    assert [measured.dataset_type for measured in results] == ["eval_a", "eval_b"]
 
 
 @pytest.mark.parametrize(
@@ -205,7 +182,7 @@ def test_nothing_of_this_machine_is_on_it(
     user = getpass.getuser()
     for path in run.folder.iterdir():
         content = path.read_bytes().decode("latin-1")
-        assert not [each for each in secrets if each in content], path.name
+        assert not [secret for secret in secrets if secret in content], path.name
         if path.name == "README.md":
             assert user not in re.findall(r"\w+", content)
 
@@ -245,61 +222,55 @@ def test_masks_are_filled_in_before_and_after(run: Run) -> None:
     assert before != after
     assert run.card.tables["Masks filled in"] == [
         ["sentence", "before", "after"],
-        *([each, before[each], after[each]] for each in PROBES),
+        *([sentence, before[sentence], after[sentence]] for sentence in PROBES),
     ]
-
-
-def weights(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Copy the weights."""
-    return [each.detach().clone() for each in model.state_dict().values()]
 
 
 def test_filling_masks_changes_nothing_about_the_training(tmp_path: Path) -> None:
     """Dropout and masks are drawn as without them, so weights are equal to the bit."""
     trained = []
-    for name, probes in (("without", []), ("with", PROBES)):
+    for name, sentences in (("without", None), ("with", PROBES)):
         run = Run(tmp_path / name)
-        run.train(freeze(make_rows(5)), fill_mask=probes)
+        run.train(freeze(make_rows(5)), fill_mask=sentences)
         trained.append(weights(run.model))
-    assert all(torch.equal(*pair) for pair in zip(*trained, strict=True))
+    assert equal(*trained)
 
 
-def test_a_wrong_probe_is_told_before_the_first_step(run: Run) -> None:
-    """And before the output folder is touched."""
-    with pytest.raises(ValueError, match=r"fill_mask has 'No gap\.' with 0 masks"):
-        run.train(fill_mask=["No gap."])
-    with pytest.raises(
-        ValueError, match=r"fill_mask has a row of 6.. tokens, the model has positions"
-    ):
-        run.train(fill_mask=["film " * 600 + "[MASK]"])
+@pytest.mark.parametrize(
+    ("sentence", "message"),
+    [
+        ("No gap.", r"fill_mask has 'No gap\.' with 0 masks; each sentence must have one \[MASK\]"),
+        ("[MASK] [MASK]", r"fill_mask has '\[MASK\] \[MASK\]' with 2 masks"),
+        (
+            "film " * 600 + "[MASK]",
+            "fill_mask has a row of 603 tokens, the model has positions for 512; shorten it",
+        ),
+    ],
+)
+def test_a_sentence_that_does_not_fit_is_told_before_the_first_step(
+    run: Run, sentence: str, message: str
+) -> None:
+    """And before the output folder is touched; two masks would be filled in as if one were not."""
+    with pytest.raises(ValueError, match=message):
+        run.train(fill_mask=["a [MASK]", sentence])
     assert not run.folder.exists()
 
 
-def test_a_resumed_run_has_the_same_card(tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_same_card(run: Run) -> None:
     """What was before the first step is what the interrupted run began with, to the letter."""
-    settings = {"rows": 21, "fill_mask": PROBES}
-    outcome(tmp_path / "whole", **settings)
-    folder = tmp_path / "killed"
-    killed = start("train", folder=str(folder), **settings, at_step={"5": ["kill"]})
-    assert [each.code for each in killed] == [-9]
-    settings["fill_mask"] = [*PROBES, "A late [MASK]"]
-    outcome(folder, **settings, resume_from_checkpoint=True)
-    rows = Card(folder).tables.pop("Masks filled in")
-    assert rows.pop()[:2] == ["A late [MASK]", "(asked later)"]
-    assert rows == Card(tmp_path / "whole").tables["Masks filled in"]
-    lines = [line for line in Card(folder).text.splitlines() if "A late" not in line]
-    assert lines == Card(tmp_path / "whole").text.splitlines()
-
-
-@pytest.mark.distributed
-def test_several_processes_write_one_card(tmp_path: Path) -> None:
-    """All ask the model, and the first one writes."""
-    settings = {"rows": 16, "dropout": False, "save_strategy": "no", "fill_mask": PROBES}
-    outcome(tmp_path / "one", **settings)
-    outcome(tmp_path / "two", **settings, world=2, per_device_train_batch_size=4)
-    one, two = Card(tmp_path / "one"), Card(tmp_path / "two")
-    assert two.tables == one.tables
-    assert two.text.splitlines()[0] == "---"
+    rows = freeze(make_rows(5))
+    run.train(rows, **SAVING, fill_mask=PROBES)
+    whole = run.card
+    for step in (2, 3):
+        shutil.rmtree(run.folder / f"checkpoint-{step}")
+    sentences = [*PROBES, "A late [MASK]"]
+    run.model = tiny_model(run.tokenizer)
+    run.train(rows, **SAVING, fill_mask=sentences, resume_from_checkpoint=True)
+    filled = run.card.tables["Masks filled in"]
+    assert filled.pop()[:2] == ["A late [MASK]", "(asked later)"]
+    assert filled == whole.tables["Masks filled in"]
+    lines = [line for line in run.card.text.splitlines() if "A late" not in line]
+    assert lines == whole.text.splitlines()
 
 
 def test_the_card_of_the_best_model_tells_of_it(run: Run) -> None:
@@ -339,9 +310,8 @@ def test_objects_of_the_callers_own_are_named(run: Run) -> None:
 @pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning")
 def test_an_adapter_is_called_one(run: Run) -> None:
     """Its card takes the place of PEFT's, and names the library that loads it."""
-    peft = pytest.importorskip("peft")
     run.model.name_or_path = "google-bert/bert-base-uncased"
-    run.model = peft.get_peft_model(run.model, peft.LoraConfig(target_modules=["query"]))
+    run.adapt()
     run.train(fill_mask=PROBES)
     assert run.card.data.library_name == "peft"
     assert run.card.data.base_model == "google-bert/bert-base-uncased"
@@ -378,3 +348,43 @@ class Broken(ModuleType):
     def Figure(self, **_: Any) -> None:  # noqa: N802
         """Fail."""
         raise RuntimeError("no LaTeX")
+
+
+SENTENCES = ["This is a great [MASK].", "[MASK] film", "The story is [MASK] boring, I think!"]
+
+
+def guess(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, sentence: str) -> str:
+    """Fill a mask in the plainest way: the tokenizer's own call, all logits, a sort."""
+    encoding = tokenizer(sentence.replace("[MASK]", tokenizer.mask_token), return_tensors="pt")
+    (place,) = (encoding["input_ids"][0] == tokenizer.mask_token_id).nonzero()
+    with torch.no_grad():
+        chances = model(**encoding).logits[0, place[0]].softmax(-1).tolist()
+    best = sorted(range(len(chances)), key=lambda token: -chances[token])[:5]
+    return ", ".join(f"{tokenizer.decode([i]).strip()} {chances[i]:.1%}" for i in best)
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_the_five_likeliest_words(tokenizer: PreTrainedTokenizerFast, *, is_sparse: bool) -> None:
+    """As the whole head gives them, whatever the tokenizer calls its mask."""
+    model = tiny_model(tokenizer)
+    with torch.no_grad():  # random weights find all words about as likely
+        model.get_output_embeddings().weight.mul_(50)
+    expected = {sentence: guess(model, tokenizer, sentence) for sentence in SENTENCES}
+    with sparse_prediction(model) if is_sparse else nullcontext():
+        assert fill_masks(model, SENTENCES, tokenizer=tokenizer) == expected
+        theirs = [sentence.replace("[MASK]", tokenizer.mask_token) for sentence in SENTENCES]
+        filled = fill_masks(model, theirs, tokenizer=tokenizer)
+    assert list(filled.values()) == list(expected.values())
+
+
+def test_asking_moves_nothing(bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast) -> None:
+    """Neither mode nor generators nor the tokenizer's own padding and truncation."""
+    wordpiece.backend_tokenizer.enable_padding(length=9)
+    wordpiece.backend_tokenizer.enable_truncation(4)
+    state, states = wordpiece.backend_tokenizer.to_str(), global_states()
+    bert.train()
+    first = fill_masks(bert, SENTENCES, tokenizer=wordpiece)
+    assert fill_masks(bert, SENTENCES, tokenizer=wordpiece) == first
+    assert bert.training
+    assert global_states() == states
+    assert wordpiece.backend_tokenizer.to_str() == state

@@ -92,11 +92,9 @@ class WholeWordMaskingCollator:
         Devlin et al. 2019 (80/10/10); Cui et al. 2019, arXiv:1906.08101 (whole words).
 
     Examples:
-        >>> from mlmadapt import tokenize_with_word_ids
-        >>> from mlmadapt.testing import tiny_tokenizer
+        >>> from mlmadapt.testing import tiny_rows, tiny_tokenizer
         >>> tokenizer = tiny_tokenizer("wordpiece")
-        >>> tokens = tokenize_with_word_ids({"text": ["an unfilmable film"]}, tokenizer)
-        >>> rows = [dict(zip(tokens, row)) for row in zip(*tokens.values())]
+        >>> rows = tiny_rows(tokenizer, ["an unfilmable film"])
         >>> collator = WholeWordMaskingCollator(tokenizer, wwm_probability=0.3, seed=0)
         >>> batch = collator(rows)
         >>> tokenizer.decode(batch["input_ids"][0])

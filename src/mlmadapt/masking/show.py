@@ -154,11 +154,10 @@ def show_masks(
         TypeError: If `tokenizer` is none, or one of several rows is not a dict.
 
     Examples:
-        >>> from mlmadapt import WholeWordMaskingCollator, tokenize_with_word_ids
-        >>> from mlmadapt.testing import tiny_tokenizer
+        >>> from mlmadapt import WholeWordMaskingCollator
+        >>> from mlmadapt.testing import tiny_rows, tiny_tokenizer
         >>> tokenizer = tiny_tokenizer("wordpiece")
-        >>> tokens = tokenize_with_word_ids({"text": ["An unfilmable film!"]}, tokenizer)
-        >>> rows = [dict(zip(tokens, row)) for row in zip(*tokens.values())]
+        >>> rows = tiny_rows(tokenizer, ["An unfilmable film!"])
         >>> batch = WholeWordMaskingCollator(tokenizer, wwm_probability=0.3, seed=0)(rows)
         >>> show_masks(batch, tokenizer, rows)
         0: [CLS] an {unfilmable -> [MASK] [MASK] [MASK] [MASK]} film! [SEP]

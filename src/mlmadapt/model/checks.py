@@ -1,12 +1,12 @@
-"""Checks that find before the first step what would otherwise fail hours after it.
+"""Do rows, tokenizer and model fit together? Asked before what would fail hours later.
 
 A token id past the embedding gives an `IndexError` that does not name it on the CPU, and a device
-assert on a GPU.
+assert on a GPU. What a model does with a batch is not looked up by its class but tried, always by
+one forward pass of `try_model`, which leaves the model as it was and names it where it fails.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from threading import Lock
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -23,29 +23,24 @@ def check_model(model: Model) -> None:
     Raises:
         ValueError: If it is a causal model, has no head, or is wrapped for several devices.
     """
-    from transformers.models.auto import modeling_auto  # noqa: PLC0415  # a second to load
+    import transformers  # noqa: PLC0415  # a second to load
 
     bare = unwrap(model)
-    names = {ancestor.__name__ for ancestor in type(bare).__mro__}
-    causal = names.intersection(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    masked = names.intersection(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
-    # Some have several for one type of model.
-    headless = [np.atleast_1d(each) for each in modeling_auto.MODEL_MAPPING_NAMES.values()]
-    reason = None
+    config: Any = type(getattr(bare, "config", None))
+    base: Any = transformers.MODEL_MAPPING.get(config, ())  # some types have several
+    causal: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(config, ())
+    masked: Any = transformers.MODEL_FOR_MASKED_LM_MAPPING.get(config, ())
+    if isinstance(bare, masked):
+        return
     if not hasattr(bare, "get_input_embeddings"):
         reason = "is not one of transformers (of one that is wrapped, pass its .module)"
-    elif causal and not masked:
+    elif isinstance(bare, causal):
         reason = "is a causal language model, which shifts its labels"
-    elif not masked and type(bare).__name__ in np.concatenate(headless):
+    elif type(bare) in np.atleast_1d(base):
         reason = "has no prediction head, as AutoModel loads it"
-    if reason is not None:
-        raise ValueError(f"model {type(bare).__name__} {reason}; load one by AutoModelForMaskedLM")
-
-
-def unwrap(model: Any) -> Any:
-    """Return the model of transformers below `torch.compile` and PEFT's adapters."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    else:
+        return
+    raise ValueError(f"model {type(bare).__name__} {reason}; load one by AutoModelForMaskedLM")
 
 
 def check_collator(data_collator: DataCollator, tokenizer: Tokenizer) -> None:
@@ -54,13 +49,14 @@ def check_collator(data_collator: DataCollator, tokenizer: Tokenizer) -> None:
     Raises:
         ValueError: If it has one with other tokens, whose mask would be any token to the model.
     """
-    own: Tokenizer = getattr(data_collator, "tokenizer", tokenizer)
-    if own is not tokenizer and own.get_vocab() != tokenizer.get_vocab():
+    other: Tokenizer = getattr(data_collator, "tokenizer", tokenizer)
+    if other is not tokenizer and other.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
-            f"data_collator was made with another tokenizer: {type(own).__name__} of {len(own)} "
-            f"tokens, its mask {own.mask_token!r} the id {own.mask_token_id}; tokenizer is "
-            f"{type(tokenizer).__name__} of {len(tokenizer)}, its mask {tokenizer.mask_token!r} "
-            f"{tokenizer.mask_token_id}. Make the collator with the tokenizer that is passed"
+            f"data_collator was made with another tokenizer: {type(other).__name__} of "
+            f"{len(other)} tokens, its mask {other.mask_token!r} the id {other.mask_token_id}; "
+            f"tokenizer is {type(tokenizer).__name__} of {len(tokenizer)}, its mask "
+            f"{tokenizer.mask_token!r} {tokenizer.mask_token_id}. Make the "
+            "collator with the tokenizer that is passed"
         )
 
 
@@ -112,39 +108,35 @@ def position_capacity(model: Model) -> int | None:
     """Return how many tokens the model has positions for, or None if it has no table of positions.
 
     Some models do not use the whole table. RoBERTa and its relatives count positions from the
-    padding id, so that they never use 2 of 514; Nystromformer and YOSO list those that they use in
-    a buffer.
+    padding id, so that they never use 2 of 514; Nystromformer and YOSO use no more than their
+    configuration says.
 
     Examples:
         >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
         >>> position_capacity(tiny_model(tiny_tokenizer("byte_bpe"), architecture="roberta"))
         512
     """
-    found = position_table(model)
-    if found is None:
+    table = position_table(model)
+    if table is None:
         return None
-    parent, table = found
-    padding_idx = getattr(table, "padding_idx", None)
-    capacity = len(table.weight) - (0 if padding_idx is None else padding_idx + 1)
-    listed = getattr(parent, "position_ids", None)
-    return capacity if listed is None else min(capacity, listed.shape[-1])
+    rows = len(table.weight)
+    stated: int = getattr(model.config.get_text_config(), "max_position_embeddings", rows)
+    return min(stated, rows) - first_position(model)
 
 
-def position_table(model: Model) -> tuple[Any, Any] | None:
-    """Return the table of positions and the module that holds it, or None if there is none."""
+def first_position(model: Model) -> int:
+    """Return the row of a model's table of positions that is its first token's."""
+    padding_idx = getattr(position_table(model), "padding_idx", None)  # RoBERTa's: behind it
+    return 0 if padding_idx is None else padding_idx + 1
+
+
+def position_table(model: Model) -> Any:
+    """Return the table of positions, or None if there is none."""
     for path, module in model.named_modules():
-        parent, _, name = path.rpartition(".")
+        name = path.rpartition(".")[2]
         if name in ("position_embeddings", "embed_positions") and hasattr(module, "weight"):
-            return model.get_submodule(parent), module
+            return module
     return None
-
-
-# ---- was model/mode: A model's mode: put back where it was, and code compiled for another one left or forgotten.
-
-
-_plain = ExitStack()
-_inside: list[object] = []
-_turn = Lock()
 
 
 @contextmanager
@@ -160,28 +152,75 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = was_training
 
 
-@contextmanager
-def plain_code() -> Iterator[None]:
-    """Leave compiled code aside inside the block, which several threads may be in at once.
+def try_model(
+    model: Model,
+    inputs: Mapping[str, torch.Tensor],
+    *,
+    labels: torch.Tensor | None = None,
+    within: AbstractContextManager[None] | None = None,
+) -> torch.Tensor:
+    """Return the logits of one forward pass, in 32 bits, to see what a model does with `inputs`.
 
-    torch has one stance for all threads. Blocks that overlap would put back each other's, and leave
-    compiled code aside for good; so the first sets it, and the last one puts it back.
+    It is in evaluation mode meanwhile, and runs without compiled code; its modes, gradients and
+    hooks are left as they are.
+
+    Args:
+        model: A masked language model, in whatever mode.
+        inputs: What it is called with, on any device.
+        labels: What it is to predict, of shape ``(batch, sequence)``, if not the ``input_ids``.
+        within: What the pass is made in, such as ``sparse.at(positions)``; logits may then have
+            another shape.
+
+    Raises:
+        ValueError: If the model fails, whatever its own error is, does not predict a token at each
+            place, or predicts NaN.
+
+    Examples:
+        >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
+        >>> model = tiny_model(tiny_tokenizer())
+        >>> tuple(try_model(model, {"input_ids": torch.tensor([[2, 7, 3]])}).shape)
+        (1, 3, 475)
     """
-    inside = object()
-    with _turn:
-        if not _inside:
-            _plain.enter_context(torch.compiler.set_stance("force_eager"))
-        _inside.append(inside)
-    try:
-        yield
-    finally:
-        with _turn:
-            _inside.remove(inside)
-            if not _inside:
-                _plain.close()
+    name = type(unwrap(model)).__name__
+    plain_code = torch.compiler.set_stance("force_eager")
+    with plain_code, evaluation_mode(model), within or nullcontext():
+        try:
+            output: Any = model(
+                **{name: values.to(model.device) for name, values in inputs.items()}
+            )
+        except torch.OutOfMemoryError:  # no fault of the model
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"model {name} fails on a batch of {list(inputs)} ({type(error).__name__}: {error})"
+            ) from error
+    logits: Any = output.get("logits") if isinstance(output, Mapping) else output[0]
+    shape = None if logits is None else tuple(logits.shape)
+    labels = inputs["input_ids"] if labels is None else labels
+    is_whole = shape and shape[:-1] == labels.shape and shape[-1] > labels.max()
+    if shape is None or not (is_whole or within):
+        raise ValueError(
+            f"model {name} does not predict a token at each place: its logits have shape {shape}, "
+            f"the labels {tuple(labels.shape)} and ids up to {labels.max()}; load it by "
+            "AutoModelForMaskedLM"
+        )
+    if not (logits < torch.inf).all():  # or NaN; -inf takes a token out of the vocabulary
+        raise ValueError(
+            f"model {name} predicts NaN or infinity: its weights are not finite, or too large for "
+            "16 bits; load them anew, in 32 bits"
+        )
+    predicted: torch.Tensor = logits.float()
+    return predicted
+
+
+def unwrap(model: Any) -> Any:
+    """Return the model of transformers below `torch.compile` and PEFT's adapters."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def reset_compiled(model: nn.Module) -> None:
     """Forget what was compiled without a model's new hooks, and would go on without them."""
-    if any(hasattr(each, "_orig_mod") or each._compiled_call_impl for each in model.modules()):  # noqa: SLF001
+    # torch has no public name for what it compiled in place, or around a module.
+    if any(hasattr(part, "_orig_mod") or part._compiled_call_impl for part in model.modules()):  # noqa: SLF001
         torch.compiler.reset()

@@ -10,7 +10,6 @@ isolates them.
 """
 
 import inspect
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from threading import get_ident
 from typing import Any
@@ -18,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from mlmadapt._types import Model
 from mlmadapt.data.rows import document_bounds
 from mlmadapt.model.checks import (
     check_model,
-    evaluation_mode,
-    plain_code,
-    position_table,
+    first_position,
     reset_compiled,
+    try_model,
     unwrap,
 )
 from mlmadapt.model.document_mask import mask_documents
@@ -73,6 +72,7 @@ def isolate_documents(model: Model) -> "DocumentIsolation":
         >>> torch.allclose(both[:, 2:], alone, atol=1e-5)
         True
     """
+    check_model(model)
     return DocumentIsolation(model)
 
 
@@ -83,13 +83,10 @@ class DocumentIsolation(AbstractContextManager["DocumentIsolation"]):
     """
 
     def __init__(self, model: Model) -> None:
-        check_model(model)
         encoder = unwrap(model).base_model
         self._config = encoder.config
         self._parameters = list(inspect.signature(encoder.forward).parameters)
-        _, table = position_table(model) or (None, None)
-        padding_idx = getattr(table, "padding_idx", None)  # RoBERTa counts from behind it
-        self._first_position = 0 if padding_idx is None else padding_idx + 1
+        self._first_position = first_position(model)
         # Per thread, since `DataParallel` calls replicas with the same hooks at the same time.
         self._documents: dict[int, torch.Tensor] = {}
         self._hooks = [
@@ -120,12 +117,7 @@ class DocumentIsolation(AbstractContextManager["DocumentIsolation"]):
         self.remove()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _take_documents(
-        self,
-        model: nn.Module,  # noqa: ARG002  # torch's signature
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _take_documents(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:  # noqa: ARG002  # torch's signature
         self._documents.pop(get_ident(), None)
         if kwargs.get("document_ids") is None:
             return None
@@ -136,17 +128,14 @@ class DocumentIsolation(AbstractContextManager["DocumentIsolation"]):
         return args, kwargs
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _isolate(
-        self, encoder: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _isolate(self, encoder: Model, args: Any, kwargs: dict[str, Any]) -> Any:
         documents = self._documents.get(get_ident())
         if documents is None:
             return None
         named = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         device = documents.device.type
-        dtype = encoder.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        is_mixed = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if is_mixed else encoder.dtype
         named["attention_mask"] = self._make_masks(documents, dtype)
         if "position_ids" in self._parameters:
             named["position_ids"] = _count_positions(documents) + self._first_position
@@ -160,14 +149,11 @@ class DocumentIsolation(AbstractContextManager["DocumentIsolation"]):
         self, documents: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """Return the attention mask, or one for each kind of layers."""
-        kinds = set(getattr(self._config, "layer_types", None) or ())
-        if not kinds - {"full_attention"}:
-            return mask_documents(documents, dtype)
-        window = self._config.sliding_window
-        return {
-            "full_attention": mask_documents(documents, dtype),
-            "sliding_attention": mask_documents(documents, dtype, window),
-        }
+        full = mask_documents(documents, dtype)
+        if set(getattr(self._config, "layer_types", None) or ()) <= {"full_attention"}:
+            return full
+        near = mask_documents(documents, dtype, self._config.sliding_window)
+        return {"full_attention": full, "sliding_attention": near}
 
 
 def _count_positions(documents: torch.Tensor) -> torch.Tensor:
@@ -212,30 +198,26 @@ def _check_isolation(model: Model) -> None:
     config = bare.config.get_text_config()
     # Long enough to reach out of the window of sliding attention; two are padded to each other.
     window = getattr(config, "sliding_window", None) or 0
-    sizes = (6, 2 * min(window, 512) + 7, 8)
+    sizes = [6, 2 * min(window, 512) + 7, 8]
     documents = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(config.vocab_size, (2, sum(sizes)), generator=generator)
     if config.pad_token_id is not None:  # some models see it without a mask
         drawn[drawn == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
-    tokens, others = drawn.to(model.device)
-    documents = documents.to(model.device)
     middle = documents == 1
-
-    def predict(tokens: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        output: Any = model(input_ids=tokens[None], **inputs)
-        logits: torch.Tensor = output["logits"] if isinstance(output, Mapping) else output[0]
-        return logits[0].float()
-
+    row, others = drawn[:1], torch.where(middle, drawn[:1], drawn[1:])
+    parts = list(torch.split(drawn[0], sizes))
+    padded = pad_sequence(parts, batch_first=True, padding_value=config.pad_token_id or 0)
+    is_token = pad_sequence([torch.ones_like(part) for part in parts], batch_first=True)
     reason = None
     try:
-        with evaluation_mode(model), plain_code():
-            packed = {"document_ids": documents[None]}
-            together = predict(tokens, **packed)
-            in_other_company = predict(torch.where(middle, tokens, others), **packed)
-            alone = torch.cat([predict(part) for part in tokens.split(sizes)])
-    except Exception as error:  # noqa: BLE001  # of a model that takes no such mask
-        reason = f"its attention failed ({type(error).__name__}: {error})"
+        together, in_other_company = (
+            try_model(model, {"input_ids": tokens, "document_ids": documents[None]})[0]
+            for tokens in (row, others)
+        )
+        alone = try_model(model, {"input_ids": padded, "attention_mask": is_token})[is_token == 1]
+    except ValueError as error:  # of a model that takes no such mask
+        reason = str(error)
     else:
         is_exact = torch.get_float32_matmul_precision() == "highest"
         tolerance = 1e-4 if is_exact and model.dtype == torch.float32 else 0.05

@@ -20,7 +20,7 @@ from torch import nn
 from mlmadapt._types import Model, Tokenizer
 from mlmadapt.data.rows import check_whole
 from mlmadapt.data.vocabulary import add_words
-from mlmadapt.model.checks import check_model, evaluation_mode, unwrap
+from mlmadapt.model.checks import check_model, try_model, unwrap
 
 
 def extend_vocabulary(
@@ -101,15 +101,15 @@ def _check(tokenizer: Tokenizer, model: Model, pad_to_multiple_of: int | None) -
     check_model(model)
     reason = None
     weights = list(model.parameters())
-    places = {str(weight.device) for weight in weights}
+    devices = {str(weight.device) for weight in weights}
     embedding: Any = model.get_input_embeddings()
     rows = len(embedding.weight)
     if unwrap(model) is not model or getattr(model, "_hf_peft_config_loaded", False):
         reason = "is compiled or has adapters; extend the bare model, and add them afterwards"
     elif any(hasattr(weight, "device_mesh") or hasattr(weight, "ds_id") for weight in weights):
         reason = "is sharded; extend it before FSDP or DeepSpeed get it"
-    elif len(places) > 1 or "meta" in places:
-        reason = f"lies on {sorted(places)}; load it on one device"
+    elif len(devices) > 1 or "meta" in devices:
+        reason = f"lies on {sorted(devices)}; load it on one device"
     elif any(len(buffer) == rows for buffer in model.buffers() if buffer.dim()):
         reason = "has a buffer with a row per token, which cannot be extended"
     if reason is not None:
@@ -126,18 +126,18 @@ def _check(tokenizer: Tokenizer, model: Model, pad_to_multiple_of: int | None) -
 def _grow(model: Model, rows: int, pieces: Mapping[int, list[int]]) -> None:
     """Give every parameter that has a row per token `rows` rows."""
     modules: Any = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[no-untyped-call]
-    matrices = [each.weight for each in modules if hasattr(each, "weight")]
+    matrices = [module.weight for module in modules if hasattr(module, "weight")]
     old_rows = len(matrices[0])
     encoder = {id(weight) for weight in model.base_model.parameters()}
     # What DeBERTa's newer head gives is not its matrix.
-    found = [each for each in matrices if len(each) == old_rows]
-    found += [
+    by_row = [matrix for matrix in matrices if len(matrix) == old_rows]
+    by_row += [
         weight
         for weight in model.parameters()
         if weight.shape == (old_rows,) and id(weight) not in encoder
     ]
     # By identity, so that what is tied stays tied.
-    grown = {id(weight): _grow_rows(weight, rows, pieces) for weight in found}
+    grown = {id(weight): _grow_rows(weight, rows, pieces) for weight in by_row}
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(weight) in grown:
@@ -156,8 +156,8 @@ def _grow_rows(weight: nn.Parameter, rows: int, pieces: Mapping[int, list[int]])
         # A row that fills up takes at most one token's share of the probability, as a mean does.
         spare = old.float().mean(0, keepdim=True).to(old.dtype)
         new = torch.cat([old, spare.expand(rows - len(old), *old.shape[1:])])
-        for token_id, own in pieces.items():
-            new[token_id] = old[own].float().mean(0).to(old.dtype)
+        for token_id, old_ids in pieces.items():
+            new[token_id] = old[old_ids].float().mean(0).to(old.dtype)
     return nn.Parameter(new, requires_grad=weight.requires_grad)
 
 
@@ -169,20 +169,18 @@ def _check_head(
     What a head adds that has not been found, a bias of another shape for one, is missing here.
     """
     ids = torch.tensor([tokenizer(tokenizer.mask_token or "x")["input_ids"]], device=old.device)
+    before = try_model(old, {"input_ids": ids})
     reason = None
-    with evaluation_mode(old), evaluation_mode(new):
-        before = old(input_ids=ids).logits.float()
-        kept = [i for i in range(before.shape[-1]) if i not in pieces]
-        expected = torch.stack([before[..., own].mean(-1) for own in pieces.values()], -1)
-        try:
-            after = new(input_ids=ids).logits.float()
-            expected = torch.cat([before[..., kept], expected], -1)
-            off = after[..., [*kept, *pieces]] - expected
-            tolerance = torch.finfo(old.dtype).eps ** 0.5
-            if not off.abs().max() <= tolerance * expected.abs().max():
-                reason = f"its logits are off by {off.abs().max():.2g}"
-        except (RuntimeError, IndexError) as error:
-            reason = f"it fails ({error})"
+    try:
+        after = try_model(new, {"input_ids": ids})
+        expected = torch.cat([before, after[..., before.shape[-1] :]], -1)
+        for token_id, old_ids in pieces.items():
+            expected[..., token_id] = before[..., old_ids].mean(-1)
+        off, tolerance = (after - expected).abs().max(), torch.finfo(old.dtype).eps ** 0.5
+        if not off <= tolerance * expected.abs().max():
+            reason = f"its logits are off by {off:.2g}"
+    except (ValueError, RuntimeError, IndexError) as error:
+        reason = str(error)
     if reason is not None:
         raise ValueError(
             f"the head of {type(old).__name__} cannot be extended: with new rows, {reason}; it has "

@@ -1,26 +1,27 @@
-"""Exact metrics of a masked language model on frozen rows.
+"""Exact metrics of a masked language model on frozen rows, by token and by word.
 
 Perplexity is the exponential of the mean negative log-likelihood over **masked tokens**. `Trainer`
 and the recipe take a mean of batch means, which weighs a token by the number of tokens that share
 its batch: on the same 403 short documents `Trainer` gives 224 to 232, depending on the batch size,
-where 251.7 is exact. Here sums are carried over all batches and processes and divided once.
+where 251.7 is exact. Here sums are carried over all batches and processes and divided once. What is
+summed by word and by byte compares models of different vocabularies.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from mlmadapt._types import Batch, DataCollator, Ints, Model, Row, Rows, Tokenizer
-from mlmadapt.data.rows import document_bounds, join_rows, pad_rows, to_columns
+from mlmadapt._types import Batch, Model, Row, Rows, Tokenizer
+from mlmadapt.data.rows import is_frozen, pad_frozen, to_columns
 from mlmadapt.data.table import dataset_lengths
-from mlmadapt.masking.frozen_masks import insert_random_mask
 from mlmadapt.model.checks import check_model, check_rows, evaluation_mode
-from mlmadapt.model.forward import Predictor, predicting
+from mlmadapt.model.forward import MaskedForward, masked_forward
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -90,6 +91,27 @@ class MaskedLMMetrics:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskedWordMetrics:
+    """What a model gets right on the masked words of a set.
+
+    Attributes:
+        loss: Negative log-likelihood, in nats per masked word: the sum over its pieces.
+        accuracy: Share of masked words all of whose pieces are the first guess, in [0, 1].
+        bits_per_byte: Negative log-likelihood, in bits per byte of the masked words' text.
+        masked_words: The number of masked words, 1 or more.
+
+    Examples:
+        >>> MaskedWordMetrics(loss=2.0, accuracy=0.5, bits_per_byte=0.4, masked_words=10).loss
+        2.0
+    """
+
+    loss: float
+    accuracy: float
+    bits_per_byte: float
+    masked_words: int
+
+
 def evaluate_mlm(
     model: Model,
     dataset: Rows,
@@ -129,217 +151,8 @@ def evaluate_mlm(
         >>> evaluate_mlm(tiny_model(tokenizer), rows, tokenizer=tokenizer).masked_tokens
         1
     """
-    check_frozen(model, dataset, tokenizer=tokenizer, batch_size=batch_size)
-    collate = FrozenCollator(tokenizer)
-    probe = collate([dataset[row] for row in range(min(4, len(dataset)))])
-    with predicting(model, probe, is_packed="document_ids" in probe) as predictor:
-        return evaluate_rows(
-            model,
-            dataset,
-            collate=collate,
-            batch_size=batch_size,
-            predictor=predictor,
-            accelerator=accelerator,
-        )
-
-
-def check_frozen(model: Model, dataset: Rows, *, tokenizer: Tokenizer, batch_size: int) -> None:
-    """Check that a model can be evaluated on a dataset.
-
-    Raises:
-        ValueError: If not.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
-    check_model(model)
-    check_rows("dataset", dataset, model=model, tokenizer=tokenizer)
-    if not is_frozen(dataset):
-        raise ValueError(
-            f"dataset is not frozen: its rows have {list(dataset[0])}, without labels that differ "
-            "from the tokens or the prefix 'masked_'; mask it with dataset.map(insert_random_mask, "
-            "batched=True, fn_kwargs={'data_collator': ...}, remove_columns=dataset.column_names)"
-        )
-
-
-def is_frozen(dataset: Rows) -> bool:
-    """Tell whether rows have masks frozen into them.
-
-    Rows of `group_texts` have labels too, but these are a copy of their tokens, perhaps with -100
-    at the padding. So rows are frozen if a target differs from the token in its place, or if their
-    columns have the prefix ``masked_``. Targets that all kept their token (``mask_replace_prob=0``)
-    need that prefix.
-
-    Examples:
-        >>> is_frozen([{"input_ids": [4, 8], "labels": [7, -100]}])
-        True
-        >>> is_frozen([{"input_ids": [7, 8], "labels": [7, 8]}])
-        False
-    """
-    # Several rows, since one may have all its targets left as they are.
-    rows = (dataset[row] for row in range(min(8, len(dataset))))
-    return any("masked_labels" in row or _is_masked(row) for row in rows)
-
-
-def _is_masked(row: Row) -> bool:
-    labels, tokens = np.asarray(row.get("labels")), np.asarray(row.get("input_ids"))
-    return labels.shape == tokens.shape and bool(((labels != -100) & (labels != tokens)).any())
-
-
-def name_sets(eval_dataset: Any) -> dict[str, Any]:
-    """Name the evaluation sets of a run as `Trainer` does.
-
-    Examples:
-        >>> list(name_sets({"domain": [], "general": []})), list(name_sets([]))
-        (['eval_domain', 'eval_general'], ['eval'])
-    """
-    if isinstance(eval_dataset, Mapping):
-        return {f"eval_{name}": rows for name, rows in eval_dataset.items()}
-    return {} if eval_dataset is None else {"eval": eval_dataset}
-
-
-@dataclass(frozen=True)
-class FrozenCollator:
-    """Pad frozen rows into a batch of tensors, without their ``masked_`` prefix and ``word_ids``.
-
-    With a `data_collator`, rows are frozen on the way, to the same masks at every call.
-    """
-
-    tokenizer: Tokenizer
-    data_collator: DataCollator | None = None
-    seed: int = 0
-
-    def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
-        """Return the model's inputs and ``labels``, of shape ``(batch, sequence)``."""
-        columns: Mapping[str, Any] = to_columns(rows)
-        if self.data_collator is not None:
-            columns = insert_random_mask(columns, self.data_collator, seed=self.seed, prefix="")
-        prefix = "masked_" if "masked_labels" in columns else ""
-        frozen = {
-            name.removeprefix(prefix): values
-            for name, values in columns.items()
-            if name.startswith(prefix) and name != "word_ids"
-        }
-        joined, lengths = join_rows(frozen)
-        if "document_ids" in joined:
-            document_bounds(joined["document_ids"], np.append(0, np.cumsum(lengths)))
-        batch = pad_rows(joined, lengths, self.tokenizer)
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
-
-
-def evaluate_rows(model: Model, dataset: Rows, **options: Any) -> MaskedLMMetrics:
-    """Evaluate a dataset; the options are those of `sum_rows`."""
-    loss, correct, top5_correct, count = sum_rows(model, dataset, measure=_sum_metrics, **options)
-    return MaskedLMMetrics.from_sums(
-        loss=loss, correct=correct, top5_correct=top5_correct, masked_tokens=int(count)
-    )
-
-
-def sum_rows(
-    model: Model,
-    dataset: Rows,
-    *,
-    collate: Callable[[list[Row]], Batch],
-    measure: Callable[..., torch.Tensor],
-    batch_size: int,
-    predictor: Predictor,
-    accelerator: "Accelerator | None" = None,
-) -> list[float]:
-    """Sum what is measured at the targets of all batches that `collate` makes, of all processes."""
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    device = model.device
-    # The longest first: little is padded, and what memory does not hold shows at once.
-    lengths = dataset_lengths(dataset)
-    order = np.arange(len(dataset)) if lengths is None else np.argsort(-lengths, kind="stable")
-    batches = torch.split(torch.from_numpy(order), batch_size)[rank::world]
-    loader = DataLoader(
-        dataset,  # type: ignore[arg-type]
-        batch_sampler=[rows.tolist() for rows in batches],
-        collate_fn=collate,
-        # Without one of its own, each iterator would move torch's global generator.
-        generator=torch.Generator(),
-    )
-    parts = _split(loader, model, is_sparse=predictor.sparse is not None)
-    filler = collate([dataset[0]])
-    filler["labels"].fill_(-100)
-    # In 64 bits, so that the order of the batches makes no difference.
-    sums = torch.zeros((), dtype=torch.float64)
-    with evaluation_mode(model):
-        while True:
-            part = next(parts, None)
-            is_left = part is not None
-            # All processes make equally many forward passes, in which they may have to meet.
-            if accelerator is not None and world > 1:
-                is_left = bool(accelerator.gather(torch.tensor([is_left], device=device)).any())
-            if not is_left:
-                break
-            part = part or filler
-            sums = sums + measure(*rank_targets(*predictor(model, part)), part)
-    if accelerator is not None and world > 1:
-        sums = accelerator.reduce(sums.to(device), "sum").cpu()
-    return list(sums.tolist())
-
-
-def _split(batches: Iterable[Batch], model: Model, *, is_sparse: bool) -> Iterator[Batch]:
-    """Split batches by rows, so that about `MAX_LOGITS` logits are computed at once."""
-    limit = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
-    for batch in batches:
-        labels = batch["labels"].numpy()
-        predicted = (labels != -100) if is_sparse else np.ones_like(labels)
-        _, sizes = np.unique(predicted.sum(1).cumsum() // limit, return_counts=True)
-        columns = [torch.split(values, sizes.tolist()) for values in batch.values()]
-        yield from (dict(zip(batch, values, strict=True)) for values in zip(*columns, strict=True))
-
-
-def _sum_metrics(losses: torch.Tensor, guessed_before: torch.Tensor, _: Batch) -> torch.Tensor:
-    correct, top5_correct = (guessed_before < 1).sum(), (guessed_before < 5).sum()
-    return torch.stack([losses.sum(), correct, top5_correct, torch.tensor(len(losses))])
-
-
-def rank_targets(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the loss of each target, and how many tokens are guessed before it; on the CPU."""
-    true = logits.gather(1, labels[:, None])
-    losses = logits.logsumexp(1) - true[:, 0]
-    # Among equal logits the lower id comes first, as in argmax and a stable sort. The comparison is
-    # not "greater", since nothing is greater than NaN.
-    is_lower_id = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
-    guessed_before = (~(logits <= true) | ((logits == true) & is_lower_id)).sum(1)
-    # In one copy, the only wait; in 64 bits on the CPU, since not every device has them.
-    found = torch.stack([losses, guessed_before.to(losses.dtype)]).cpu()
-    return found[0].double(), found[1]
-
-
-def as_log(metrics: MaskedLMMetrics, name: str) -> Mapping[str, float]:
-    """Name metrics as `Trainer` names them in its logs: ``eval_loss``, ``eval_perplexity``, ...
-
-    Examples:
-        >>> as_log(MaskedLMMetrics(0.0, 1.0, 1.0, 1.0, 9), "eval")["eval_perplexity"]
-        1.0
-    """
-    return {f"{name}_{metric}": value for metric, value in asdict(metrics).items()}
-
-
-# ---- was model/word_evaluation: Exact metrics by word and by byte, which models of different vocabularies can be compared by.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MaskedWordMetrics:
-    """What a model gets right on the masked words of a set.
-
-    Attributes:
-        loss: Negative log-likelihood, in nats per masked word: the sum over its pieces.
-        accuracy: Share of masked words all of whose pieces are the first guess, in [0, 1].
-        bits_per_byte: Negative log-likelihood, in bits per byte of the masked words' text.
-        masked_words: The number of masked words, 1 or more.
-
-    Examples:
-        >>> MaskedWordMetrics(loss=2.0, accuracy=0.5, bits_per_byte=0.4, masked_words=10).loss
-        2.0
-    """
-
-    loss: float
-    accuracy: float
-    bits_per_byte: float
-    masked_words: int
+    options: Any = {"batch_size": batch_size, "accelerator": accelerator}
+    return _divide(*_sum_frozen(model, dataset, tokenizer, _sum_tokens, **options))
 
 
 def evaluate_words(
@@ -382,23 +195,9 @@ def evaluate_words(
         >>> evaluate_words(tiny_model(tokenizer), rows, tokenizer=tokenizer).masked_words
         1
     """
-    check_frozen(model, dataset, tokenizer=tokenizer, batch_size=batch_size)
-    if "word_ids" not in dataset[0]:
-        raise ValueError(
-            f"dataset has no 'word_ids', only {list(dataset[0])}; when freezing it, leave that "
-            "column out of remove_columns"
-        )
-    probe = FrozenCollator(tokenizer)([dataset[row] for row in range(min(4, len(dataset)))])
-    with predicting(model, probe, is_packed="document_ids" in probe) as predictor:
-        loss, right, size, count = sum_rows(
-            model,
-            dataset,
-            collate=_WordCollator(tokenizer),
-            measure=_sum_words,
-            batch_size=batch_size,
-            predictor=predictor,
-            accelerator=accelerator,
-        )
+    options: Any = {"batch_size": batch_size, "accelerator": accelerator, "with_words": True}
+    measure = partial(_sum_words, tokenizer=tokenizer)
+    loss, right, size, count = _sum_frozen(model, dataset, tokenizer, measure, **options)
     if not count:
         raise ValueError("dataset has no masked word; freeze masks into it by insert_random_mask")
     return MaskedWordMetrics(
@@ -409,44 +208,168 @@ def evaluate_words(
     )
 
 
-@dataclass(frozen=True)
-class _WordCollator:
-    """Pad frozen rows, and tell at each target its word's number, at a word's first its bytes."""
-
-    tokenizer: Tokenizer
-
-    def __call__(self, rows: list[Row]) -> Batch:
-        batch = FrozenCollator(self.tokenizer)(rows)
-        labels = batch["labels"].numpy()
-        row, place = np.nonzero(labels != -100)
-        tokens, word_ids = labels[row, place], self._pad_words(rows)[row, place]
-        if (word_ids < 0).any():
-            text = self.tokenizer.decode([int(tokens[word_ids < 0][0])])
-            raise ValueError(
-                f"dataset has a masked token, {text!r}, that belongs to no word; mask it with "
-                "WholeWordMaskingCollator, by the word_ids that it has"
-            )
-        begins = np.flatnonzero(np.diff(row, prepend=-1) | np.diff(word_ids, prepend=-1))
-        words, sizes = np.zeros_like(labels), np.zeros_like(labels)
-        words[row, place] = np.searchsorted(begins, np.arange(len(row)), side="right")
-        for word in np.split(np.arange(len(row)), begins[1:]) if len(row) else ():
-            text = str(self.tokenizer.decode(tokens[word].tolist())).strip()
-            sizes[row[word[0]], place[word[0]]] = len(text.encode())
-        return {**batch, "words": torch.from_numpy(words), "sizes": torch.from_numpy(sizes)}
-
-    def _pad_words(self, rows: list[Row]) -> Ints:
-        name = "masked_labels" if "masked_labels" in rows[0] else "labels"
-        columns = {"input_ids": name, "word_ids": "word_ids"}
-        joined, lengths = join_rows(
-            {new: [row[old] for row in rows] for new, old in columns.items()}
+def _sum_frozen(
+    model: Model,
+    dataset: Rows,
+    tokenizer: Tokenizer,
+    measure: Callable[..., torch.Tensor],
+    *,
+    batch_size: int,
+    with_words: bool = False,
+    **options: Any,
+) -> list[float]:
+    """Check what is evaluated, and sum it as `sum_rows` does, as a few rows show that is best."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+    check_model(model)
+    check_rows("dataset", dataset, model=model, tokenizer=tokenizer)
+    if not is_frozen(dataset):
+        raise ValueError(
+            f"dataset is not frozen: its rows have {list(dataset[0])}, without labels that differ "
+            "from the tokens or the prefix 'masked_'; mask it with dataset.map(insert_random_mask, "
+            "batched=True, fn_kwargs={'data_collator': ...}, remove_columns=dataset.column_names)"
         )
-        joined["labels"] = joined.pop("word_ids")  # padded with a number below 0
-        return pad_rows(joined, lengths, self.tokenizer)["labels"]
+    if with_words and "word_ids" not in dataset[0]:
+        raise ValueError(
+            f"dataset has no 'word_ids', only {list(dataset[0])}; when freezing it, leave that "
+            "column out of remove_columns"
+        )
+    collate = partial(collate_frozen, tokenizer=tokenizer, with_words=with_words)
+    options |= {"collate": collate, "measure": measure, "batch_size": batch_size}
+    probe = collate([dataset[place] for place in range(min(4, len(dataset)))])
+    with masked_forward(model, probe) as forward:
+        return sum_rows(model, dataset, forward=forward, **options)
 
 
-def _sum_words(losses: torch.Tensor, guessed_before: torch.Tensor, batch: Batch) -> torch.Tensor:
-    is_target = batch["labels"] != -100
-    numbers, sizes = batch["words"][is_target].numpy(), batch["sizes"][is_target]
-    count, wrong = (len(np.unique(each)) for each in (numbers, numbers[guessed_before.numpy() > 0]))
-    sums = [float(losses.sum()), count - wrong, int(sizes.sum()), count]
+def collate_frozen(rows: list[Row], tokenizer: Tokenizer, *, with_words: bool = False) -> Batch:
+    """Return the model's inputs and ``labels`` of frozen rows, of shape ``(batch, sequence)``."""
+    batch = pad_frozen(to_columns(rows), tokenizer, with_words=with_words)
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def evaluate_rows(model: Model, dataset: Rows, **options: Any) -> MaskedLMMetrics:
+    """Evaluate a dataset; the options are those of `sum_rows`."""
+    return _divide(*sum_rows(model, dataset, measure=_sum_tokens, **options))
+
+
+def _divide(loss: float, correct: float, top5_correct: float, count: float) -> MaskedLMMetrics:
+    return MaskedLMMetrics.from_sums(
+        loss=loss, correct=correct, top5_correct=top5_correct, masked_tokens=int(count)
+    )
+
+
+def sum_rows(
+    model: Model,
+    dataset: Rows,
+    *,
+    collate: Callable[[list[Row]], Batch],
+    measure: Callable[..., torch.Tensor],
+    batch_size: int,
+    forward: MaskedForward,
+    accelerator: "Accelerator | None" = None,
+) -> list[float]:
+    """Sum what is measured at the targets of all batches that `collate` makes, of all processes."""
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    device = model.device
+    # The longest first: little is padded, and what memory does not hold shows at once.
+    lengths = dataset_lengths(dataset)
+    order = np.arange(len(dataset)) if lengths is None else np.argsort(-lengths, kind="stable")
+    batches = torch.split(torch.from_numpy(order), batch_size)[rank::world]
+    loader = DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=[rows.tolist() for rows in batches],
+        collate_fn=collate,
+        # Without one of its own, each iterator would move torch's global generator.
+        generator=torch.Generator(),
+    )
+    parts = _split(loader, model, is_sparse=forward.sparse is not None)
+    filler = collate([dataset[0]])
+    filler["labels"].fill_(-100)
+    # In 64 bits, so that the order of the batches makes no difference.
+    sums = torch.zeros((), dtype=torch.float64)
+    with evaluation_mode(model):
+        while True:
+            part = next(parts, None)
+            is_left = part is not None
+            # All processes make equally many forward passes, in which they may have to meet.
+            if accelerator is not None and world > 1:
+                is_left = bool(accelerator.gather(torch.tensor([is_left], device=device)).any())
+            if not is_left:
+                break
+            part = part or filler
+            sums = sums + measure(*rank_targets(*forward(model, part)), part)
+    if accelerator is not None and world > 1:
+        sums = accelerator.reduce(sums.to(device), "sum").cpu()
+    return list(sums.tolist())
+
+
+def _split(batches: Iterable[Batch], model: Model, *, is_sparse: bool) -> Iterator[Batch]:
+    """Split batches by rows, so that about `MAX_LOGITS` logits are computed at once."""
+    limit = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
+    for batch in batches:
+        labels = batch["labels"].numpy()
+        predicted = (labels != -100) if is_sparse else np.ones_like(labels)
+        _, sizes = np.unique(predicted.sum(1).cumsum() // limit, return_counts=True)
+        columns = [torch.split(values, sizes.tolist()) for values in batch.values()]
+        yield from (dict(zip(batch, values, strict=True)) for values in zip(*columns, strict=True))
+
+
+def rank_targets(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of each target, and how many tokens are guessed before it; on the CPU."""
+    true = logits.gather(1, labels[:, None])
+    losses = logits.logsumexp(1) - true[:, 0]
+    # Among equal logits the lower id comes first, as in argmax and a stable sort. The comparison is
+    # not "greater", since nothing is greater than NaN.
+    is_lower_id = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    guessed_before = (~(logits <= true) | ((logits == true) & is_lower_id)).sum(1)
+    # In one copy, the only wait; in 64 bits on the CPU, since not every device has them.
+    on_host = torch.stack([losses, guessed_before.to(losses.dtype)]).cpu()
+    return on_host[0].double(), on_host[1]
+
+
+def _sum_tokens(losses: torch.Tensor, guessed_before: torch.Tensor, _: Batch) -> torch.Tensor:
+    correct, top5_correct = (guessed_before < 1).sum(), (guessed_before < 5).sum()
+    return torch.stack([losses.sum(), correct, top5_correct, torch.tensor(len(losses))])
+
+
+def _sum_words(
+    losses: torch.Tensor, guessed_before: torch.Tensor, batch: Batch, *, tokenizer: Tokenizer
+) -> torch.Tensor:
+    labels = batch["labels"].numpy()
+    row, place = np.nonzero(labels != -100)
+    tokens, words = labels[row, place], batch["word_ids"].numpy()[row, place]
+    if (words < 0).any():
+        text = tokenizer.decode([int(tokens[words < 0][0])])
+        raise ValueError(
+            f"dataset has a masked token, {text!r}, that belongs to no word; mask it with "
+            "WholeWordMaskingCollator, by the word_ids that it has"
+        )
+    begins = np.flatnonzero(np.diff(row, prepend=-1) | np.diff(words, prepend=-1))
+    pieces = np.split(tokens, begins[1:]) if len(tokens) else []
+    texts = [str(tokenizer.decode(piece.tolist())).strip() for piece in pieces]
+    wrong = np.unique(begins.searchsorted(np.flatnonzero(guessed_before.numpy()), side="right"))
+    sizes = sum(len(text.encode()) for text in texts)
+    sums = [float(losses.sum()), len(texts) - len(wrong), sizes, len(texts)]
     return torch.tensor(sums, dtype=torch.float64)
+
+
+def as_log(metrics: MaskedLMMetrics, name: str) -> Mapping[str, float]:
+    """Name metrics as `Trainer` names them in its logs: ``eval_loss``, ``eval_perplexity``, ...
+
+    Examples:
+        >>> as_log(MaskedLMMetrics(0.0, 1.0, 1.0, 1.0, 9), "eval")["eval_perplexity"]
+        1.0
+    """
+    return {f"{name}_{metric}": value for metric, value in asdict(metrics).items()}
+
+
+def name_sets(eval_dataset: Any) -> dict[str, Any]:
+    """Name the evaluation sets of a run as `Trainer` does.
+
+    Examples:
+        >>> list(name_sets({"domain": [], "general": []})), list(name_sets([]))
+        (['eval_domain', 'eval_general'], ['eval'])
+    """
+    if isinstance(eval_dataset, Mapping):
+        return {f"eval_{name}": rows for name, rows in eval_dataset.items()}
+    return {} if eval_dataset is None else {"eval": eval_dataset}

@@ -2,106 +2,78 @@
 
 A host that asks the device for a value waits for all that it was told to do before. Which positions
 are masked, how many, and whether rows are padded is known on the host, where the collator laid the
-batch out; it is read there, and copies do not block. transformers would ask the device, of each
-batch's attention mask, whether it hides anything: so there is none where nothing is padded, and
-else one that it takes as it is.
+batch out; it is read there, and copies do not block. What a model allows is tried on a batch
+beforehand: its head on masked positions only, and no attention mask where nothing is padded, of
+which transformers would ask the device whether it hides anything.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from mlmadapt._types import Batch, Model
-from mlmadapt.model.checks import evaluation_mode, plain_code
-from mlmadapt.model.document_mask import is_near
-from mlmadapt.model.documents import isolate_documents
-from mlmadapt.model.head import (
-    MaskedPositions,
-    SparsePrediction,
-    masked_logits,
-    round_up,
-    try_sparse,
-)
+from mlmadapt.model.checks import try_model
+from mlmadapt.model.documents import DocumentIsolation
+from mlmadapt.model.head import MaskedPositions, SparsePrediction, check_encoder, masked_logits
+
+logger = logging.getLogger(__name__)
 
 # Columns of a batch that are not the model's.
-_TARGETS = ("labels", "words", "sizes")
-# What transformers calls the reach of attention that is not to all tokens.
-_WINDOWS = ("sliding_window", "local_attention", "attention_window")
-
-
-class Sent(NamedTuple):
-    """A batch on the device.
-
-    Attributes:
-        inputs: The model's.
-        masked: Where to predict.
-        targets: The tokens there, of shape ``(masked,)``.
-    """
-
-    inputs: dict[str, Any]
-    masked: MaskedPositions
-    targets: torch.Tensor
+_TARGETS = ("labels", "word_ids")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predictor:
+class MaskedForward:
     """How a model predicts the masked tokens of a batch.
 
     Attributes:
         device: Where the model is.
         sparse: Its sparse head, or None where its full head runs.
         is_free: Whether it needs no attention mask where nothing is padded.
-        to_square: Makes a mask of shape ``(batch, 1, sequence, sequence)``, or one for each kind of
-            layers, of one of shape ``(batch, sequence)``; None if the model does not take it.
     """
 
     device: torch.device
     sparse: SparsePrediction | None = None
     is_free: bool = False
-    to_square: Callable[[torch.Tensor], Any] | None = None
 
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, model: nn.Module, batch: Batch, *, rounded: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits in 32 bits, of shape ``(masked, vocabulary)``, and the tokens to predict.
 
         Args:
             model: The model, or what it is wrapped in.
             batch: On the host, with ``labels`` of shape ``(batch, sequence)``.
-        """
-        sent = self.send(batch)
-        with self.at(sent.masked):
-            return masked_logits(model(**sent.inputs), sent.masked), sent.targets
-
-    def at(self, masked: MaskedPositions) -> AbstractContextManager[None]:
-        """Predict at these positions only inside the block, if the model has a sparse head."""
-        return self.sparse.at(masked) if self.sparse else nullcontext()
-
-    def send(self, batch: Batch, *, rounded: bool = False) -> Sent:
-        """Copy a batch to the device.
-
-        Args:
-            batch: On the host, with ``labels`` of shape ``(batch, sequence)``.
             rounded: Predict positions without a target too, up to a `POSITION_MULTIPLE`; -100
                 stands for their tokens.
         """
-        positions = batch["labels"] != -100
-        masked = MaskedPositions.of(round_up(positions) if rounded else positions)
-        targets = batch["labels"].flatten()[masked.indices[: masked.number]]
-        inputs: dict[str, Any] = {
-            name: self._copy(values) for name, values in batch.items() if name not in _TARGETS
-        }
-        if "attention_mask" in batch:
-            is_full = bool(batch["attention_mask"].all())
-            if is_full and self.is_free:
-                del inputs["attention_mask"]
-            elif self.to_square and "document_ids" not in batch:
-                inputs["attention_mask"] = self.to_square(inputs["attention_mask"])
+        labels = batch["labels"]
+        masked = MaskedPositions.of(labels != -100, rounded=rounded)
+        targets = self._copy(labels.flatten()[masked.indices[: masked.number]])
+        inputs = {name: batch[name] for name in batch if name not in _TARGETS}
+        if self.is_free and "attention_mask" in inputs and bool(inputs["attention_mask"].all()):
+            del inputs["attention_mask"]
+        inputs = {name: self._copy(values) for name, values in inputs.items()}
         masked = masked._replace(indices=self._copy(masked.indices))
-        return Sent(inputs, masked, self._copy(targets))
+        with self.sparse.at(masked) if self.sparse else nullcontext():
+            return masked_logits(model(**inputs), masked), targets
+
+    def touch_gradients(
+        self, model: nn.Module, batch: Batch, backward: Callable[[torch.Tensor], None]
+    ) -> None:
+        """Give each parameter that a training step reaches a gradient of zeros.
+
+        Args:
+            model: The model, or what it is wrapped in.
+            batch: As it is called with.
+            backward: Makes the backward pass of a loss.
+        """
+        logits, _ = self(model, batch, rounded=True)
+        backward(logits.sum() * 0)
 
     def _copy(self, values: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cuda":  # from other memory a copy blocks, whatever it is told
@@ -110,62 +82,77 @@ class Predictor:
 
 
 @contextmanager
-def predicting(model: Model, probe: Batch, *, is_packed: bool) -> Iterator[Predictor]:
-    """Set a model up for the time of a ``with`` block, by what it does with a batch.
+def masked_forward(
+    model: Model, probe: Batch, *, is_packed: bool = False
+) -> Iterator[MaskedForward]:
+    """Set a model up for the time of a ``with`` block, by what it does with a few rows.
 
     Documents are kept apart, if rows are packed, and masked positions only are predicted, if that
-    works.
+    gives the same.
+
+    Args:
+        model: The model, bare or with adapters.
+        probe: A batch on the host, with ``labels``.
+        is_packed: Whether others than `probe` have ``document_ids``.
 
     Raises:
-        ValueError: As `isolate_documents` and `try_sparse` do.
+        ValueError: If the model does not keep documents apart that it is to, does not predict a
+            token at each place, or predicts NaN.
     """
-    with isolate_documents(model) if is_packed else nullcontext():
-        sparse = try_sparse(model, probe)
-        is_free, to_square = _try_masks(model, probe)
-        with sparse or nullcontext():
-            yield Predictor(
-                device=model.device, sparse=sparse, is_free=is_free, to_square=to_square
-            )
+    with ExitStack() as undo:
+        if is_packed or "document_ids" in probe:
+            undo.enter_context(DocumentIsolation(model))
+        inputs, labels = _cut(model, probe)
+        # The same places whatever is masked, which may be nothing; not the first, which heads that
+        # mix positions look at.
+        places = torch.arange(labels.shape[1])
+        positions = (places % 8 == places[:5][-1]).expand_as(labels)
+        full = masked_logits((try_model(model, inputs, labels=labels),), positions)
+        sparse = try_sparse(model, inputs, positions, full)
+        del inputs["attention_mask"]
+        is_free = False
+        with suppress(ValueError):  # of a model that wants a mask
+            is_free = full.equal(masked_logits((try_model(model, inputs),), positions))
+        undo.enter_context(sparse or nullcontext())
+        yield MaskedForward(device=model.device, sparse=sparse, is_free=is_free)
 
 
-def _as_square(mask: torch.Tensor, window: int | None) -> torch.Tensor | dict[str, torch.Tensor]:
-    batch, sequence = mask.shape
-    square = mask.bool()[:, None, None].expand(batch, 1, sequence, sequence)
-    if window is None:
-        return square
-    near = square & is_near(sequence, window, mask.device)
-    return {"full_attention": square, "sliding_attention": near}
-
-
-def _try_masks(model: Model, probe: Batch) -> tuple[bool, Callable[[torch.Tensor], Any] | None]:
-    """Tell whether a model gives the same bits without a full mask, and with which square one."""
-    inputs = {name: values[:1].to(model.device) for name, values in probe.items()}
-    for name in (*_TARGETS, "document_ids"):
-        inputs.pop(name, None)
+def _cut(model: Model, probe: Batch) -> tuple[Batch, torch.Tensor]:
+    """Return a few rows, of which nothing is padding to the model, and their labels."""
     config = model.config.get_text_config()
     is_sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None) if is_sliding else None
-    if window is not None:  # which a row within it would not show
-        copies = 2 + 2 * window // inputs["input_ids"].shape[1]
-        inputs = {name: values.repeat(1, copies) for name, values in inputs.items()}
-    full = torch.ones_like(inputs.pop("attention_mask", inputs["input_ids"]))
-    cut = full.clone()
-    cut[:, -1] = 0
+    # Rows within the window of some layers would not show it.
+    copies = 1 + 2 * (config.sliding_window if is_sliding else 0) // probe["labels"].shape[1]
+    rows = {name: probe[name][:4].repeat(1, copies) for name in probe}
+    inputs = {name: rows[name] for name in rows if name not in (*_TARGETS, "document_ids")}
+    return {**inputs, "attention_mask": torch.ones_like(rows["input_ids"])}, rows["labels"]
 
-    def is_same(plain: torch.Tensor, other: Any) -> bool:
+
+def try_sparse(
+    model: Model, inputs: Batch, positions: torch.Tensor, full: torch.Tensor
+) -> SparsePrediction | None:
+    """Return the model's sparse head if it gives at `positions` what the full head gives there.
+
+    Otherwise a warning says why, and the full head is used, which is slower and just as exact.
+    """
+    reason = "its head does not work position by position"
+    # A logit of -inf, of a token that is out of the vocabulary, differs from no other.
+    expected = full.nan_to_num(neginf=0.0)
+    with ExitStack() as undo:
         try:
-            outputs: list[Any] = [model(**inputs, attention_mask=mask) for mask in (plain, other)]
-        except Exception:  # noqa: BLE001  # of a model that takes no such mask
-            return False
-        first, second = (
-            (each["logits"] if isinstance(each, Mapping) else each[0]) for each in outputs
-        )
-        return torch.equal(first, second)
-
-    to_square = partial(_as_square, window=window)
-    with evaluation_mode(model), plain_code():
-        # Of other kinds of windows, nothing is known.
-        settings = config.to_dict()
-        is_known = window is not None or all(settings.get(name) is None for name in _WINDOWS)
-        takes_square = is_known and is_same(cut, to_square(cut))
-        return is_same(full, None), to_square if takes_square else None
+            check_encoder(model)
+            sparse = undo.enter_context(SparsePrediction(model))
+            logits = try_model(model, inputs, within=sparse.at(positions))
+        except ValueError as error:
+            reason = f"{reason}: {error}"
+        else:
+            gathered = masked_logits((logits,), positions).nan_to_num(neginf=0.0)
+            # Wide enough for 16 bits; a head that is not position-wise is off by far more.
+            if (
+                gathered.shape == expected.shape
+                and (gathered - expected).norm() <= 0.05 * expected.norm()
+            ):
+                undo.pop_all()
+                return sparse
+    logger.warning("%s runs with its full head, more slowly: %s", type(model).__name__, reason)
+    return None

@@ -2,12 +2,13 @@
 
 A masked language model's vocabulary head is its largest matrix product, and 80 to 85 % of its rows
 are thrown away, since only masked positions have a label. Gathering those positions before the head
-gives the same loss and the same gradients for less than a fifth of the head's time and memory.
+gives the same loss and the same gradients for less than a fifth of the head's time and memory. The
+loss is their summed cross entropy, divided once by their number: over a batch, or over all batches
+and processes of a step.
 """
 
-import logging
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from threading import get_ident
 from typing import Any, NamedTuple
 
@@ -16,9 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from mlmadapt._types import Model
-from mlmadapt.model.checks import check_model, evaluation_mode, reset_compiled, unwrap
-
-logger = logging.getLogger(__name__)
+from mlmadapt.model.checks import check_model, reset_compiled, unwrap
 
 POSITION_MULTIPLE = 32
 """Positions are predicted in multiples of this.
@@ -67,7 +66,29 @@ def sparse_prediction(model: Model) -> "SparsePrediction":
         ...     model(input_ids=ids, labels=labels).logits.shape[:2]
         torch.Size([1, 1])
     """
+    check_model(model)
+    check_encoder(model)
     return SparsePrediction(model)
+
+
+def check_encoder(model: Model) -> None:
+    """Check that a model has an encoder below its head.
+
+    Raises:
+        ValueError: If not, or if its labels belong to a decoder.
+    """
+    bare = unwrap(model)
+    reason = None
+    if getattr(bare, "base_model", bare) is bare:
+        reason = "has no base_model below its head"
+    elif bare.config.is_encoder_decoder:
+        reason = "is an encoder-decoder, whose labels belong to the decoder"
+    if reason is not None:
+        raise ValueError(
+            f"model {type(bare).__name__} {reason}; sparse_prediction needs an encoder with a "
+            "prediction head, such as AutoModelForMaskedLM gives for BERT or ModernBERT. Train it "
+            "with its full head"
+        )
 
 
 class MaskedPositions(NamedTuple):
@@ -88,10 +109,35 @@ class MaskedPositions(NamedTuple):
 
     @classmethod
     def of(
-        cls, positions: torch.Tensor, num_items: torch.Tensor | int | None = None
+        cls,
+        positions: "torch.Tensor | MaskedPositions",
+        num_items: torch.Tensor | int | None = None,
+        *,
+        rounded: bool = False,
     ) -> "MaskedPositions":
-        """Find the positions that are True; on a device, the host waits for it once."""
-        indices = positions.flatten().nonzero().squeeze(1)
+        """Find the positions that are True, unless that was done; on a device, the host waits once.
+
+        Args:
+            positions: Booleans of shape ``(batch, sequence)``, or what was found of them.
+            num_items: The number of masked tokens to divide the loss by.
+            rounded: Take others with them, in their order, up to a multiple of `POSITION_MULTIPLE`,
+                which are to count for nothing. Else they are added behind, and cut off from the
+                logits again: a view, whose backward pass copies all logits' gradients where the
+                loss is computed outside of the model.
+
+        Examples:
+            >>> positions = torch.arange(40)[None] >= 20
+            >>> [MaskedPositions.of(positions, rounded=rounded).number for rounded in (False, True)]
+            [20, 32]
+        """
+        if isinstance(positions, MaskedPositions):
+            return positions
+        is_taken = positions.flatten()
+        if rounded:
+            others = (~is_taken).nonzero().squeeze(1)
+            added = others[: -int(is_taken.sum()) % POSITION_MULTIPLE]
+            is_taken = is_taken.index_fill(0, added, True)  # noqa: FBT003  # torch's signature
+        indices = is_taken.nonzero().squeeze(1)
         spare = -len(indices) % POSITION_MULTIPLE
         return cls(positions.shape, nn.functional.pad(indices, (0, spare)), len(indices), num_items)
 
@@ -104,7 +150,6 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
     """
 
     def __init__(self, model: Model) -> None:
-        _check_architecture(model)
         # Per thread, since `DataParallel` calls replicas with the same hooks at the same time.
         self._masked: dict[int, MaskedPositions] = {}
         self._asked: MaskedPositions | None = None
@@ -152,16 +197,14 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
             ...     model(input_ids=ids).logits.shape[:2]
             torch.Size([1, 1])
         """
-        self._asked = find_positions(positions)
+        self._asked = MaskedPositions.of(positions)
         try:
             yield
         finally:
             self._asked = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _take_labels(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _take_labels(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         self._masked.pop(get_ident(), None)
         labels = kwargs.get("labels")
         if labels is None or not model.training:
@@ -213,64 +256,6 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
         return tuple(values) if is_tuple else output
 
 
-def try_sparse(model: Model, probe: Mapping[str, torch.Tensor]) -> SparsePrediction | None:
-    """Return the model's sparse head if it gives what the full head gives on a few rows of a batch.
-
-    Otherwise a warning says why, and the full head is used, which is slower and just as exact.
-
-    Raises:
-        ValueError: If the full head does not predict a token at each place, or predicts NaN.
-    """
-    few = {name: values[:4] for name, values in probe.items()}
-    labels, positions = few["labels"], few["labels"] != -100
-    inputs = {name: few[name].to(model.device) for name in few if name != "labels"}
-    with ExitStack() as undo, evaluation_mode(model):
-        try:
-            sparse = undo.enter_context(SparsePrediction(model))
-        except ValueError as error:
-            sparse, reason = None, str(error)
-        outputs = model(**inputs)
-        _check_outputs(model, outputs, labels)
-        # A logit of -inf, of a token that is out of the vocabulary, has no difference to another.
-        full = masked_logits(outputs, positions).nan_to_num(neginf=0.0)
-        if sparse is not None:
-            reason = "its head does not work position by position"
-            try:
-                with sparse.at(positions):
-                    gathered = masked_logits(model(**inputs), positions).nan_to_num(neginf=0.0)
-                # Wide enough for 16 bits; a head that is not position-wise is off by far more.
-                if gathered.shape == full.shape and (gathered - full).norm() <= 0.05 * full.norm():
-                    undo.pop_all()
-                    return sparse
-            except Exception as error:  # noqa: BLE001  # of a head that needs all positions
-                reason += f" ({type(error).__name__}: {error})"
-    logger.warning("%s runs with its full head, more slowly: %s", type(model).__name__, reason)
-    return None
-
-
-def _check_outputs(model: Model, outputs: Any, labels: torch.Tensor) -> None:
-    """Check that a model predicts tokens, whatever its class is called."""
-    name = type(unwrap(model)).__name__
-    logits: Any = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[0]
-    shape = None if logits is None else tuple(logits.shape)
-    if shape is None or shape[:-1] != labels.shape or shape[-1] <= labels.max():
-        raise ValueError(
-            f"model {name} does not predict a token at each place: its logits have shape {shape}, "
-            f"the labels {tuple(labels.shape)} and ids up to {labels.max()}; load it by "
-            "AutoModelForMaskedLM"
-        )
-    if not (logits < torch.inf).all():  # or NaN; -inf takes a token out of the vocabulary
-        raise ValueError(
-            f"model {name} predicts NaN or infinity: its weights are not finite, or too large for "
-            "16 bits; load them anew, in 32 bits"
-        )
-
-
-def find_positions(positions: torch.Tensor | MaskedPositions) -> MaskedPositions:
-    """Find the masked positions, unless that was done."""
-    return MaskedPositions.of(positions) if isinstance(positions, torch.Tensor) else positions
-
-
 def masked_logits(outputs: Any, positions: torch.Tensor | MaskedPositions) -> torch.Tensor:
     """Return the logits at `positions` in 32 bits, of shape ``(masked, vocabulary)``.
 
@@ -282,45 +267,14 @@ def masked_logits(outputs: Any, positions: torch.Tensor | MaskedPositions) -> to
     logits: torch.Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
     picked = logits.flatten(0, -2)
     if logits.shape[:-1] == positions.shape:
-        masked = find_positions(positions)
+        masked = MaskedPositions.of(positions)
         picked = picked.index_select(0, masked.indices[: masked.number].to(logits.device))
     return picked.float()
-
-
-def round_up(positions: torch.Tensor) -> torch.Tensor:
-    """Add positions without a target, which count for nothing, up to a `POSITION_MULTIPLE`."""
-    # `MaskedPositions.of` rounds up too, but at the end, so that a view of the logits leaves out
-    # what it added and users get the masked positions only. The loop computes its loss outside of
-    # the model, where the backward pass of that view would copy all logits' gradients, so it asks
-    # for positions that need no rounding. One order for both would change the order of sums.
-    filled = positions.flatten().clone()
-    others = (~filled).nonzero().squeeze(1)
-    filled[others[: -int(filled.sum()) % POSITION_MULTIPLE]] = True
-    return filled.view_as(positions)
 
 
 def count_items(num_items: torch.Tensor | int, device: torch.device) -> torch.Tensor:
     """Return a divisor; under `DataParallel`, `Trainer` gives the count once per device."""
     return torch.as_tensor(num_items, device=device).sum().clamp(min=1)
-
-
-def _check_architecture(model: Model) -> None:
-    check_model(model)
-    bare = unwrap(model)
-    reason = None
-    if getattr(bare, "base_model", bare) is bare:
-        reason = "has no base_model below its head"
-    elif bare.config.is_encoder_decoder:
-        reason = "is an encoder-decoder, whose labels belong to the decoder"
-    if reason is not None:
-        raise ValueError(
-            f"model {type(bare).__name__} {reason}; sparse_prediction needs an encoder with a "
-            "prediction head, such as AutoModelForMaskedLM gives for BERT or ModernBERT. Train it "
-            "with its full head"
-        )
-
-
-# ---- was model/loss: Cross entropy in the memory of its logits.
 
 
 def masked_lm_loss(

@@ -8,7 +8,13 @@ from mlmadapt.testing.chunks import assert_documents_kept, assert_tokens_kept
 from mlmadapt.testing.documents import assert_documents_isolated
 from mlmadapt.testing.losses import assert_same_loss
 from mlmadapt.testing.masks import assert_masks_reproducible, assert_whole_words_masked
-from mlmadapt.testing.material import TOKENIZER_KINDS, tiny_corpus, tiny_model, tiny_tokenizer
+from mlmadapt.testing.material import (
+    TOKENIZER_KINDS,
+    tiny_corpus,
+    tiny_model,
+    tiny_rows,
+    tiny_tokenizer,
+)
 from mlmadapt.testing.runs import assert_resumes_exactly
 
 __all__ = [
@@ -22,6 +28,7 @@ __all__ = [
     "assert_whole_words_masked",
     "tiny_corpus",
     "tiny_model",
+    "tiny_rows",
     "tiny_tokenizer",
 ]
 

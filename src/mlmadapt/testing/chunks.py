@@ -9,7 +9,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from mlmadapt.testing.rows import name_token
+from mlmadapt.testing.masks import name_token
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -134,7 +134,7 @@ row
     if "document_ids" not in after:
         raise ValueError("rows have no 'document_ids', which tell the documents of a row apart")
     names = before.keys() & after.keys() & {"token_type_ids", "word_ids"}
-    told, packed = _tell(before, names), _tell(after, names)
+    whole, packed = _tokens(before, names), _tokens(after, names)
     name = partial(_name, tokenizer=tokenizer)
     steps = np.diff(after["document_ids"], prepend=0, append=0)
     begins_row = np.diff(after["row"], prepend=-1, append=-1) != 0
@@ -153,20 +153,20 @@ row
     for start, end in sorted(pairwise(ends), key=lambda bounds: bounds[1] - bounds[0]):
         place, allowed = start, sizes if end - start > longest else [end - start]
         while place < end:
-            fitting = (_part(told, place, place + size) for size in allowed if size <= end - place)
+            fitting = (_part(whole, place, place + size) for size in allowed if size <= end - place)
             part = next((part for part in fitting if left[part]), None)
             if part is None:
                 where = name("example", before, place)
                 raise AssertionError(f"{where} on: {end - place} tokens are a document in no row")
             left[part] -= 1
-            place += len(part) // told[0].nbytes
+            place += len(part) // whole[0].nbytes
     for place, part in parts:
         if left[part]:
             where = name("row", after, place)
             raise AssertionError(f"{where} on: a document that is in rows more than in examples")
 
 
-def _tell(columns: Columns, names: Collection[str]) -> npt.NDArray[np.int64]:
+def _tokens(columns: Columns, names: Collection[str]) -> npt.NDArray[np.int64]:
     """Return what is compared of each token, its role in a word last."""
     import numpy as np
 
@@ -175,9 +175,9 @@ def _tell(columns: Columns, names: Collection[str]) -> npt.NDArray[np.int64]:
     return np.stack([columns["input_ids"], types, words], axis=1)
 
 
-def _part(told: npt.NDArray[np.int64], start: int, end: int) -> bytes:
+def _part(tokens: npt.NDArray[np.int64], start: int, end: int) -> bytes:
     """Return the same for the same document, where a word that is cut begins anew."""
-    part = told[start:end].copy()
+    part = tokens[start:end].copy()
     part[:1, -1] = part[:1, -1] > 0
     return part.tobytes()
 

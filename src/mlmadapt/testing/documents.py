@@ -63,9 +63,9 @@ those that it has alone; at most 1e-05 is allowed
             documents = columns.pop("document_ids")[0]
             numbers = sorted(set(documents.tolist()))
             is_packed = is_packed or len(numbers) > 1
-            for place, own in enumerate(documents == each for each in numbers):
-                alone = predict({name: values[:, own] for name, values in columns.items()})
-                differences = (together[own] - alone).abs().amax(1)
+            for place, is_inside in enumerate(documents == document for document in numbers):
+                alone = predict({name: values[:, is_inside] for name, values in columns.items()})
+                differences = (together[is_inside] - alone).abs().amax(1)
                 worst = int(differences.argmax())
                 if not differences[worst] <= atol:
                     raise AssertionError(

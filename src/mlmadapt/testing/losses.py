@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
 
     import torch
 
@@ -66,38 +66,36 @@ def assert_same_loss(
     __tracebackhide__ = True
     import torch
 
-    from mlmadapt.model import checks as mode
-    from mlmadapt.model import head as sparse_head
+    from mlmadapt.model.checks import evaluation_mode
+    from mlmadapt.model.head import masked_logits
 
     device = next(model.parameters()).device
     step = {name: torch.as_tensor(values).to(device) for name, values in batch.items()}
     count = int((step["labels"] != -100).sum())
     if not count:
         raise ValueError("the batch has no masked token: all its labels are -100")
-    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
     def exact_loss(model: Any, part: dict[str, torch.Tensor], count: int) -> torch.Tensor:
         labels = part.pop("labels")
+        logits = masked_logits(model(**part), labels != -100)
         targets = labels[labels != -100]
-        logits = sparse_head.masked_logits(model(**part), labels != -100)
         return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / count
 
-    def measure(loss_of: Any, part: dict[str, torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
+    def measure(loss_of: Any, part: dict[str, torch.Tensor]) -> tuple[float, Iterable[Any]]:
         loss = torch.as_tensor(loss_of(model, dict(part), count))
-        found: Sequence[torch.Tensor | None] = [None] * len(trained)
-        if gradients and loss.requires_grad:
-            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        filled = zip(found, trained.values(), strict=True)
-        return loss.item(), [torch.zeros_like(w) if g is None else g for g, w in filled]
+        if not (gradients and loss.requires_grad):
+            return loss.item(), map(torch.zeros_like, trained.values())
+        with_zeros = {"allow_unused": True, "materialize_grads": True}
+        return loss.item(), torch.autograd.grad(loss, [*trained.values()], **with_zeros)
 
     parts = {f"row {row}": slice(row, row + 1) for row in range(len(step["labels"]))}
-    with mode.evaluation_mode(model), torch.enable_grad():
+    with evaluation_mode(model), torch.enable_grad():
         model.training = True  # at the top alone, where hooks and heads look it up
         for name, rows in {"the whole batch": slice(None), **parts}.items():
             part = {column: values[rows] for column, values in step.items()}
-            (loss, found), (exact, expected) = (
-                measure(f, part) for f in (compute_loss, exact_loss)
-            )
+            loss, gradient = measure(compute_loss, part)
+            exact, expected = measure(exact_loss, part)
             masked = int((part["labels"] != -100).sum())
             about = f"{name}, {masked} of the step's {count} masked tokens"
             if not math.isclose(loss, exact, rel_tol=rtol, abs_tol=atol):
@@ -105,10 +103,11 @@ def assert_same_loss(
                     f"{about}: the loss is {loss:.7g}, the exact one {exact:.7g}; it must be the "
                     f"sum over these tokens divided by {count}"
                 )
-            errors = [float((a - b).norm()) for a, b in zip(found, expected, strict=True)]
-            norm = math.hypot(*(float(each.norm()) for each in expected))
+            pairs = [*zip(gradient, expected, strict=True)]
+            errors = [float((values - others).norm()) for values, others in pairs]
+            norm = math.hypot(*(float(others.norm()) for _, others in pairs))
             if gradients and not math.hypot(*errors) <= rtol * norm + atol:
-                worst = list(trained)[errors.index(max(errors))]
+                worst = [*trained][errors.index(max(errors))]
                 raise AssertionError(
                     f"{about}: the loss is exact, its gradient is off by {math.hypot(*errors):.3g} "
                     f"for a norm of {norm:.3g}, most of all for {worst!r}"

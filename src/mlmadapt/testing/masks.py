@@ -1,6 +1,8 @@
 """Assertions about masks, for tests of any library's collators.
 
-They look at what a collator returns, never at how it is made.
+They look at what a collator returns, never at how it is made. A row is recognized by its own
+tokens, which stand in the labels where they no longer stand in the inputs. So any library's batch
+will do: padded on either side, of tensors, arrays or lists.
 """
 # ruff: noqa: PLC0415 (numpy and torch are loaded by the functions that need them)
 
@@ -8,17 +10,16 @@ from __future__ import annotations
 
 import copy
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
-
-from mlmadapt.testing.rows import column_of, find_rows, name_token, name_word, to_array
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    import numpy as np
+    import numpy.typing as npt
     from transformers import PreTrainedTokenizerBase
 
     from mlmadapt._types import Features
-    from mlmadapt.testing.rows import FoundRow
 
 
 def assert_whole_words_masked(
@@ -64,8 +65,8 @@ token 8, is not a target
     from mlmadapt.data.tokenization import special_token_ids
 
     special = [] if tokenizer is None else list(special_token_ids(tokenizer))
-    word_rows = column_of(features, "word_ids")
-    rows = list(find_rows(batch, features, tokenizer, numbers=range(len(features))))
+    word_rows = _column_of(features, "word_ids")
+    rows = list(_find_rows(batch, features, tokenizer, numbers=range(len(features))))
     for row, words in zip(rows, word_rows, strict=True):
         words[np.isin(row.tokens, special)] = -1
         is_target = row.labels != -100
@@ -80,7 +81,7 @@ token 8, is not a target
                     f"row {row.number}: {where} belongs to no word, but is a target"
                 )
             about = (
-                f"row {row.number}: {name_word(row.tokens[run], tokenizer)} (positions "
+                f"row {row.number}: {_name_word(row.tokens[run], tokenizer)} (positions "
                 f"{row.start + run[0]} to {row.start + run[-1]})"
             )
             if not is_target[run].all():
@@ -150,14 +151,14 @@ label 7 as a batch of its own; a mask must depend on seed, epoch and the row's t
         loader = torch.utils.data.DataLoader
         return next(iter(loader(rows, len(rows), collate_fn=collator, num_workers=num_workers)))
 
-    def collate(own: Callable[[Any], Any], numbers: Sequence[int]) -> list[FoundRow]:
+    def collate(by: Callable[[Any], Any], numbers: Sequence[int]) -> list[_FoundRow]:
         __tracebackhide__ = True
-        given = copy.deepcopy([features[number] for number in numbers])
-        batch = own(given)
-        for number, row in zip(numbers, given, strict=True):
+        copies = copy.deepcopy([features[number] for number in numbers])
+        batch = by(copies)
+        for number, row in zip(numbers, copies, strict=True):
             _assert_unchanged(number, features[number], row)
         rows = [features[number] for number in numbers]
-        return list(find_rows(batch, rows, tokenizer, numbers=numbers))
+        return list(_find_rows(batch, rows, tokenizer, numbers=numbers))
 
     every = range(len(features))
     ways = [
@@ -170,9 +171,9 @@ label 7 as a batch of its own; a mask must depend on seed, epoch and the row's t
     with seeded(0):
         first = collate(collator, every)
     _assert_some_target(first)
-    for key, (way, own, numbers) in enumerate(ways, start=1):
+    for key, (way, by, numbers) in enumerate(ways, start=1):
         with seeded(key):
-            rows = collate(own, numbers)
+            rows = collate(by, numbers)
         for row in rows:
             before = first[row.number]
             differ = (row.inputs != before.inputs) | (row.labels != before.labels)
@@ -186,7 +187,7 @@ label 7 as a batch of its own; a mask must depend on seed, epoch and the row's t
                 )
 
 
-def _assert_some_target(rows: Sequence[FoundRow]) -> None:
+def _assert_some_target(rows: Sequence[_FoundRow]) -> None:
     __tracebackhide__ = True
     if not any((row.labels != -100).any() for row in rows):
         raise AssertionError("no token of the batch is a target: nothing is masked")
@@ -196,6 +197,113 @@ def _assert_unchanged(number: int, before: Mapping[str, Any], after: Mapping[str
     __tracebackhide__ = True
     for name in before.keys() | after.keys():
         # As text, in which NaN is equal to NaN.
-        ours, theirs = (repr(to_array(row.get(name)).tolist()) for row in (before, after))
+        ours, theirs = (repr(_to_array(row.get(name)).tolist()) for row in (before, after))
         if ours != theirs:
             raise AssertionError(f"row {number}: the collator changes {name!r} of its own input")
+
+
+_CHANGED = "is not a target, but now"
+
+
+class _FoundRow(NamedTuple):
+    """A row as it stands in a batch, padding left out; arrays of shape ``(tokens,)``.
+
+    Attributes:
+        number: Number of the row in the features.
+        start: Position of its first token in the batch.
+        tokens: Its tokens in the features.
+        inputs: What stands in their place in the batch.
+        labels: -100 where nothing is to be predicted.
+    """
+
+    number: int
+    start: int
+    tokens: npt.NDArray[np.int64]
+    inputs: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+
+
+def _find_rows(
+    batch: Mapping[str, Any],
+    features: Features,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    numbers: Sequence[int],
+) -> Iterator[_FoundRow]:
+    """Yield each row, and assert that its labels are its tokens and that the rest is unchanged."""
+    __tracebackhide__ = True
+    import numpy as np
+
+    for name in ("input_ids", "labels"):
+        if name not in batch:
+            raise AssertionError(f"the batch has no {name!r}, only {list(batch)}")
+        if len(batch[name]) != len(numbers):
+            raise AssertionError(
+                f"the batch has {len(batch[name])} rows of {name!r} for {len(numbers)} features"
+            )
+    for place, tokens in enumerate(_column_of(features, "input_ids")):
+        about = f"row {numbers[place]}"
+        inputs, labels = (_to_array(batch[name][place]) for name in ("input_ids", "labels"))
+        room, is_target = len(inputs) - len(tokens), labels != -100
+        if room < 0 or len(labels) != len(inputs):
+            raise AssertionError(
+                f"{about} has {len(tokens)} tokens in features, but {len(inputs)} input_ids and "
+                f"{len(labels)} labels in the batch"
+            )
+        # Padding may be on the right or on the left: on the side that leaves less wrong.
+        fits = []
+        for start in (0, room):
+            expected = np.full(len(inputs), -1)
+            expected[start : start + len(tokens)] = tokens
+            changed = (expected >= 0) & (inputs != expected)
+            wrong = np.where(is_target, labels != expected, changed)
+            fits.append((int(wrong.sum()), start, wrong, expected))
+        _, start, wrong, expected = min(fits, key=lambda fit: fit[:2])
+        if wrong.any():
+            spot = int(wrong.argmax())
+            token = name_token(expected[spot], tokenizer) if expected[spot] >= 0 else "padding"
+            has, values = ("has the label", labels) if is_target[spot] else (_CHANGED, inputs)
+            now = name_token(values[spot], tokenizer)
+            raise AssertionError(f"{about}, position {spot}: {token} {has} {now}")
+        window = slice(start, start + len(tokens))
+        yield _FoundRow(numbers[place], start, tokens, inputs[window], labels[window])
+
+
+def _column_of(features: Features, name: str) -> list[npt.NDArray[np.int64]]:
+    """Return a token column of the rows as arrays of their own, None and NaN as -1.
+
+    Raises:
+        ValueError: If a row lacks it, or does not have one number per token.
+    """
+    from mlmadapt.data.rows import join_rows, split_rows
+
+    for number, row in enumerate(features):
+        for needed in ("input_ids", name):
+            if needed not in row:
+                raise ValueError(
+                    f"row {number} of features has no {needed!r}, only {list(row)}; give the rows "
+                    "as a collator gets them, as copies if it takes columns out"
+                )
+    columns = {needed: [row[needed] for row in features] for needed in ("input_ids", name)}
+    joined, lengths = join_rows(columns)
+    return [row.copy() for row in split_rows(joined[name], lengths)]
+
+
+def _to_array(values: Any) -> npt.NDArray[Any]:
+    """Return a tensor of any device, an array or a list as an array."""
+    import numpy as np
+
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+
+
+def name_token(token: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Say which token it is."""
+    text = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(int(token))!r})"
+    return f"token {token}{text}"
+
+
+def _name_word(tokens: npt.NDArray[np.int64], tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Say which word it is."""
+    if tokenizer is None:
+        return f"the word {tokens.tolist()}"
+    return f"the word {str(tokenizer.decode(tokens.tolist())).strip()!r}"

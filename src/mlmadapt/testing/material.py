@@ -1,4 +1,4 @@
-"""Offline material for tests: a small corpus, tokenizers of every family, and tiny models.
+"""Offline material for tests: a small corpus, tokenizers of every family, rows, and tiny models.
 
 Nothing here needs the hub or a file: tokenizers are trained in memory in a few hundredths of a
 second, models have random weights. They are too small to be good at anything, but they put words,
@@ -16,6 +16,8 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tokenizers import AddedToken
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -144,6 +146,39 @@ def tiny_tokenizer(kind: str = "wordpiece") -> PreTrainedTokenizerFast:
         model_input_names=["input_ids", *["token_type_ids"] * has_types, "attention_mask"],
         **{f"{name}_token": token for name, token in special.items()},
     )
+
+
+def tiny_rows(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | int = 12, *, seed: int = 0
+) -> list[dict[str, list[int]]]:
+    """Tokenize documents with `tokenize_with_word_ids`, each into a row as a collator takes it.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        texts: The documents, or how many of `tiny_corpus` to take.
+        seed: Another seed gives another corpus.
+
+    Returns:
+        A dict per document, with a list per column: ``input_ids``, ``word_ids`` and what else the
+        tokenizer's models take. Lengths differ.
+
+    Raises:
+        TypeError: If the tokenizer is not a fast one, or `texts` are something else than strings.
+
+    Examples:
+        >>> rows = tiny_rows(tiny_tokenizer(), ["The boring film!"])
+        >>> rows[0]["word_ids"]
+        [-1, 0, 1, 1, 1, 2, 3, -1]
+        >>> [len(row["input_ids"]) for row in tiny_rows(tiny_tokenizer(), 4)]
+        [82, 83, 15, 31]
+    """
+    from mlmadapt.data.tokenization import tokenize_with_word_ids
+
+    if isinstance(texts, int):
+        texts = tiny_corpus(texts, seed=seed)
+    columns = tokenize_with_word_ids({"text": texts}, tokenizer)
+    lists = ([row.tolist() for row in column] for column in columns.values())
+    return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
 
 
 def _special_tokens(kind: str) -> dict[str, AddedToken]:

@@ -19,19 +19,13 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
-_TIMINGS = (
-    "seconds",
-    *(
-        f"{name}_{unit}"
-        for name in ("train", "eval")
-        for unit in ("runtime", "samples_per_second", "steps_per_second")
-    ),
-)
+_UNITS = ("runtime", "samples_per_second", "steps_per_second")
+_TIMINGS = {"seconds", *(f"{part}_{unit}" for part in ("train", "eval") for unit in _UNITS)}
 
 
 def assert_resumes_exactly(
@@ -109,43 +103,33 @@ function of a module, or a functools.partial of one
     with tempfile.TemporaryDirectory(prefix="mlmadapt-", ignore_cleanup_errors=True) as folder:
         # Every run in a folder of the same name, so that the name makes no difference.
         start = partial(_run, train, Path(folder), ignore={*_TIMINGS, *ignore}, timeout=timeout)
-        whole = start()
-        if not whole.steps:
+        steps, whole = start()
+        if not steps:
             raise ValueError("train took no step of a torch.optim.Optimizer in its own process")
-        if all(value is None for value in whole.outcome.values()):
+        if all(value is None for value in whole.values()):
             raise ValueError("train returned nothing to compare; return the model and its history")
-        at_step = whole.steps * 2 // 3 if at_step is None else at_step
-        if not 0 <= at_step < whole.steps:
-            raise ValueError(f"at_step is {at_step}; train takes steps 0 to {whole.steps - 1}")
+        at_step = steps * 2 // 3 if at_step is None else at_step
+        if not 0 <= at_step < steps:
+            raise ValueError(f"at_step is {at_step}; train takes steps 0 to {steps - 1}")
         shutil.rmtree(Path(folder, "run"), ignore_errors=True)
-        interrupted = start(at_step=at_step, by=by)
-        if interrupted.steps >= whole.steps:
+        if start(at_step=at_step, by=by)[0] >= steps:
             raise AssertionError(f"train went on to its end after {by} before step {at_step}")
-        resumed = start(resume=True)
-    where = f"interrupted by {by} before step {at_step} of {whole.steps} and resumed"
-    if resumed.steps >= whole.steps:
+        taken, resumed = start(resume=True)
+    where = f"interrupted by {by} before step {at_step} of {steps} and resumed"
+    if taken >= steps:
         raise AssertionError(
-            f"{where}, the run took {resumed.steps} steps: it began again, which proves nothing; "
-            "save a checkpoint before that step, and go on from it if resume"
+            f"{where}, the run took {taken} steps: it began again, which proves nothing; save a "
+            "checkpoint before that step, and go on from it if resume"
         )
-    pairs = {
-        name: [run.outcome.get(name, "nothing") for run in (whole, resumed)]
-        for name in whole.outcome | resumed.outcome
-    }
-    differ = [name for name, pair in pairs.items() if not _same(*pair)]
-    if differ:
+    names = [*(whole | resumed)]
+    pairs = [(whole.get(name, "nothing"), resumed.get(name, "nothing")) for name in names]
+    differences = [_difference(*pair) for pair in pairs]
+    if any(differences):
+        first, difference = next(each for each in zip(names, differences, strict=True) if each[1])
         raise AssertionError(
-            f"{where}, the run ends otherwise: {len(differ)} of {len(pairs)} values differ, first "
-            f"{differ[0]!r}, {_difference(*pairs[differ[0]])}"
+            f"{where}, the run ends otherwise: {sum(map(bool, differences))} of {len(names)} "
+            f"values differ, first {first!r}, {difference}"
         )
-
-
-class _Report(NamedTuple):
-    """What a run reports: its optimizer steps, what it returned, by name, and what it raised."""
-
-    steps: int
-    outcome: dict[str, Any]
-    error: str = ""
 
 
 def _run(
@@ -157,13 +141,15 @@ def _run(
     resume: bool = False,
     at_step: int | None = None,
     by: str = "",
-) -> _Report:
-    """Train in a process of its own, and leave nothing of it behind."""
-    file = folder / "report"
+) -> tuple[int, dict[str, Any]]:
+    """Train in a process of its own, and leave nothing of it behind.
+
+    Returns:
+        How many optimizer steps were taken, and what `train` returned, by name.
+    """
+    report = folder / "report"
     process = multiprocessing.get_context("spawn").Process(
-        target=_work,
-        args=(train, str(folder / "run"), resume),
-        kwargs={"file": file, "ignore": ignore, "at_step": at_step, "by": by},
+        target=_work, args=(train, folder, resume, ignore, at_step, by)
     )
     process.start()
     try:
@@ -176,26 +162,24 @@ def _run(
         process.join()
     if is_late:
         raise TimeoutError(f"train took over {timeout} s, and was killed")
-    if not file.exists():
+    if not report.exists():
         if at_step is not None:  # as it should
-            return _Report(at_step, {})
+            return at_step, {}
         raise RuntimeError(
             f"train's process ended with exit code {process.exitcode} and no result; its standard "
             "error may say why"
         )
-    report: _Report = pickle.loads(file.read_bytes())  # noqa: S301 (written by `_work`)
-    file.unlink()
-    if report.error:
-        raise RuntimeError(f"train failed:\n{report.error}")
-    return report
+    steps, outcome, error = pickle.loads(report.read_bytes())  # noqa: S301 (written by `_work`)
+    report.unlink()
+    if error:
+        raise RuntimeError(f"train failed:\n{error}")
+    return steps, outcome
 
 
-def _work(
+def _work(  # noqa: PLR0917 (what another process is started with has no names)
     train: Callable[[str, bool], Any],
-    output_dir: str,
-    resume: bool,  # noqa: FBT001 (as `train` is called)
-    *,
-    file: Path,
+    folder: Path,
+    resume: bool,  # noqa: FBT001
     ignore: Collection[str],
     at_step: int | None,
     by: str,
@@ -205,7 +189,7 @@ def _work(
 
     if hasattr(os, "setsid"):
         os.setsid()
-    steps = 0
+    steps, outcome, error = 0, {}, ""
 
     def count(*_: Any) -> None:
         nonlocal steps
@@ -215,10 +199,10 @@ def _work(
 
     register_optimizer_step_pre_hook(count)
     try:
-        report = _Report(0, dict(_flatten(train(output_dir, resume), "", ignore)))
+        outcome = dict(_flatten(train(str(folder / "run"), resume), "", ignore))
     except Exception:  # noqa: BLE001 (the parent process raises it)
-        report = _Report(0, {}, traceback.format_exc())
-    file.write_bytes(pickle.dumps(report._replace(steps=steps)))
+        error = traceback.format_exc()
+    (folder / "report").write_bytes(pickle.dumps((steps, outcome, error)))
 
 
 def _flatten(value: Any, name: str, ignore: Collection[str]) -> Iterator[tuple[str, Any]]:
@@ -235,11 +219,11 @@ def _flatten(value: Any, name: str, ignore: Collection[str]) -> Iterator[tuple[s
     elif isinstance(value, (np.ndarray, np.generic)):
         value = torch.tensor(value)
     if isinstance(value, (Mapping, list, tuple)):
-        named = value if isinstance(value, Mapping) else dict(enumerate(value))
-        for key, each in named.items():
-            own = f".{key}" if named is value else f"[{key}]"
+        is_named = isinstance(value, Mapping)
+        for key, part in value.items() if is_named else enumerate(value):
+            place = f".{key}" if is_named else f"[{key}]"
             if key not in ignore:
-                yield from _flatten(each, (name + own).removeprefix("."), ignore)
+                yield from _flatten(part, (name + place).removeprefix("."), ignore)
     elif isinstance(value, torch.Tensor):
         yield name, value.detach().cpu().clone()
     elif value is None or isinstance(value, (bool, int, float, str)):
@@ -251,22 +235,17 @@ def _flatten(value: Any, name: str, ignore: Collection[str]) -> Iterator[tuple[s
         )
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Tell whether two values are equal to the last bit, and NaN to NaN."""
-    import torch
-
-    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
-        return repr(one) == repr(other)
-    bits = (each.contiguous().flatten().view(torch.uint8) for each in (one, other))
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
-
-
 def _difference(one: Any, other: Any) -> str:
+    """Say how values differ; nothing if they are equal to the last bit, and NaN to NaN."""
     import torch
 
-    if all(isinstance(each, torch.Tensor) for each in (one, other)) and one.shape == other.shape:
-        error = (one.double() - other.double()).abs()
-        return (
-            f"in {int((one != other).sum())} of {one.numel()} numbers, by {error.max():.3g} at most"
-        )
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        if one.shape == other.shape and one.dtype == other.dtype:
+            bits = (values.contiguous().flatten().view(torch.uint8) for values in (one, other))
+            if torch.equal(*bits):
+                return ""
+            count, error = int((one != other).sum()), (one.double() - other.double()).abs().max()
+            return f"in {count} of {one.numel()} numbers, by {error:.3g} at most"
+    elif repr(one) == repr(other):
+        return ""
     return f"{one!r} uninterrupted, {other!r} resumed"

@@ -9,29 +9,32 @@ the order is a function of the lengths and of the rows per step too.
 
 A stream keeps its own order, in which datasets 5.2 shuffles shards by the epoch. Each process reads
 all of it and takes its share of every step; or, where the stream is split, its own part only, with
-fillers until all parts are at their end. To resume, it goes on at its own state where that is exact
-(see `data.stream`). Else the rows of finished steps are read and passed over, which is exact
-for shuffle buffers too.
+fillers until all parts are at their end. To resume, the rows of finished steps are read and passed
+over, which is exact for shuffle buffers too, and takes as long as reading them.
 """
 
+import logging
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import count, islice, pairwise, tee
+from itertools import chain, count, islice, pairwise, tee
 from typing import Any, TypeAlias, TypeVar
 
 import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from mlmadapt._types import Batch, DataCollator, Rows
 from mlmadapt.data.rows import JoinedRows
-from mlmadapt.data.stream import StreamPlace, go_on, has_exact_state
-from mlmadapt.data.table import table_reader
+from mlmadapt.data.table import dataset_lengths, table_reader
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.frozen_masks import collate_seeded, purify
 from mlmadapt.masking.selection import derive_key
+from mlmadapt.training.config import TrainingConfig
+
+logger = logging.getLogger(__name__)
 
 Dealt = TypeVar("Dealt")
 # The share of the run done before a row's step, the row's place, and whether it counts; and rows,
@@ -147,6 +150,45 @@ class BatchPlan:
         return [[(row, True) for row in share] or [(rows[0], False)] for share in shares]
 
 
+def plan_batches(
+    train_rows: Any, config: TrainingConfig, accelerator: Accelerator, *, is_split: bool
+) -> BatchPlan:
+    """Return which rows are trained when."""
+    return BatchPlan(
+        rows=0 if isinstance(train_rows, OpenStream) else len(train_rows),
+        batch_size=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        lengths=lengths_to_group_by(unopened(train_rows), config),
+        is_split=is_split,
+    )
+
+
+def lengths_to_group_by(train_dataset: Any, config: TrainingConfig) -> torch.Tensor | None:
+    """Return the rows' lengths if they are to be grouped and differ.
+
+    Raises:
+        ValueError: If they are to be grouped and their lengths are not known.
+
+    Examples:
+        >>> config = TrainingConfig(train_sampling_strategy="group_by_length")
+        >>> lengths_to_group_by([{"input_ids": [7, 8]}, {"input_ids": [9]}], config)
+        tensor([2, 1])
+    """
+    if config.train_sampling_strategy == "random":
+        return None
+    lengths = dataset_lengths(train_dataset)
+    if lengths is None:
+        raise ValueError(
+            f"train_sampling_strategy is {config.train_sampling_strategy!r}, but the lengths of a "
+            f"{type(train_dataset).__name__} are not known before its rows are read; pass "
+            "train_dataset as a Dataset with input_ids or a list of rows, or leave it at 'random'"
+        )
+    return torch.from_numpy(lengths) if (lengths != lengths[0]).any() else None
+
+
 def training_batches(
     dataset: Any,
     plan: BatchPlan,
@@ -157,7 +199,6 @@ def training_batches(
     done: int = 0,
     total_steps: int = 1,
     num_workers: int = 0,
-    place: StreamPlace | None = None,
 ) -> Iterator[tuple[list[Batch], bool]]:
     """Yield this process's batches of each optimizer step, and whether the step ends the epoch.
 
@@ -167,8 +208,6 @@ def training_batches(
     Masks come from (seed, epoch, row), with the collator's own seed where it has one, and their
     rate from the share of steps that are `done` before theirs, of `total_steps`.
 
-    A stream goes on from `place`, if it is that of step `start`, and keeps it up to date.
-
     Raises:
         ValueError: If a stream has no rows, or none that a resumed run has not had.
     """
@@ -176,14 +215,12 @@ def training_batches(
     collate = partial(_collate, data_collator=collator, seed=plan.seed, epoch=epoch)
     progress = (min(1.0, step / total_steps) for step in count(done))
     if not plan.rows:
-        yield from _stream_batches(
-            dataset, plan, collate, progress, epoch=epoch, start=start, place=place or StreamPlace()
-        )
+        yield from _stream_batches(dataset.read(epoch), plan, collate, progress, start=start)
         return
     # As they are asked for: a list of all rows to come is large. Each batch brings its progress,
     # since workers collate ahead.
-    own_steps, loader_steps = tee(plan.steps(epoch, start=start))
-    told = (
+    steps, loader_steps = tee(plan.steps(epoch, start=start))
+    picks = (
         [(share, *pick) for pick in batch]
         for share, step in zip(progress, loader_steps, strict=False)
         for batch in step
@@ -197,7 +234,7 @@ def training_batches(
                 for name in ("collate", "mask")
             ),
         ),
-        batch_sampler=told,
+        batch_sampler=picks,
         collate_fn=collate,
         num_workers=num_workers,
         worker_init_fn=_ignore_signals,
@@ -205,40 +242,34 @@ def training_batches(
         generator=torch.Generator(),
     )
     batches = iter(loader)
-    for step, shares in enumerate(own_steps, start + 1):
+    for step, shares in enumerate(steps, start + 1):
         yield [next(batches) for _ in shares], step == plan.steps_per_epoch
 
 
 def _stream_batches(
-    dataset: Any,
+    stream: Iterator[Any],
     plan: BatchPlan,
     collate: Callable[[Picked], Batch],
     progress: Iterator[float],
     *,
-    epoch: int,
     start: int,
-    place: StreamPlace,
 ) -> Iterator[tuple[list[Batch], bool]]:
-    if hasattr(dataset, "set_epoch"):
-        dataset.set_epoch(epoch)
     # Over all parts, each row has a number of its own, since other collators draw by it.
     number, stride = (plan.rank, plan.world) if plan.is_split else (0, 1)
     plan = replace(plan, rank=0, world=1) if plan.is_split else plan
-    passed, is_exact = start * plan.rows_per_step, has_exact_state(dataset)
-    first = next(zip([number], dataset, strict=False), None) if start and plan.is_split else None
-    ahead = go_on(dataset, passed, place, count=plan.rows_per_step)
-    rows = zip(count(number + passed * stride, stride), ahead, strict=False)
+    rows: Iterator[tuple[int, Any]] = zip(count(number, stride), stream, strict=False)
+    first, passed = next(rows, None), start * plan.rows_per_step
+    if passed:
+        logger.info("train_dataset is read from its start, and %d rows are passed over", passed)
+    rows = islice(chain([first] if first else [], rows), passed, None)
     step = list(islice(rows, plan.rows_per_step))
-    first = first or next(iter(step), None)
     if not (first if plan.is_split else step):
         raise ValueError(
-            f"train_dataset, a stream, ended before row {passed} of epoch {epoch}; it must have "
-            "rows, and yield the same ones each time it is read"
+            f"train_dataset, a stream, ended before row {passed} of its epoch; it must have rows, "
+            "and yield the same ones each time it is read"
         )
     while step or plan.is_split:
-        place.state = dataset.state_dict() if is_exact else None
         following = list(islice(rows, plan.rows_per_step))
-        place.rows = [row for _, row in following]
         share = next(progress)
         passes = plan.deal(step)
         if first is not None and plan.is_split:  # as many as the others make
@@ -252,6 +283,46 @@ def _stream_batches(
         )
         yield [collate(batch) for batch in batches], not following
         step = following
+
+
+@dataclass
+class OpenStream:
+    """A stream whose first rows can be looked at without opening it twice.
+
+    Examples:
+        >>> stream = OpenStream(iter("abc"))
+        >>> stream.peek(2), list(stream.read(epoch=0))
+        (['a', 'b'], ['a', 'b', 'c'])
+    """
+
+    dataset: Any
+    _opened: Iterator[Any] | None = None
+
+    def peek(self, number: int) -> list[Any]:
+        """Return the first rows of the first epoch."""
+        rows = self.read(epoch=0)
+        first = list(islice(rows, number))
+        self._opened = chain(first, rows)
+        return first
+
+    def read(self, epoch: int) -> Iterator[Any]:
+        """Return the rows of an epoch."""
+        if epoch == 0 and self._opened is not None:
+            opened, self._opened = self._opened, None
+            return opened
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        return iter(self.dataset)
+
+
+def open_rows(dataset: Any) -> Any:
+    """Return rows that can be counted as they are, and others as a stream."""
+    return dataset if hasattr(dataset, "__len__") else OpenStream(dataset)
+
+
+def unopened(rows: Any) -> Any:
+    """Return what `open_rows` was given."""
+    return rows.dataset if isinstance(rows, OpenStream) else rows
 
 
 def _ignore_signals(worker: int) -> None:  # noqa: ARG001  # as DataLoader calls it

@@ -5,22 +5,22 @@ import json
 import math
 import re
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import wraps
 from os import PathLike
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
-    _Checkpoint: TypeAlias = str | Literal[True] | None
-    _Arguments: TypeAlias = dict[str, Any] | str | None
-    _Names: TypeAlias = str | list[str]
+    _Checkpoint = str | Literal[True] | None
+    _Arguments = dict[str, Any] | str | None
+    _Names = str | list[str]
 else:
     # HfArgumentParser can read nothing else; it gives "true" for True, and JSON for arguments.
     _Checkpoint = _Arguments = str | None
     _Names = str
 
+Settings = TypeVar("Settings")
 # What else than a setting does here what a setting of `TrainingArguments` does there.
 _OTHERWISE_HERE = {
     "bf16": "mixed_precision='bf16'",
@@ -31,7 +31,28 @@ _OTHERWISE_HERE = {
 }
 
 
+_LEAST = dict.fromkeys(
+    ("save_total_limit", "early_stopping_patience", "eval_steps", "save_steps"), 1
+)
+_LEAST |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+_LEAST |= {"gradient_accumulation_steps": 1, "dataloader_num_workers": 0}
+
+
+def _with_help(settings: type[Settings]) -> type[Settings]:
+    """Give each field what the docstring says of it, which `HfArgumentParser` shows as help."""
+    entries = re.findall(
+        r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(settings) or "", re.MULTILINE
+    )
+    for name, text in entries:
+        plain = " ".join(text.replace("`", "").replace("%", "%%").split())
+        if name in vars(settings):
+            described = field(default=vars(settings)[name], metadata={"help": plain})
+            setattr(settings, name, described)
+    return settings
+
+
 @dataclass(frozen=True, kw_only=True)
+@_with_help
 class TrainingConfig:
     """How `accelerate_train` trains.
 
@@ -80,9 +101,6 @@ class TrainingConfig:
         torch_compile: Train with compiled code: encoder and head become a graph each. It takes a
             minute before the first step, and is for GPUs: on a CPU, a step of DistilBERT's size
             took 1.08 times as long. Evaluation stays as it is.
-        torch_compile_backend: A backend of ``torch.compile``; None for its default, which needs a
-            C++ compiler on a CPU.
-        torch_compile_mode: ``"default"``, ``"reduce-overhead"`` or ``"max-autotune"``.
         logging_steps: Optimizer steps between entries of the history and the trackers, beside those
             at each evaluation; a value below 1 is a share of all steps. The default makes 50
             entries, of a short run as of a long one, where a fixed 500 steps may make none.
@@ -139,17 +157,26 @@ class TrainingConfig:
     early_stopping_patience: int | None = None
     gradient_checkpointing: bool = False
     torch_compile: bool = False
-    torch_compile_backend: str | None = None
-    torch_compile_mode: str | None = None
     logging_steps: float = 0.02
     report_to: _Names = "none"
     dataloader_num_workers: int = 0
     disable_tqdm: bool = False
     dataset_name: str | None = None
-    fill_mask: list[str] = field(default_factory=list)
+    fill_mask: list[str] | None = None
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_private_repo: bool | None = None
+
+    def __new__(cls, **settings: Any) -> Self:
+        """Name our setting where another one is passed."""
+        names = [*cls.__annotations__]
+        for name in settings.keys() - {*names}:
+            ours = _OTHERWISE_HERE.get(name) or " or ".join(get_close_matches(name, names))
+            raise TypeError(
+                f"{name} is {settings[name]!r}, but {cls.__name__} has no {name}; pass "
+                f"{ours or 'one of ' + ', '.join(names)}"
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if isinstance(self.report_to, list | tuple):
@@ -165,23 +192,14 @@ class TrainingConfig:
                 self._require(name, _fits(value, hint), f"of type {text}")
         known = isinstance(self.resume_from_checkpoint, str | bool | None)
         self._require("resume_from_checkpoint", known, "True, a directory, or None")
-        at_least_one = (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "eval_steps",
-            "save_steps",
-        )
-        for name in at_least_one:
-            self._require(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("save_total_limit", "early_stopping_patience"):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            self._require(name, value is None or value >= 1, "None, or 1 or more")
+            none = "None, or " if getattr(type(self), name) is None else ""
+            self._require(name, value is None or value >= least, f"{none}{least} or more")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
             value = getattr(self, name)
             self._require(name, 0 <= value < math.inf, "a finite number, 0 or more")
         self._require("logging_steps", 0 < self.logging_steps < math.inf, "a finite number above 0")
-        self._require("dataloader_num_workers", self.dataloader_num_workers >= 0, "0 or more")
         self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
         is_count = self.max_steps == -1 or self.max_steps > 0
         self._require("max_steps", is_count, "above 0, or -1 for whole epochs")
@@ -196,7 +214,7 @@ class TrainingConfig:
         object.__setattr__(self, "lr_scheduler_kwargs", arguments)
         from transformers import SchedulerType  # noqa: PLC0415  # a second to load
 
-        schedules = [each.value for each in SchedulerType]
+        schedules = [schedule.value for schedule in SchedulerType]
         known = self.lr_scheduler_type in schedules
         self._require("lr_scheduler_type", known, f"one of {schedules}")
 
@@ -214,34 +232,11 @@ class TrainingConfig:
             raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {requirement}")
 
 
-def _describe(settings: Any) -> None:
-    """Have `HfArgumentParser` say of each option what the docstring says."""
-    text = inspect.getdoc(settings) or ""
-    told = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", text, re.MULTILINE))
-    for each in fields(settings):
-        plain = " ".join(told.get(each.name, "").replace("`", "").replace("%", "%%").split())
-        each.metadata = {"help": plain}  # type: ignore[assignment]
-
-
-def _name_ours(settings: Any) -> None:
-    """Have a class of settings name its own where it is given another one."""
-    make, names = settings.__init__, [each.name for each in fields(settings)]
-
-    @wraps(make)
-    def init(self: Any, **given: Any) -> None:
-        for name in [each for each in given if each not in names]:
-            ours = _OTHERWISE_HERE.get(name) or " or ".join(get_close_matches(name, names))
-            raise TypeError(
-                f"{name} is {given[name]!r}, but {settings.__name__} has no {name}; "
-                f"pass {ours or 'one of ' + ', '.join(names)}"
-            )
-        make(self, **given)
-
-    settings.__init__ = init
-
-
-_describe(TrainingConfig)
-_name_ours(TrainingConfig)
+# What people and tools read is the signature of `__init__`, not of `__new__`.
+_init = inspect.signature(TrainingConfig.__init__)
+TrainingConfig.__signature__ = _init.replace(  # type: ignore[attr-defined]
+    parameters=[*_init.parameters.values()][1:]
+)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -250,7 +245,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return value in choices
     if NoneType in choices:
-        return any(_fits(value, each) for each in choices)
+        return any(_fits(value, choice) for choice in choices)
     kinds = (int, float) if hint is float else get_origin(hint) or hint
     # Python takes True for a whole number.
     return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))

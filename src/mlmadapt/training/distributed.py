@@ -1,7 +1,9 @@
-"""What several processes need to stay in step.
+"""What several processes need to stay in step, and to leave in good order when asked to.
 
 Collective calls wait for every process, so a process that fails alone leaves the others waiting
-until a time-out of half an hour. So what one process checks, all are told.
+until a time-out of half an hour. So what one process checks, all learn. Schedulers send SIGTERM
+some seconds before they kill a process, and people press Ctrl-C: either is noted, and acted upon
+between two steps, when a checkpoint can be written. A second one acts at once.
 """
 
 import atexit
@@ -12,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, Self, TypeVar
 
@@ -20,7 +22,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
 from torch.distributed import ProcessGroup, ReduceOp
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
 from mlmadapt.data.table import split_part
 from mlmadapt.training.config import TrainingConfig
@@ -28,6 +33,8 @@ from mlmadapt.training.config import TrainingConfig
 logger = logging.getLogger(__name__)
 
 Outcome = TypeVar("Outcome")
+
+_SHARDED = (FSDPModule, FullyShardedDataParallel)
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -51,7 +58,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         log_with=trackers or None,
         project_dir=config.output_dir,
     )
-    missing = set(trackers) - {getattr(each, "value", each) for each in accelerator.log_with}
+    missing = set(trackers) - {getattr(name, "value", name) for name in accelerator.log_with}
     if missing:
         raise ValueError(
             f"report_to is {config.report_to!r}, but {sorted(missing)} is not installed; pip "
@@ -101,6 +108,40 @@ def _leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def check_whole(model: nn.Module, accelerator: Accelerator) -> None:
+    """Check that each process has the whole model, as all that follows takes for granted.
+
+    Raises:
+        ValueError: If it is sharded, or Accelerate would shard it.
+    """
+    kinds = [type(module).__name__ for module in model.modules() if isinstance(module, _SHARDED)]
+    kinds += [type(weight).__name__ for weight in model.parameters() if isinstance(weight, DTensor)]
+    kind = accelerator.distributed_type.value
+    if not kind.startswith(("NO", "MULTI_")):
+        kinds.append(f"Accelerate's {kind}")
+    if kinds:
+        raise ValueError(
+            f"model is sharded ({kinds[0]}), of which no checkpoint can be resumed here; pass the "
+            "model as it was before, under torchrun or accelerate's MULTI_GPU: each process then "
+            "holds all of it. gradient_checkpointing and mixed_precision='bf16' save memory"
+        )
+
+
+def check_same_everywhere(settings: Mapping[str, Any]) -> None:
+    """Check that all processes were given the same, or they would wait for each other for ever.
+
+    Raises:
+        ValueError: If not, on all processes.
+    """
+    for rank, others in enumerate(gather_object([settings])):
+        for name, value in others.items():
+            if value != settings.get(name):
+                raise ValueError(
+                    f"{name} is {value!r} on process {rank}, but {settings.get(name)!r} on "
+                    "another; give all processes the same rows and settings"
+                )
+
+
 def on_main_process(accelerator: Accelerator, action: Callable[[], Outcome]) -> Outcome:
     """Do something once; every process returns what came of it, or raises the same error."""
     outcome: list[Any] = [None, None]
@@ -139,7 +180,7 @@ def split_stream(dataset: Any, accelerator: Accelerator) -> tuple[Any, bool]:
         if dataset.n_shards % world:
             return dataset, False
         return split_dataset_by_node(dataset, rank, world), True
-    if parts != [(each, world) for each in range(world)]:
+    if parts != [(number, world) for number in range(world)]:
         raise ValueError(
             f"train_dataset is a stream of which the {world} processes have the parts {parts} "
             "(number, of how many); pass all the whole stream, or give each its own by "
@@ -148,11 +189,11 @@ def split_stream(dataset: Any, accelerator: Accelerator) -> tuple[Any, bool]:
     return dataset, True
 
 
-def is_everywhere(hosts: ProcessGroup, *, own: bool) -> bool:
+def is_everywhere(hosts: ProcessGroup, *, here: bool) -> bool:
     """Tell whether something holds on all processes, without a wait for what their devices do."""
-    told = torch.tensor(own, dtype=torch.uint8)
-    torch.distributed.all_reduce(told, ReduceOp.MIN, group=hosts)
-    return bool(told)
+    lowest = torch.tensor(here, dtype=torch.uint8)
+    torch.distributed.all_reduce(lowest, ReduceOp.MIN, group=hosts)
+    return bool(lowest)
 
 
 def total(accelerator: Accelerator, masked: int, tokens: int, stop_signal: int) -> torch.Tensor:
@@ -164,9 +205,6 @@ def total(accelerator: Accelerator, masked: int, tokens: int, stop_signal: int) 
         return counts
     counts = counts.to(accelerator.device)
     return accelerator.reduce(counts, "sum")  # type: ignore[no-any-return]
-
-
-# ---- was training/signals: Leaving a run in good order when asked to.
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

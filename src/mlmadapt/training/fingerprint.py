@@ -36,8 +36,6 @@ _FREE = {
     "gradient_accumulation_steps",
     "gradient_checkpointing",
     "torch_compile",
-    "torch_compile_backend",
-    "torch_compile_mode",
     "dataset_name",
     "fill_mask",
     "push_to_hub",
@@ -55,13 +53,13 @@ def describe_run(
     model: Model,
     tokenizer: Tokenizer,
     data_collator: Any,
-    own: Mapping[str, str],
+    replaced: Mapping[str, str],
     datasets: Mapping[str, Any],
     rows_per_step: int,
 ) -> dict[str, Any]:
     """Return the fingerprint of a run: what decides its outcome, in values that JSON can hold.
 
-    `own` names the classes of the caller's objects that take the place of settings.
+    `replaced` names the classes of the caller's objects that take the place of settings.
     """
     state = model.state_dict(keep_vars=True).items()
     weights = [(name, list(x.shape), str(x.dtype), x.requires_grad) for name, x in state]
@@ -69,46 +67,31 @@ def describe_run(
     configs = [bare.config, *getattr(model, "peft_config", {}).values()]
     # Both, since dropout may have been set in the modules, whose text does not tell their heads.
     modules = re.sub(" at 0x[0-9a-f]+", "", repr(bare))
-    settings = [modules, *(_describe_config(each.to_dict()) for each in configs)]
-    # Tokens that a caller has taken out of the vocabulary; no step may add to them.
-    lowest = {name: int(x.isneginf().sum()) for name, x in model.named_parameters()}
-    left_out = {name: number for name, number in lowest.items() if number}
+    settings = [modules, *(_describe_config(config.to_dict()) for config in configs)]
     return {
         **{name: value for name, value in asdict(config).items() if name not in _FREE},
         "rows per step (processes x batch x accumulation)": rows_per_step,
         "model": f"{type(bare).__name__} {_digest(weights)}",
         "model_settings": f"configuration and modules {_digest(settings)}",
-        **({"weights of -inf": left_out} if left_out else {}),
         "tokenizer": f"{len(tokenizer)} tokens {_digest(sorted(tokenizer.get_vocab().items()))}",
         "data_collator": _describe_collator(data_collator),
-        **own,
+        **replaced,
         **{name: _describe_rows(rows) for name, rows in datasets.items()},
     }
 
 
-def check_same_run(stored: Mapping[str, Any], given: Mapping[str, Any], *, checkpoint: str) -> None:
-    """Check that a checkpoint belongs to the run that wants to continue it.
-
-    Raises:
-        ValueError: If a field of the two fingerprints differs; the error names each such field
-            with both values.
+def list_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Return each field in which two fingerprints differ, with both values.
 
     Examples:
-        >>> check_same_run({"seed": 1}, {"seed": 2}, checkpoint="checkpoint-5")
-        Traceback (most recent call last):
-        ...
-        ValueError: checkpoint-5 is of another run: seed was 1, is 2; ...
+        >>> list_differences({"seed": 1, "max_steps": 9}, {"seed": 2, "max_steps": 9})
+        ['seed was 1, is 2']
     """
-    differences = [
-        f"{name} was {stored.get(name)!r}, is {given.get(name)!r}"
-        for name in {**given, **stored}
-        if stored.get(name) != given.get(name)
+    return [
+        f"{name} was {stored.get(name)!r}, is {current.get(name)!r}"
+        for name in {**current, **stored}
+        if stored.get(name) != current.get(name)
     ]
-    if differences:
-        raise ValueError(
-            f"{checkpoint} is of another run: {'; '.join(differences)}; resume with the same "
-            "settings, or start anew with overwrite=True"
-        )
 
 
 def _describe_config(config: Mapping[str, Any]) -> list[Any]:
@@ -122,21 +105,21 @@ def _describe_config(config: Mapping[str, Any]) -> list[Any]:
 def _describe_collator(data_collator: Any) -> str:
     name = getattr(data_collator, "__qualname__", type(data_collator).__qualname__)
     if not is_dataclass(data_collator):
-        own = getattr(data_collator, "__dict__", {}).items()
-        public = [each for each in own if not each[0].startswith("_")]  # the rest may change
+        attributes = getattr(data_collator, "__dict__", {}).items()
+        public = [item for item in attributes if not item[0].startswith("_")]  # the rest may change
         if isinstance(data_collator, partial):
             public = [data_collator.func, data_collator.args, *data_collator.keywords.items()]
         return f"{name} {json.dumps({'settings': _digest(public)})}" if public else str(name)
-    settings = {each.name: getattr(data_collator, each.name) for each in fields(data_collator)}
+    settings = {field.name: getattr(data_collator, field.name) for field in fields(data_collator)}
     settings.pop("tokenizer", None)
     schedule = settings.get("wwm_probability")
     if isinstance(schedule, Mapping):
         settings["wwm_probability"] = str(dict(schedule))
     elif callable(schedule):  # by its rates, since all lambdas have one name
         settings["wwm_probability"] = f"{_in_json(schedule)} {_digest(sample_rates(schedule))}"
-    for field, value in settings.items():
+    for setting, value in settings.items():
         if not isinstance(value, int | float | str | None):
-            settings[field] = f"{type(value).__name__} {_digest(value)}"
+            settings[setting] = f"{type(value).__name__} {_digest(value)}"
     return f"{name} {json.dumps(settings, sort_keys=True)}"
 
 

@@ -17,7 +17,7 @@ def make_repository(config: TrainingConfig) -> str:
 
     Raises:
         ValueError: If the hub is switched off, or no token is stored.
-        OSError: If the hub refuses, or cannot be reached.
+        OSError: By the hub's client, if the hub refuses or cannot be reached.
     """
     name = config.hub_model_id or Path(config.output_dir).resolve().name
     if is_offline_mode():
@@ -27,21 +27,15 @@ def make_repository(config: TrainingConfig) -> str:
             "push_to_hub is True, but no token of the hub is stored; run 'hf auth login', or set "
             "HF_TOKEN"
         )
-    try:
-        made = HfApi().create_repo(name, private=config.hub_private_repo, exist_ok=True)
-    except Exception as error:  # of the client, of its HTTP library, or of a bad name
-        raise OSError(
-            f"push_to_hub is True, but the hub makes no repository {name!r} ({error}); set "
-            "hub_model_id, or train without push_to_hub"
-        ) from error
-    return str(made.repo_id)
+    repository = HfApi().create_repo(name, private=config.hub_private_repo, exist_ok=True)
+    return str(repository.repo_id)
 
 
 def push(config: TrainingConfig, files: Sequence[str]) -> None:
     """Upload the files of a saved model, but no checkpoint, log or lock.
 
     Raises:
-        OSError: If the upload fails.
+        OSError: By the hub's client, if the upload fails.
     """
     try:
         HfApi().upload_folder(
@@ -50,8 +44,9 @@ def push(config: TrainingConfig, files: Sequence[str]) -> None:
             allow_patterns=[pattern for name in files for pattern in (name, f"{name}/*")],
             commit_message="Adapt the model with mlmadapt",
         )
-    except Exception as error:  # as above: whatever it is, the model is saved
-        raise OSError(
-            f"the model is saved in {config.output_dir!r}, but was not pushed to the hub "
-            f"({error}); call again with resume_from_checkpoint=True, or push it with 'hf upload'"
-        ) from error
+    except Exception as error:
+        error.add_note(
+            f"The model is saved in {config.output_dir!r}. Call again with "
+            "resume_from_checkpoint=True, or push it with 'hf upload'."
+        )
+        raise

@@ -1,28 +1,34 @@
-"""The story of a training run: check, prepare, evaluate, train step by step, save.
+"""The story of a training run: check, prepare, evaluate, train step by step, save; and its step.
 
-What a step is stands in `step`, what a run holds in `run`. Nothing random is remembered: order,
-masks and dropout come from (seed, purpose, epoch or step, process), so that a checkpoint is
-weights, moments and a few counts.
+The loss of a step is the sum over its masked tokens divided by their number, over all accumulated
+batches and all processes. ``outputs.loss`` is a mean per batch, in which a token weighs more the
+fewer its batch has; it is never used. Nothing random is remembered: order, masks and dropout come
+from (seed, purpose, epoch or step, process), so that a checkpoint is weights, moments and counts.
+
+The host never waits for the device within a step. What the device finds out, the loss and the norm
+of the gradient, is read a step later, while the next one runs. So it is the device that leaves out
+an update that a gradient would spoil, and all after it; `flush` then tells which step it was.
 """
 
 import logging
 import math
 from collections.abc import Mapping  # noqa: TC003  # for those who ask for the types
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from mlmadapt._types import Batch, DataCollator, Model, Rows, Stream, Tokenizer
+from mlmadapt._types import Batch, DataCollator, Model, Row, Rows, Stream, Tokenizer
+from mlmadapt.data.rows import is_frozen, pad_frozen, to_columns
+from mlmadapt.masking.frozen_masks import insert_random_mask
 from mlmadapt.masking.selection import derive_key
-from mlmadapt.model.checks import plain_code
-from mlmadapt.model.evaluation import FrozenCollator, as_log, evaluate_rows, is_frozen, name_sets
-from mlmadapt.model.head import masked_logits, summed_cross_entropy
+from mlmadapt.model.evaluation import as_log, collate_frozen, evaluate_rows, name_sets
+from mlmadapt.model.head import summed_cross_entropy
 from mlmadapt.training import checkpoint
-from mlmadapt.training.batches import count_tokens
-from mlmadapt.training.checkpoint import own_output_dir, save_model
+from mlmadapt.training.batches import count_tokens, open_rows
 from mlmadapt.training.config import TrainingConfig
 from mlmadapt.training.distributed import (
     Signals,
@@ -30,16 +36,20 @@ from mlmadapt.training.distributed import (
     join_group,
     make_accelerator,
     on_main_process,
+    split_stream,
     total,
 )
 from mlmadapt.training.hub import make_repository, push
-from mlmadapt.training.model_card import fill_masks, write_model_card
+from mlmadapt.training.model_card import check_sentences, fill_masks, write_model_card
 from mlmadapt.training.prepare import check_run, prepare
 from mlmadapt.training.result import TrainingResult
-from mlmadapt.training.state import Launched, Run, waits_for_metric
-from mlmadapt.training.tracking import log, log_loss, show_metrics, show_step
+from mlmadapt.training.state import PendingStep, TrainingRun, waits_for_metric
+from mlmadapt.training.tracking import log, log_loss, show_metrics, show_step, tracking
 
 logger = logging.getLogger(__name__)
+
+# An fp16 scaler skips a step now and then to find its scale; this many in a row are a fault.
+_MOST_SKIPS = 20
 
 
 def accelerate_train(  # noqa: C901  # the whole story on one screen
@@ -103,15 +113,13 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
 
     Examples:
         >>> import tempfile
-        >>> from mlmadapt import TrainingConfig, WholeWordMaskingCollator, tokenize_with_word_ids
-        >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
+        >>> from mlmadapt import TrainingConfig, WholeWordMaskingCollator
+        >>> from mlmadapt.testing import tiny_model, tiny_rows, tiny_tokenizer
         >>> tokenizer = tiny_tokenizer()
-        >>> columns = tokenize_with_word_ids({"text": ["a film", "the story"]}, tokenizer)
-        >>> rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     result = accelerate_train(
         ...         tiny_model(tokenizer),
-        ...         rows,
+        ...         tiny_rows(tokenizer, ["a film", "the story"]),
         ...         tokenizer=tokenizer,
         ...         data_collator=WholeWordMaskingCollator(tokenizer),
         ...         config=TrainingConfig(output_dir=folder, max_steps=2, disable_tqdm=True),
@@ -122,51 +130,45 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
     config = config or TrainingConfig()
     accelerator = accelerator or make_accelerator(config)
     join_group(accelerator)
-    eval_sets = name_sets(eval_dataset)
-    check_run(
-        model,
-        train_dataset,
-        eval_sets,
-        tokenizer=tokenizer,
-        data_collator=data_collator,
-        config=config,
-        accelerator=accelerator,
-    )
+    train_dataset, is_split = split_stream(train_dataset, accelerator)
+    arguments: dict[str, Any] = {
+        "model": model,
+        "train_rows": open_rows(train_dataset),
+        "eval_sets": name_sets(eval_dataset),
+        "tokenizer": tokenizer,
+        "data_collator": data_collator,
+        "config": config,
+        "accelerator": accelerator,
+    }
+    check_run(**arguments)
+    check_sentences(config.fill_mask or [], tokenizer, model)
     if config.push_to_hub:
-        on_main_process(accelerator, lambda: make_repository(config))
+        on_main_process(accelerator, partial(make_repository, config))
     with (
-        own_output_dir(accelerator, config),
+        checkpoint.hold_output_dir(accelerator, config),
         Signals() as signals,
         # Dropout is seeded; the caller's generators are put back.
         torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []),
         prepare(
-            model,
-            train_dataset,
-            eval_sets,
-            tokenizer=tokenizer,
-            data_collator=data_collator,
-            config=config,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            accelerator=accelerator,
+            **arguments, is_split=is_split, optimizer=optimizer, lr_scheduler=lr_scheduler
         ) as run,
+        # Last of all, since some trackers begin with files in the output directory.
+        tracking(accelerator, config),
     ):
         if not resume(run):
             evaluate(run)
         while not run.is_done:
             for batches, ends in run.batches():
                 # The parts of a stream go on, with fillers, until all are at their end.
-                ends_epoch = ends if run.hosts is None else is_everywhere(run.hosts, own=ends)
+                ends_epoch = ends if run.hosts is None else is_everywhere(run.hosts, here=ends)
                 take_step(run, batches, stop_signal=signals.noted)
                 logs, evaluates, saves = run.due(ends_epoch=ends_epoch)
                 # Read behind the device, unless something is to be told now.
-                may_wait = logs or saves or run.state.step == 1
-                settle(run, leave=0 if may_wait else 1)
+                flush(run, leave=0 if logs or saves or run.state.step == 1 else 1)
                 # Several processes agree in the steps that follow.
-                several = accelerator.num_processes > 1
-                stop_signal = run.stop_signal if several else signals.noted
+                stop_signal = run.stop_signal if accelerator.num_processes > 1 else signals.noted
                 if stop_signal:
-                    settle(run)
+                    flush(run)
                 show_step(run)
                 if logs:
                     log_loss(run)
@@ -183,100 +185,101 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
         files = save(run)
         result = run.result()
     if config.push_to_hub:
-        on_main_process(accelerator, lambda: push(config, files))
+        on_main_process(accelerator, partial(push, config, files))
     return result
 
 
-def resume(run: Run) -> bool:
+def resume(run: TrainingRun) -> bool:
     """Go on from a checkpoint, if the settings ask for it and there is one."""
     wanted = run.config.resume_from_checkpoint
     if not wanted:
         return False
-    found = on_main_process(run.accelerator, lambda: checkpoint.choose(run.folder, wanted))
-    if found is None:
+    chosen = on_main_process(
+        run.accelerator, partial(checkpoint.choose, run.folder, wanted, run.fingerprint)
+    )
+    if chosen is None:
         logger.warning("%s holds no checkpoint; training starts from the beginning", run.folder)
         return False
-    checkpoint.read_run(found, run)
+    checkpoint.check_same_checkpoint(chosen, run.accelerator)
+    checkpoint.read_run(chosen, run)
     if run.config.load_best_model_at_end:
-        best = found.parent / f"checkpoint-{run.saved_step}"
-        on_main_process(run.accelerator, lambda: checkpoint.bring(best, run.folder))
+        on_main_process(run.accelerator, partial(checkpoint.bring_best, chosen, run))
     run.progress.update(run.state.step)
     return True
 
 
-def evaluate(run: Run) -> None:
+def evaluate(run: TrainingRun) -> None:
     """Evaluate every set; the first is the one that the result reports."""
-    found = {}
-    for place, (name, rows) in enumerate(run.eval_sets.items()):
-        collator = None if is_frozen(rows) else run.data_collator
-        with in_plain_code(run):
-            metrics = found[name] = evaluate_rows(
+    metrics_by_set = {}
+    for name, rows in run.eval_sets.items():
+        collate = partial(collate_frozen, tokenizer=run.tokenizer)
+        if not is_frozen(rows):
+            collate = partial(collate_unfrozen, run=run)
+        with in_eager_mode(run):
+            metrics_by_set[name] = metrics = evaluate_rows(
                 run.model,
                 rows,
-                collate=FrozenCollator(run.tokenizer, collator, run.config.seed),
+                collate=collate,
                 batch_size=run.config.per_device_eval_batch_size,
-                predictor=run.predictor,
+                forward=run.forward,
                 accelerator=run.accelerator,
             )
         log(run, as_log(metrics, name))
-        if place == 0:
+        if len(metrics_by_set) == 1:
             run.state.evaluations.append((run.state.step, metrics))
             if run.state.step and waits_for_metric(run.scheduler):
                 run.scheduler.step(metrics.loss)  # type: ignore[arg-type]
-    show_metrics(run, found)
+    show_metrics(run, metrics_by_set)
     if not run.state.step:
         run.state.filled = fill_in(run)
 
 
-def fill_in(run: Run) -> dict[str, str]:
-    """Have the model fill in the masks of the settings' sentences, on every process."""
-    sentences = run.config.fill_mask
-    with in_plain_code(run):
-        return fill_masks(run.model, sentences, tokenizer=run.tokenizer, predictor=run.predictor)
+def collate_unfrozen(rows: list[Row], *, run: TrainingRun) -> Batch:
+    """Freeze rows on the way into a batch, to the same masks at every evaluation."""
+    columns = insert_random_mask(
+        to_columns(rows), run.data_collator, seed=run.config.seed, prefix=""
+    )
+    batch = pad_frozen(columns, run.tokenizer)
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def in_plain_code(run: Run) -> AbstractContextManager[object]:
+def fill_in(run: TrainingRun) -> dict[str, str]:
+    """Have the model fill in the masks of the settings' sentences."""
+    sentences = run.config.fill_mask or []
+    fill = partial(fill_masks, run.model, sentences, tokenizer=run.tokenizer)
+    with in_eager_mode(run):
+        return on_main_process(run.accelerator, fill)
+
+
+def in_eager_mode(run: TrainingRun) -> AbstractContextManager[object]:
     """Leave compiled code aside: rows to evaluate have many shapes, and figures stay the same."""
-    return plain_code() if run.config.torch_compile else nullcontext()
+    is_compiled = run.config.torch_compile
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
-def save_checkpoint(run: Run) -> None:
+def save_checkpoint(run: TrainingRun) -> None:
     """Write a checkpoint, then remove those that are not to be kept."""
-    own = gather_object([(run.state.loss_sum, run.place.stored())])
-    told = {"loss_sums": [loss for loss, _ in own], "places": [place for _, place in own]}
+    loss_sums = gather_object([run.state.loss_sum])
 
     def write() -> None:
-        checkpoint.write_run(run, told=told)
-        checkpoint.prune(
-            run.folder,
-            keep=run.config.save_total_limit,
-            also=run.saved_step,
-            newest=run.state.step,
-        )
+        checkpoint.write_run(run, loss_sums=loss_sums)
+        keep = run.config.save_total_limit
+        checkpoint.prune(run.folder, keep=keep, best=run.saved_step, newest=run.state.step)
 
     on_main_process(run.accelerator, write)
 
 
-def save(run: Run) -> list[str]:
+def save(run: TrainingRun) -> list[str]:
     """Save the model, the best one where asked, tokenizer and card; return the files' names."""
     if run.saved_step != run.state.step:
-        checkpoint.load_weights(run.folder / f"checkpoint-{run.saved_step}", run.model)
-    files = save_model(run.folder, run.model, run.tokenizer, run.accelerator)
-    after = fill_in(run)
-    on_main_process(run.accelerator, lambda: write_model_card(run, filled=after))
+        checkpoint.load_best(run)
+    files = checkpoint.save_model(run)
+    filled = fill_in(run)
+    on_main_process(run.accelerator, partial(write_model_card, run, filled=filled))
     return [*files, "README.md", "curves.png"]
 
 
-# ---- was training/step: One optimizer step, whose loss is the sum over its masked tokens divided by their number.
-
-
-logger = logging.getLogger(__name__)
-
-# An fp16 scaler skips a step now and then to find its scale; this many in a row are a fault.
-_MOST_SKIPS = 20
-
-
-def take_step(run: Run, batches: list[Batch], *, stop_signal: int) -> None:
+def take_step(run: TrainingRun, batches: list[Batch], *, stop_signal: int) -> None:
     """Have the device take one optimizer step, and count it."""
     accelerator, plan, state = run.accelerator, run.plan, run.state
     counts = total(
@@ -291,13 +294,11 @@ def take_step(run: Run, batches: list[Batch], *, stop_signal: int) -> None:
     # DDP averages over processes, accelerate divides by its accumulation steps: undo both.
     scale = plan.world * accelerator.gradient_accumulation_steps / masked.clamp(min=1)
     losses = []
-    for place, batch in enumerate(batches):
-        sent = run.predictor.send(batch, rounded=True)
-        is_last = place == len(batches) - 1  # which averages gradients over the processes
+    for number, batch in enumerate(batches, start=1):
+        is_last = number == len(batches)  # which averages gradients over the processes
         with nullcontext() if is_last else accelerator.no_sync(run.wrapped):
-            with run.predictor.at(sent.masked):
-                logits = masked_logits(run.wrapped(**sent.inputs), sent.masked)
-            loss = summed_cross_entropy(logits, sent.targets)
+            logits, targets = run.forward(run.wrapped, batch, rounded=True)
+            loss = summed_cross_entropy(logits, targets)
             losses.append(loss.detach())
             # An infinite loss can have a finite gradient; as NaN, all processes see it.
             accelerator.backward(loss * scale * (1 + losses[-1] * 0))
@@ -305,10 +306,10 @@ def take_step(run: Run, batches: list[Batch], *, stop_signal: int) -> None:
         run.wrapped.parameters(), run.config.max_grad_norm or math.inf
     )
     is_spoiled = ~norm.isfinite()
-    for earlier in run.launched:
+    for earlier in run.pending:
         is_spoiled |= earlier.is_spoiled
-    values = torch.stack([*losses, norm])
-    run.launched.append(Launched.now(state, values, counts, is_spoiled=is_spoiled))
+    values, place = torch.stack([*losses, norm]), (state.step, state.epoch, state.epoch_step)
+    run.pending.append(PendingStep(*place, values, counts, is_spoiled))
     _update(run, is_spoiled, masked)
     if not waits_for_metric(run.scheduler):
         run.scheduler.step()
@@ -317,7 +318,7 @@ def take_step(run: Run, batches: list[Batch], *, stop_signal: int) -> None:
     state.epoch_step += 1
 
 
-def _update(run: Run, is_spoiled: torch.Tensor, masked: torch.Tensor) -> None:
+def _update(run: TrainingRun, is_spoiled: torch.Tensor, masked: torch.Tensor) -> None:
     """Take the optimizer's step, unless a gradient would spoil it or no token is masked."""
     inner: Any = getattr(run.optimizer, "optimizer", run.optimizer)  # below accelerate's
     # A fused one leaves out a step by a flag on the device, as torch's scaler has it do.
@@ -328,13 +329,13 @@ def _update(run: Run, is_spoiled: torch.Tensor, masked: torch.Tensor) -> None:
         finally:
             del inner.grad_scale, inner.found_inf
         return
-    settle(run)  # for any other, the host has to know
+    flush(run)  # for any other, the host has to know
     if masked > 0:
         run.optimizer.step()
 
 
-def settle(run: Run, *, leave: int = 0) -> None:
-    """Read what the launched steps came to.
+def flush(run: TrainingRun, *, leave: int = 0) -> None:
+    """Read what the pending steps came to.
 
     Args:
         run: The run.
@@ -345,9 +346,9 @@ def settle(run: Run, *, leave: int = 0) -> None:
             are as they were before that step.
     """
     state, config = run.state, run.config
-    while len(run.launched) > leave:
-        launched = run.launched.popleft()
-        (*losses, state.grad_norm), (masked, tokens, *signals) = launched.read()
+    while len(run.pending) > leave:
+        pending = run.pending.popleft()
+        (*losses, state.grad_norm), (masked, tokens, *signals) = pending.read()
         run.stop_signal = max(run.stop_signal, *signals)
         state.loss_sum += sum(losses)
         state.loss_tokens += masked
@@ -356,13 +357,13 @@ def settle(run: Run, *, leave: int = 0) -> None:
         state.skips = 0 if math.isfinite(state.grad_norm) else state.skips + 1
         if not masked:
             logger.warning(
-                "step %d has no masked token on any process; nothing is updated", launched.step
+                "step %d has no masked token on any process; nothing is updated", pending.step
             )
         if state.skips > (0 if run.accelerator.scaler is None else _MOST_SKIPS):
             raise FloatingPointError(
-                f"the gradient of step {launched.step} (epoch {launched.epoch}) is not finite: "
+                f"the gradient of step {pending.step} (epoch {pending.epoch}) is not finite: "
                 f"norm {state.grad_norm}, loss of this process {sum(losses)}, training rows "
-                f"{run.plan.rows_of_step(launched.epoch, launched.epoch_step)}. The weights are as "
+                f"{run.plan.rows_of_step(pending.epoch, pending.epoch_step)}. The weights are as "
                 f"before the step. Lower learning_rate ({config.learning_rate}), or use "
                 "mixed_precision='bf16' in place of 'fp16'"
             )

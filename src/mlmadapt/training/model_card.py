@@ -14,18 +14,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
 
-import numpy as np
-import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # no __all__
+from transformers import FillMaskPipeline
 
-from mlmadapt._types import Model, Row, Tokenizer
-from mlmadapt.data.tokenization import tokenize_with_word_ids
-from mlmadapt.model.checks import evaluation_mode, unwrap
-from mlmadapt.model.forward import Predictor
+from mlmadapt._types import Model, Tokenizer
+from mlmadapt.model.checks import check_rows, evaluation_mode, unwrap
 from mlmadapt.training.result import TrainingResult
-from mlmadapt.training.state import Run
+from mlmadapt.training.state import TrainingRun
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +34,7 @@ _REPLACED = {
 }
 
 
-def write_model_card(run: Run, *, filled: Mapping[str, str]) -> None:
+def write_model_card(run: TrainingRun, *, filled: Mapping[str, str]) -> None:
     """Write ``README.md`` into the output directory, and the curves if matplotlib is installed.
 
     Args:
@@ -53,10 +50,10 @@ def write_model_card(run: Run, *, filled: Mapping[str, str]) -> None:
     kind = type(unwrap(model)).__name__
     title = f"{base or kind}, adapted to {name or 'a domain'}"
     evaluations = []
-    for each in run.eval_sets:
-        entries = [entry for entry in result.history if f"{each}_perplexity" in entry]
+    for eval_set in run.eval_sets:
+        entries = [entry for entry in result.history if f"{eval_set}_perplexity" in entry]
         after = next(entry for entry in reversed(entries) if entry["step"] == step)
-        evaluations.append((each, entries[0], after))
+        evaluations.append((eval_set, entries[0], after))
     data = ModelCardData(
         base_model=base,
         datasets=dataset,
@@ -68,18 +65,18 @@ def write_model_card(run: Run, *, filled: Mapping[str, str]) -> None:
             EvalResult(
                 task_type="fill-mask",
                 # Of several sets, only the caller knows which one is from this data.
-                dataset_type=(dataset if len(evaluations) == 1 else None) or each,
-                dataset_name=(name if len(evaluations) == 1 else None) or each,
+                dataset_type=(dataset if len(evaluations) == 1 else None) or eval_set,
+                dataset_name=(name if len(evaluations) == 1 else None) or eval_set,
                 metric_type="perplexity",
-                metric_value=after[f"{each}_perplexity"],
+                metric_value=after[f"{eval_set}_perplexity"],
             )
-            for each, _, after in evaluations
+            for eval_set, _, after in evaluations
         ],
     )
     settings = {**run.fingerprint, "mixed_precision": run.accelerator.mixed_precision}
     collator, _, masking = settings["data_collator"].partition(" ")
     unused = {"data_collator", "model", "model_settings", "tokenizer"}.union(
-        *(_REPLACED.get(each, ()) for each in settings),
+        *(_REPLACED.get(setting, ()) for setting in settings),
         ["num_train_epochs" if run.config.max_steps > 0 else "max_steps"],
     )
     ModelCard.from_template(
@@ -96,8 +93,8 @@ def write_model_card(run: Run, *, filled: Mapping[str, str]) -> None:
         filled=filled,
         collator=collator,
         masking=json.loads(masking or "{}"),
-        training=[each for each in settings.items() if each[0] not in unused],
-        versions=[(each, _version(each)) for each in _PACKAGES],
+        training=[item for item in settings.items() if item[0] not in unused],
+        versions=[(package, _version(package)) for package in _PACKAGES],
     ).save(run.folder / "README.md")
 
 
@@ -139,49 +136,28 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-# ---- was model/fill_mask: Sentences with a mask, and the words that a model fills in: a perplexity made visible.
-
-
-def read_sentences(sentences: Sequence[str], tokenizer: Tokenizer) -> list[Row]:
-    """Return the model's inputs for each sentence, as arrays of shape ``(sequence,)``.
-
-    A mask is ``[MASK]``, or the tokenizer's own name for it, so that one list works for all models.
+def check_sentences(sentences: Sequence[str], tokenizer: Tokenizer, model: Model) -> None:
+    """Check that a model can fill in the mask of each sentence.
 
     Raises:
-        TypeError: If `sentences` is one string.
-        ValueError: If a sentence has no mask, or several.
-
-    Examples:
-        >>> from mlmadapt.testing import tiny_tokenizer
-        >>> tokenizer = tiny_tokenizer("byte_bpe")
-        >>> tokenizer.decode(read_sentences(["a [MASK] film"], tokenizer)[0]["input_ids"])
-        '<s>a<mask> film</s>'
+        ValueError: If a sentence has no mask or several, or is too long for the model.
     """
-    if isinstance(sentences, str):
-        raise TypeError(f"fill_mask is {sentences!r:.40}; it must be a list: [{sentences!r:.40}]")
-    mask = str(tokenizer.mask_token)
-    rows: list[Row] = []
-    for sentence in sentences:
-        columns = tokenize_with_word_ids({"text": [sentence.replace("[MASK]", mask)]}, tokenizer)
-        row = {name: column[0] for name, column in columns.items() if name != "word_ids"}
-        masks = int((row["input_ids"] == tokenizer.mask_token_id).sum())
+    texts = [_with_mask(sentence, tokenizer) for sentence in sentences]
+    for sentence, text in zip(sentences, texts, strict=True):
+        masks = text.count(str(tokenizer.mask_token))
         if masks != 1:
             raise ValueError(
                 f"fill_mask has {sentence!r} with {masks} masks; each sentence must have one [MASK]"
             )
-        rows.append(row)
-    return rows
+    if texts:
+        rows = [{"input_ids": tokenizer(text)["input_ids"]} for text in texts]
+        check_rows("fill_mask", rows, model=model, tokenizer=tokenizer)
 
 
-def fill_masks(
-    model: Model,
-    sentences: Sequence[str],
-    *,
-    tokenizer: Tokenizer,
-    predictor: Predictor | None = None,
-) -> dict[str, str]:
+def fill_masks(model: Model, sentences: Sequence[str], *, tokenizer: Tokenizer) -> dict[str, str]:
     """Return for each sentence the five likeliest tokens for its mask, with their probabilities.
 
+    A mask is ``[MASK]``, or the tokenizer's own name for it, so that one list works for all models.
     No random state is moved, and the model keeps its mode.
 
     Examples:
@@ -190,16 +166,17 @@ def fill_masks(
         >>> fill_masks(tiny_model(tokenizer), ["a [MASK] film"], tokenizer=tokenizer)
         {'a [MASK] film': '...%, ...%, ...%, ...%, ...%'}
     """
-    filled, predictor = {}, predictor or Predictor(device=model.device)
-    for sentence, row in zip(sentences, read_sentences(sentences, tokenizer), strict=True):
-        batch = {name: torch.from_numpy(each.astype(np.int64))[None] for name, each in row.items()}
-        is_mask = batch["input_ids"] == tokenizer.mask_token_id
-        batch["labels"] = batch["input_ids"].masked_fill(~is_mask, -100)
-        with evaluation_mode(model):
-            chances = predictor(model, batch)[0].softmax(-1)
-        best = chances[0].topk(5)
-        filled[sentence] = ", ".join(
-            f"{str(tokenizer.decode([token])).strip()} {chance:.1%}"
-            for chance, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        )
+    filled = {}
+    reader: Any = tokenizer  # a fast one, too, whatever the pipeline's types say
+    pipeline = FillMaskPipeline(model=unwrap(model), tokenizer=reader, device=model.device)
+    with evaluation_mode(model):
+        for sentence in sentences:
+            guesses: Any = pipeline(_with_mask(sentence, tokenizer), top_k=5)
+            filled[sentence] = ", ".join(
+                f"{guess['token_str'].strip()} {guess['score']:.1%}" for guess in guesses
+            )
     return filled
+
+
+def _with_mask(sentence: str, tokenizer: Tokenizer) -> str:
+    return sentence.replace("[MASK]", str(tokenizer.mask_token))

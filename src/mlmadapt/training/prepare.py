@@ -1,53 +1,45 @@
-"""A run made ready: model, optimizer and schedule checked, set up, and put back in the end.
+"""A run made ready, step by step, and the model given back at the end as it was.
 
-Every change to the model registers its undo, so that a failed start restores the model too.
+`check_run` finds before anything is written what would otherwise fail hours later. `prepare` then
+takes its steps in an order that matters; each says why it stands where it stands. Every change to
+the model registers its undo, so that a failed start restores the model too.
 """
 
-import json
+import io
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from itertools import islice
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, tqdm
+from accelerate.utils import tqdm
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
-from mlmadapt.data.table import dataset_lengths
+from mlmadapt.data.rows import is_frozen
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.frozen_masks import check_masks
 from mlmadapt.model.checks import check_collator, check_model, check_rows
-from mlmadapt.model.evaluation import is_frozen
-from mlmadapt.model.forward import Predictor, predicting
-from mlmadapt.model.head import masked_logits
-from mlmadapt.training.batches import BatchPlan, training_batches
-from mlmadapt.training.checkpoint import split_state
+from mlmadapt.model.forward import MaskedForward, masked_forward
+from mlmadapt.training.batches import OpenStream, plan_batches, training_batches, unopened
 from mlmadapt.training.config import TrainingConfig
-from mlmadapt.training.distributed import split_stream
+from mlmadapt.training.distributed import check_same_everywhere, check_whole
 from mlmadapt.training.fingerprint import describe_run
-from mlmadapt.training.model_card import read_sentences
-from mlmadapt.training.state import Run, waits_for_metric
-from mlmadapt.training.tracking import tracking
+from mlmadapt.training.state import TrainingRun, waits_for_metric
 
 logger = logging.getLogger(__name__)
 
-_SHARDED = (FSDPModule, FullyShardedDataParallel)
-
 
 def check_run(
-    model: Model,
-    train_dataset: Any,
-    eval_sets: Mapping[str, Any],
     *,
+    model: Model,
+    train_rows: Any,
+    eval_sets: Mapping[str, Any],
     tokenizer: Tokenizer,
     data_collator: DataCollator,
     config: TrainingConfig,
@@ -66,21 +58,17 @@ def check_run(
         )
     check_model(model)
     check_collator(data_collator, tokenizer)
-    sets = dict(eval_sets)
-    if hasattr(train_dataset, "__len__"):
-        sets["train_dataset"] = train_dataset
-    elif config.max_steps < 1 or config.dataloader_num_workers:
-        raise ValueError(
-            f"train_dataset is a stream without a length, max_steps is {config.max_steps} and "
-            f"dataloader_num_workers {config.dataloader_num_workers}; give max_steps, and 0 workers"
-        )
-    else:
-        sets["train_dataset"] = list(islice(train_dataset, 100))
-    if config.fill_mask:
-        sets["fill_mask"] = read_sentences(config.fill_mask, tokenizer)
-    for name, rows in sets.items():
+    if isinstance(train_rows, OpenStream):
+        if config.max_steps < 1 or config.dataloader_num_workers:
+            raise ValueError(
+                f"train_dataset is a stream without a length, max_steps is {config.max_steps} and "
+                f"dataloader_num_workers {config.dataloader_num_workers}; give max_steps, and 0 "
+                "workers"
+            )
+        train_rows = train_rows.peek(100)
+    for name, rows in {**eval_sets, "train_dataset": train_rows}.items():
         check_rows(name, rows, model=model, tokenizer=tokenizer)
-        has_masks = name == "fill_mask" or (name in eval_sets and is_frozen(rows))
+        has_masks = name in eval_sets and is_frozen(rows)
         needs_words = isinstance(data_collator, WholeWordMaskingCollator) and not has_masks
         if needs_words and "word_ids" not in rows[0]:
             raise ValueError(
@@ -94,25 +82,6 @@ def check_run(
         )
     check_weights(model)
     check_whole(model, accelerator)
-
-
-def check_whole(model: nn.Module, accelerator: Accelerator) -> None:
-    """Check that each process has the whole model, as all that follows takes for granted.
-
-    Raises:
-        ValueError: If it is sharded, or Accelerate would shard it.
-    """
-    kinds = [type(each).__name__ for each in model.modules() if isinstance(each, _SHARDED)]
-    kinds += [type(each).__name__ for each in model.parameters() if isinstance(each, DTensor)]
-    kind = accelerator.distributed_type.value
-    if not kind.startswith(("NO", "MULTI_")):
-        kinds.append(f"Accelerate's {kind}")
-    if kinds:
-        raise ValueError(
-            f"model is sharded ({kinds[0]}), of which no checkpoint can be resumed here; pass the "
-            "model as it was before, under torchrun or accelerate's MULTI_GPU: each process then "
-            "holds all of it. gradient_checkpointing and mixed_precision='bf16' save memory"
-        )
 
 
 def check_weights(model: nn.Module) -> None:
@@ -129,7 +98,7 @@ def check_weights(model: nn.Module) -> None:
             f"model {type(model).__name__} is quantised, and such weights cannot be trained; add "
             "an adapter by peft.get_peft_model, or load the model without quantization_config"
         )
-    types = {each.dtype for each in model.parameters() if each.requires_grad}
+    types = {weight.dtype for weight in model.parameters() if weight.requires_grad}
     cure = "call model.float() before training, and set mixed_precision for speed"
     if torch.float16 in types:
         raise ValueError(f"model has weights in float16, in which training overflows; {cure}")
@@ -139,177 +108,149 @@ def check_weights(model: nn.Module) -> None:
 
 @contextmanager
 def prepare(
-    model: Model,
-    train_dataset: Any,
-    eval_sets: Mapping[str, Rows],
     *,
+    model: Model,
+    train_rows: Any,
+    is_split: bool,
+    eval_sets: Mapping[str, Rows],
     tokenizer: Tokenizer,
     data_collator: DataCollator,
     config: TrainingConfig,
     optimizer: torch.optim.Optimizer | None,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None,
     accelerator: Accelerator,
-) -> Iterator[Run]:
+) -> Iterator[TrainingRun]:
     """Give a run all that it needs for the time of a ``with`` block, and take it back after.
 
     Arguments are those of `accelerate_train`, checked.
 
     Raises:
         ValueError: If there are no rows, their lengths are not known though they are to be grouped,
-            a stream is split for others than these processes, the collator does not mask, the model
-            cannot be compiled, or the schedule would have no effect.
+            the collator does not mask, the model cannot be compiled, or the schedule would have no
+            effect.
     """
     started = time.perf_counter()
-    train_dataset, is_split = split_stream(train_dataset, accelerator)
-    plan = BatchPlan(
-        rows=len(train_dataset) if hasattr(train_dataset, "__len__") else 0,
-        batch_size=config.per_device_train_batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        seed=config.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        lengths=lengths_to_group_by(train_dataset, config),
-        is_split=is_split,
-    )
+    # Where the model lies before anything is tried, and before an optimizer takes its weights.
+    model.to(accelerator.device)
+    plan = plan_batches(train_rows, config, accelerator, is_split=is_split)
     all_steps = math.ceil(config.num_train_epochs * plan.steps_per_epoch)
     total_steps = config.max_steps if config.max_steps >= 1 else all_steps
-    given = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
-    model.to(accelerator.device)
+    # A real batch, by which everything is tried.
+    ahead = train_rows
+    if isinstance(train_rows, OpenStream):
+        ahead = OpenStream(train_rows.peek(plan.rows_per_step))
+    (first, *_), _ = next(training_batches(ahead, plan, data_collator, epoch=0))
+    if not isinstance(data_collator, WholeWordMaskingCollator):
+        is_target = first["labels"] != -100
+        is_hidden = is_target & (first["labels"] != first["input_ids"])
+        check_masks(data_collator, targets=int(is_target.sum()), hidden=int(is_hidden.sum()))
+    # Of the caller's model, before hooks and wrappers are part of it.
+    passed = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
+    fingerprint = describe_run(
+        # The launcher may have chosen the precision.
+        replace(config, mixed_precision=accelerator.mixed_precision),
+        model=model,
+        tokenizer=tokenizer,
+        data_collator=data_collator,
+        replaced={name: type(made).__name__ for name, made in passed.items() if made is not None},
+        datasets={"train_dataset": unopened(train_rows), **eval_sets},
+        rows_per_step=plan.rows_per_step,
+    )
+    # Before the first pass in which the processes meet.
+    check_same_everywhere({**asdict(config), **fingerprint})
     with ExitStack() as undo:
-        bar = tqdm(total=total_steps, desc="training", disable=config.disable_tqdm)
-        progress = undo.enter_context(bar)
-        # One batch, to see what the model allows.
-        (first, *_), _ = next(training_batches(train_dataset, plan, data_collator, epoch=0))
-        check_masking(data_collator, first)
-        fingerprint = describe_run(
-            # The launcher may have chosen the precision.
-            replace(config, mixed_precision=accelerator.mixed_precision),
-            model=model,
-            tokenizer=tokenizer,
-            data_collator=data_collator,
-            own={name: type(each).__name__ for name, each in given.items() if each is not None},
-            datasets={"train_dataset": train_dataset, **eval_sets},
-            rows_per_step=plan.rows_per_step,
-        )
-        check_same_everywhere({**asdict(config), **fingerprint})
-        was_training, own_forward = model.training, vars(model).get("forward")
-        undo.callback(model.train, was_training)
-        undo.callback(model.zero_grad)
+        undo.enter_context(giving_back(model, accelerator))
         if config.gradient_checkpointing:
-            # Its name from transformers 5.23 on, and before.
-            new = hasattr(model, "activation_checkpointing_enable")
-            name = "activation_checkpointing" if new else "gradient_checkpointing"
-            getattr(model, f"{name}_enable")({"use_reentrant": False})
-            undo.callback(getattr(model, f"{name}_disable"))
+            undo.enter_context(gradient_checkpointing(model))
         columns = set(first).union(*(rows[0] for rows in eval_sets.values()))
         is_packed = not columns.isdisjoint({"document_ids", "masked_document_ids"})
-        predictor = undo.enter_context(predicting(model, first, is_packed=is_packed))
-        averages = accelerator.num_processes > 1
-        if averages:
-            # DDP would wait for the gradient of a parameter that gets none (poolers, mostly). Its
-            # own search for them takes a reduction and a copy from the device in each step: 8 % of
-            # a step at 3 M parameters on two CPU processes, 0.4 % at 14 M.
-            _zero_backward(model, first, predictor, torch.Tensor.backward)
-            for parameter in model.parameters():
-                if parameter.requires_grad and parameter.grad is None:
-                    parameter.requires_grad_(False)  # noqa: FBT003  # torch's signature
-                    undo.callback(parameter.requires_grad_, True)  # noqa: FBT003
-            model.zero_grad()
+        # Hooks go to the model itself, which is evaluated too, not to what wraps it.
+        forward = undo.enter_context(masked_forward(model, first, is_packed=is_packed))
+        if accelerator.num_processes > 1:
+            undo.enter_context(without_unused_weights(model, first, forward))
+        # Behind all that decides which weights are trained.
         optimizer = optimizer or make_optimizer(model, config)
         scheduler = lr_scheduler or make_scheduler(optimizer, config, total_steps)
         check_scheduler(scheduler, optimizer, config, evaluation_sets=len(eval_sets))
-        # Or the model would live as long as an accelerator of the caller's.
-        held = {name: list(getattr(accelerator, name)) for name in ("_models", "_optimizers")}
-        undo.callback(vars(accelerator).update, held)
-        undo.callback(_unwrap, model, own_forward, accelerator)
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         wrapped.train()
-        undo.callback(setattr, model, "_compiled_call_impl", model._compiled_call_impl)  # noqa: SLF001  # torch has no way back
-        warm_up(model, wrapped, first, predictor=predictor, accelerator=accelerator, config=config)
-        model.zero_grad()
-        # Last of all, since some trackers begin with files in the output directory.
-        undo.enter_context(tracking(accelerator, config))
-        yield Run(
+        warm_up(model, wrapped, first, forward=forward, accelerator=accelerator, config=config)
+        yield TrainingRun(
             config=config,
             model=model,
             tokenizer=tokenizer,
             data_collator=data_collator,
-            train_dataset=train_dataset,
+            train_rows=train_rows,
             eval_sets=eval_sets,
             accelerator=accelerator,
             plan=plan,
             total_steps=total_steps,
             fingerprint=fingerprint,
             wrapped=wrapped,
-            predictor=predictor,
+            forward=forward,
             optimizer=optimizer,
             scheduler=scheduler,
-            progress=progress,
+            progress=undo.enter_context(
+                tqdm(total=total_steps, desc="training", disable=config.disable_tqdm)
+            ),
             started=started,
             # That of the devices would have the hosts wait for what these do.
             hosts=torch.distributed.new_group(backend="gloo") if is_split else None,
         )
 
 
-def lengths_to_group_by(train_dataset: Any, config: TrainingConfig) -> torch.Tensor | None:
-    """Return the rows' lengths if they are to be grouped and differ.
+@contextmanager
+def giving_back(model: Model, accelerator: Accelerator) -> Iterator[None]:
+    """Give a model back as it was: its mode, its forward pass, and no gradients."""
+    was_training, forward = model.training, vars(model).get("forward")
+    compiled = model._compiled_call_impl  # noqa: SLF001  # torch has no way back
+    # Or the model would live as long as an accelerator of the caller's.
+    held = {name: list(getattr(accelerator, name)) for name in ("_models", "_optimizers")}
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = compiled  # noqa: SLF001
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        # Which takes the model's own decorators off with the wrapper of mixed precision.
+        vars(model).pop("forward", None)
+        if forward is not None:
+            vars(model)["forward"] = forward
+        vars(accelerator).update(held)
+        model.zero_grad()
+        model.train(was_training)
 
-    Raises:
-        ValueError: If they are to be grouped and their lengths are not known.
 
-    Examples:
-        >>> config = TrainingConfig(train_sampling_strategy="group_by_length")
-        >>> lengths_to_group_by([{"input_ids": [7, 8]}, {"input_ids": [9]}], config)
-        tensor([2, 1])
+@contextmanager
+def gradient_checkpointing(model: Model) -> Iterator[None]:
+    """Compute activations again in the backward pass."""
+    # Its name from transformers 5.23 on, and before.
+    is_new = hasattr(model, "activation_checkpointing_enable")
+    name = "activation_checkpointing" if is_new else "gradient_checkpointing"
+    getattr(model, f"{name}_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{name}_disable")()
+
+
+@contextmanager
+def without_unused_weights(model: Model, batch: Batch, forward: MaskedForward) -> Iterator[None]:
+    """Leave weights out that no step reaches, poolers mostly, whose gradients DDP would wait for.
+
+    Its own search for them takes a reduction and a copy from the device in each step: 8 % of a step
+    at 3 M parameters on two CPU processes, 0.4 % at 14 M.
     """
-    if config.train_sampling_strategy == "random":
-        return None
-    lengths = dataset_lengths(train_dataset)
-    if lengths is None:
-        raise ValueError(
-            f"train_sampling_strategy is {config.train_sampling_strategy!r}, but the lengths of a "
-            f"{type(train_dataset).__name__} are not known before its rows are read; pass "
-            "train_dataset as a Dataset with input_ids or a list of rows, or leave it at 'random'"
-        )
-    return torch.from_numpy(lengths) if (lengths != lengths[0]).any() else None
-
-
-def check_masking(data_collator: DataCollator, batch: Batch) -> None:
-    """Check by the first batch of all processes that another library's collator masks.
-
-    Raises:
-        ValueError: If the model would see all that it is to predict.
-    """
-    if isinstance(data_collator, WholeWordMaskingCollator):
-        return
-    is_target = batch["labels"] != -100
-    is_hidden = is_target & (batch["labels"] != batch["input_ids"])
-    counts = gather_object([(int(is_target.sum()), int(is_hidden.sum()))])
-    targets, hidden = (sum(each) for each in zip(*counts, strict=True))
-    check_masks(data_collator, targets=targets, hidden=hidden)
-
-
-def check_same_everywhere(given: Mapping[str, Any]) -> None:
-    """Check that all processes were given the same, or they would wait for each other for ever.
-
-    Raises:
-        ValueError: If not, on all processes.
-    """
-    for rank, other in enumerate(gather_object([given])):
-        for name, value in other.items():
-            if value != given.get(name):
-                raise ValueError(
-                    f"{name} is {value!r} on process {rank}, but {given.get(name)!r} on another; "
-                    "give all processes the same rows and settings"
-                )
-
-
-def _unwrap(model: Model, own_forward: object, accelerator: Accelerator) -> None:
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    # Which takes the model's own decorators off with the wrapper of mixed precision.
-    vars(model).pop("forward", None)
-    if own_forward is not None:
-        vars(model)["forward"] = own_forward
+    forward.touch_gradients(model, batch, torch.Tensor.backward)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    unused = [weight for weight in weights if weight.grad is None]
+    model.zero_grad()
+    for weight in unused:
+        weight.requires_grad = False
+    try:
+        yield
+    finally:
+        for weight in unused:
+            weight.requires_grad = True
 
 
 def warm_up(
@@ -317,7 +258,7 @@ def warm_up(
     wrapped: nn.Module,
     batch: Batch,
     *,
-    predictor: Predictor,
+    forward: MaskedForward,
     accelerator: Accelerator,
     config: TrainingConfig,
 ) -> None:
@@ -333,30 +274,18 @@ def warm_up(
     """
     try:
         if config.torch_compile:
-            backend = config.torch_compile_backend or "inductor"
-            model.compile(backend=backend, mode=config.torch_compile_mode, dynamic=True)
+            model.compile(dynamic=True)
         for _ in range(2 if accelerator.num_processes > 1 else int(config.torch_compile)):
-            _zero_backward(wrapped, batch, predictor, accelerator.backward)
+            forward.touch_gradients(wrapped, batch, accelerator.backward)
     except Exception as error:
         if not config.torch_compile:
             raise
         raise ValueError(
             f"torch_compile is True, but the model cannot be compiled ({type(error).__name__}: "
-            f"{str(error)[:300]}); leave it at False, or set torch_compile_backend"
+            f"{str(error)[:300]}); leave it at False, or compile the model yourself before the "
+            "call, with another backend"
         ) from error
-
-
-def _zero_backward(
-    model: nn.Module,
-    batch: Batch,
-    predictor: Predictor,
-    backward: Callable[[torch.Tensor], None],
-) -> None:
-    """Give each parameter that a training step reaches a gradient of zeros."""
-    sent = predictor.send(batch, rounded=True)
-    with predictor.at(sent.masked):
-        logits = masked_logits(model(**sent.inputs), sent.masked)
-    backward(logits.sum() * 0)
+    model.zero_grad()
 
 
 def check_scheduler(
@@ -366,23 +295,25 @@ def check_scheduler(
     *,
     evaluation_sets: int,
 ) -> None:
-    """Check that a schedule, the caller's perhaps, will have an effect and can be written down.
+    """Check that a schedule, the caller's perhaps, will have an effect and can be stored.
 
     Raises:
         ValueError: If it is of another optimizer, waits for evaluations that do not come, or holds
-            what JSON cannot.
+            what a checkpoint cannot.
     """
     if scheduler.optimizer is not optimizer:
         raise ValueError(
             "lr_scheduler sets the learning rate of an optimizer that is not the one passed; pass "
             "that one as optimizer, or leave lr_scheduler out"
         )
+    buffer = io.BytesIO()
     try:
-        json.dumps(split_state([optimizer.state_dict(), scheduler.state_dict()])[1])
-    except TypeError as error:
+        torch.save([optimizer.state_dict(), scheduler.state_dict()], buffer)
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except Exception as error:  # of whatever cannot be pickled, or holds code
         raise ValueError(
-            f"optimizer or lr_scheduler holds what no checkpoint can ({error}); give it numbers, "
-            "strings, lists, dicts and tensors"
+            f"optimizer or lr_scheduler holds what no checkpoint can ({str(error)[:200]}); give it "
+            "numbers, strings, lists, dicts and tensors"
         ) from error
     if waits_for_metric(scheduler) and (not evaluation_sets or config.eval_strategy == "no"):
         raise ValueError(
@@ -392,12 +323,9 @@ def check_scheduler(
         )
 
 
-# ---- was training/optimizer: The optimizer that the settings ask for, and its schedule.
-
-
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """Return AdamW that decays weight matrices and embeddings, not biases and norms."""
-    parameters = [each for each in model.parameters() if each.requires_grad]
+    parameters = [weight for weight in model.parameters() if weight.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},

@@ -1,9 +1,9 @@
 """What a run holds: what it was given, what was made of it, and what it has done so far.
 
 All of it is declared here and handed from function to function of the loop, so that nobody has to
-look for where a field comes from. Only `RunState` changes from step to step; it is what a
+look for where a field comes from. Only `TrainState` changes from step to step; it is what a
 checkpoint stores beside weights, moments and schedule. Random state is not part of it: see
-`masking.seeding`.
+`masking.selection`.
 """
 
 import inspect
@@ -20,16 +20,15 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
-from mlmadapt.data.stream import StreamPlace
 from mlmadapt.model.evaluation import MaskedLMMetrics
-from mlmadapt.model.forward import Predictor
+from mlmadapt.model.forward import MaskedForward
 from mlmadapt.training.batches import BatchPlan, training_batches
 from mlmadapt.training.config import TrainingConfig
 from mlmadapt.training.result import TrainingResult
 
 
 @dataclass
-class RunState:
+class TrainState:
     """The counts of a run.
 
     Attributes:
@@ -64,12 +63,12 @@ class RunState:
 
     def best(self, *, since: int = 0) -> tuple[int, MaskedLMMetrics] | None:
         """Return step and metrics of the evaluation with the lowest loss; of equals, the first."""
-        evaluations = [each for each in self.evaluations if each[0] >= since]
-        return min(evaluations, key=lambda each: each[1].loss, default=None)
+        evaluations = [(step, metrics) for step, metrics in self.evaluations if step >= since]
+        return min(evaluations, key=lambda evaluation: evaluation[1].loss, default=None)
 
 
-@dataclass(frozen=True)
-class Launched:
+@dataclass
+class PendingStep:
     """A step that the device was told to take, until the host has read what came of it.
 
     Attributes:
@@ -90,23 +89,13 @@ class Launched:
     is_spoiled: torch.Tensor
     copied: torch.cuda.Event | None = None
 
-    @classmethod
-    def now(
-        cls,
-        state: RunState,
-        values: torch.Tensor,
-        counts: torch.Tensor,
-        *,
-        is_spoiled: torch.Tensor,
-    ) -> "Launched":
-        """Make one of the step that comes next, and have its values copied to the host."""
-        copied = None
-        if values.is_cuda:
+    def __post_init__(self) -> None:
+        if self.values.is_cuda:
             # Asked for later, they would be waited for behind all steps that were launched since.
-            values, counts = (each.to("cpu", non_blocking=True) for each in (values, counts))
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
-        return cls(state.step, state.epoch, state.epoch_step, values, counts, is_spoiled, copied)
+            self.values = self.values.to("cpu", non_blocking=True)
+            self.counts = self.counts.to("cpu", non_blocking=True)
+            self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.copied.record()
 
     def read(self) -> tuple[list[float], list[int]]:
         """Return `values` and `counts`, when the device has got so far."""
@@ -116,7 +105,7 @@ class Launched:
 
 
 @dataclass(kw_only=True)
-class Run:
+class TrainingRun:
     """The objects of a run.
 
     Attributes:
@@ -124,47 +113,45 @@ class Run:
         model: The caller's, which is evaluated and saved.
         tokenizer: The caller's.
         data_collator: The caller's.
-        train_dataset: The caller's rows, or a stream of them.
+        train_rows: The caller's rows, or an `OpenStream` of them.
         eval_sets: Evaluation rows by the name that they have in logs.
         accelerator: Knows device, processes and precision.
         plan: Which rows are trained when.
         total_steps: Optimizer steps to take.
         fingerprint: What decides the outcome, for the checkpoints.
         wrapped: The model in what averages gradients and lowers precision: for training only.
-        predictor: How the model predicts masked tokens.
+        forward: How the model predicts masked tokens.
         optimizer: Skips the steps that an fp16 scaler gives up.
         scheduler: The schedule of this optimizer.
         progress: The progress bar.
         started: When this process began, in seconds of `time.perf_counter`.
         hosts: The group in which processes agree where parts of a stream end, if each has its own.
-        stop_signal: The signal that any process has noted, as far as `launched` was read.
-        launched: Steps whose outcome was not read yet, which `state` counts in `step` and
+        stop_signal: The signal that any process has noted, as far as `pending` was read.
+        pending: Steps whose outcome was not read yet, which `state` counts in `step` and
             `epoch_step` only.
         state: What has been done so far.
-        place: Where a stream is before the next step of this epoch, on this process.
     """
 
     config: TrainingConfig
     model: Model
     tokenizer: Tokenizer
     data_collator: DataCollator
-    train_dataset: Any
+    train_rows: Any
     eval_sets: Mapping[str, Rows]
     accelerator: Accelerator
     plan: BatchPlan
     total_steps: int
     fingerprint: Mapping[str, Any]
     wrapped: nn.Module
-    predictor: Predictor
+    forward: MaskedForward
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     progress: Any
     started: float
     hosts: ProcessGroup | None
     stop_signal: int = 0
-    launched: deque[Launched] = field(default_factory=deque)
-    state: RunState = field(default_factory=RunState)
-    place: StreamPlace = field(default_factory=StreamPlace)
+    pending: deque[PendingStep] = field(default_factory=deque)
+    state: TrainState = field(default_factory=TrainState)
 
     @property
     def folder(self) -> Path:
@@ -194,7 +181,7 @@ class Run:
     def batches(self) -> Iterator[tuple[list[Batch], bool]]:
         """Yield the batches of each step that is left of this epoch, as `training_batches` does."""
         return training_batches(
-            self.train_dataset,
+            self.train_rows,
             self.plan,
             self.data_collator,
             epoch=self.state.epoch,
@@ -202,7 +189,6 @@ class Run:
             done=self.state.step,
             total_steps=self.total_steps,
             num_workers=self.config.dataloader_num_workers,
-            place=self.place,
         )
 
     def due(self, *, ends_epoch: bool) -> tuple[bool, bool, bool]:

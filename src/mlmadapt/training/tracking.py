@@ -7,6 +7,7 @@ wrong.
 
 import logging
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from accelerate.utils import gather_object
 
 from mlmadapt.model.evaluation import MaskedLMMetrics
 from mlmadapt.training.config import TrainingConfig
-from mlmadapt.training.state import Run
+from mlmadapt.training.state import TrainingRun
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def tracking(accelerator: Accelerator, config: TrainingConfig) -> Iterator[None]
             tracker.finish()
 
 
-def log(run: Run, entry: Mapping[str, float]) -> None:
+def log(run: TrainingRun, entry: Mapping[str, float]) -> None:
     """Add an entry to history and trackers."""
     state, steps_per_epoch = run.state, run.plan.steps_per_epoch or math.inf
     epoch = state.epoch + state.epoch_step / steps_per_epoch
@@ -42,7 +43,7 @@ def log(run: Run, entry: Mapping[str, float]) -> None:
     run.accelerator.log({**entry, "epoch": epoch}, step=state.step)
 
 
-def log_loss(run: Run) -> None:
+def log_loss(run: TrainingRun) -> None:
     """Log the mean loss per masked token since the last entry."""
     state = run.state
     loss = sum(gather_object([state.loss_sum])) / max(state.loss_tokens, 1)
@@ -51,32 +52,35 @@ def log_loss(run: Run) -> None:
     state.loss_sum, state.loss_tokens = 0.0, 0
 
 
-def show_step(run: Run) -> None:
+def show_step(run: TrainingRun) -> None:
     """Move the bar by a step, with the mean loss since the last entry of the history.
 
     Of several processes, the first stands for all: to ask them would take a wait in each step.
     """
     state, lr = run.state, float(run.scheduler.get_last_lr()[0])
-    is_first = not getattr(run.progress, "postfix", True)  # which a bar that is off lacks
     if state.loss_tokens:
         loss = state.loss_sum * run.plan.world / state.loss_tokens
         text = f"loss={loss:.3f}, lr={lr:.1e}, {state.tokens_seen / run.seconds:,.0f} tokens/s"
         run.progress.set_postfix_str(text, refresh=False)
     run.progress.update()
-    if is_first:  # and not a tenth of a second later, or after many slow steps
+    if state.step == 1:  # and not a tenth of a second later, or after many slow steps
         run.progress.refresh()
 
 
-def show_metrics(run: Run, metrics: Mapping[str, MaskedLMMetrics]) -> None:
+def show_metrics(run: TrainingRun, metrics: Mapping[str, MaskedLMMetrics]) -> None:
     """Say on a line what an evaluation found: above the bar or, where there is none, in the log."""
     if run.config.disable_tqdm or not metrics or not run.accelerator.is_main_process:
         return
-    told = "  ".join(
-        f"{name.removeprefix('eval_')}: perplexity {each.perplexity:.1f}, right {each.accuracy:.0%}"
-        for name, each in metrics.items()
+    figures = "  ".join(
+        f"{name.removeprefix('eval_')}: perplexity {figures.perplexity:.1f}, "
+        f"right {figures.accuracy:.0%}"
+        for name, figures in metrics.items()
     )
-    line = f"step {run.state.step} of {run.total_steps}  {told}"
+    line = f"step {run.state.step} of {run.total_steps}  {figures}"
     if run.progress.disable:
         logger.info(line)
     else:
-        run.progress.write(line, file=run.progress.fp)
+        run.progress.write(
+            line,
+            file=sys.stderr,  # where the bar is
+        )

@@ -16,35 +16,38 @@ from datasets.fingerprint import Hasher
 from packaging.version import Version
 from transformers import DataCollatorForLanguageModeling
 
-from mlmadapt import WholeWordMaskingCollator, insert_random_mask, tokenize_with_word_ids
-from mlmadapt.testing import tiny_corpus, tiny_tokenizer
-from tests.training.test_refusals import Run, adapt
+from mlmadapt import WholeWordMaskingCollator, insert_random_mask
+from mlmadapt.testing import TOKENIZER_KINDS, material, tiny_rows, tiny_tokenizer
+from tests.scripts.tiny_run import TinyRun
 
 # PEFT asks for it.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
 # Started once for all that they make, since each of them loads everything.
-SCRIPT = "from tests.test_processes import make; print(make())"
+SCRIPT = "from tests.processes.test_same_everywhere import make; print(make())"
 
 
 def make() -> str:
-    """Return digests of masks, fingerprints of collators, and the fingerprint of a run."""
-    tokenizer = tiny_tokenizer("wordpiece")
-    columns = tokenize_with_word_ids({"text": tiny_corpus(30)}, tokenizer)
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    """Return digests of tokenizers and masks, and fingerprints of collators and of a run."""
+    tokenizer = tiny_tokenizer()
+    rows = tiny_rows(tokenizer, 30)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
     collator = WholeWordMaskingCollator(
         tokenizer, mask_replace_prob=0.5, random_replace_prob=0.5, seed=0
     )
     fingerprint = Hasher.hash(collator)
     batch = collator(rows)
     foreign = DataCollatorForLanguageModeling(tokenizer, seed=5)
-    frozen = [insert_random_mask(columns, each) for each in (collator, foreign)]
+    frozen = [insert_random_mask(columns, masking) for masking in (collator, foreign)]
     digest = hashlib.sha256(repr([v.tolist() for v in batch.values()]).encode())
     digest.update(repr([[v.tolist() for v in c] for f in frozen for c in f.values()]).encode())
-    run = Run(Path())
-    adapt(run)
+    run = TinyRun(Path())
+    run.eval_rows = run.rows[:4]
+    run.adapt(target_modules=["key", "query", "value"])
+    trained = "".join(map(material._train, TOKENIZER_KINDS))
     made = {
+        "tokenizers": hashlib.sha256(trained.encode()).hexdigest(),
         "masks": digest.hexdigest(),
         "collator": fingerprint,
         "collator after its use": Hasher.hash(collator),
@@ -65,7 +68,7 @@ def made() -> list[dict[str, Any]]:
             env={
                 **os.environ,
                 "PYTHONHASHSEED": seed,
-                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
+                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
             },
         )
         for seed in ("1", "2")
@@ -75,12 +78,12 @@ def made() -> list[dict[str, Any]]:
     finally:
         for process in processes:
             process.kill()
-    return [json.loads(each.splitlines()[-1]) for each in (*printed, make())]
+    return [json.loads(output.splitlines()[-1]) for output in (*printed, make())]
 
 
-@pytest.mark.parametrize("name", ["masks", "run"])
+@pytest.mark.parametrize("name", ["tokenizers", "masks", "run"])
 def test_processes_make_the_same(made: list[dict[str, Any]], name: str) -> None:
-    """Masks, and the fingerprint of a run: of its adapters' configuration, which has sets."""
+    """Tokenizers, masks, and the fingerprint of a run: its adapters' configuration has sets."""
     assert made[0][name] == made[1][name] == made[2][name]
 
 
@@ -92,4 +95,4 @@ def test_processes_tell_collators_by_the_same_fingerprint(made: list[dict[str, A
     """So that `map` finds its cache, after the collator has been used too."""
     for name in ("collator", "transformers' collator"):
         assert made[0][name] == made[1][name] == made[2][name]
-    assert all(each["collator after its use"] == each["collator"] for each in made)
+    assert all(digests["collator after its use"] == digests["collator"] for digests in made)

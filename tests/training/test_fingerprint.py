@@ -1,0 +1,211 @@
+"""Another run is refused by name and values, and the same one known again."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mlmadapt import WholeWordMaskingCollator
+from mlmadapt.testing import tiny_model, tiny_rows
+from tests.scripts.tiny_run import SAVING, TinyRun
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# PEFT asks for it.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with checkpoints."""
+    run = TinyRun(tmp_path_factory.mktemp("finished"))
+    run.eval_rows = run.rows[:4]
+    run.train(**SAVING)
+    return run.folder
+
+
+def swap(run: TinyRun, what: str) -> None:
+    """Put something else into a run."""
+    if what == "rows":
+        run.rows = tiny_rows(run.tokenizer, 12, seed=1)
+    elif what == "fewer rows":
+        run.rows = run.rows[:-1]
+    elif what == "tokenizer":
+        run.tokenizer.add_tokens(["neologism"])
+        run.model.resize_token_embeddings(len(run.tokenizer), mean_resizing=False)
+    elif what == "model":
+        run.model = tiny_model(run.tokenizer, architecture="distilbert")
+    elif what == "optimizer":
+        run.objects["optimizer"] = torch.optim.SGD(run.model.parameters(), lr=5e-5)
+    elif what == "evaluation rows":
+        run.eval_rows = run.rows[:5]
+    else:
+        run.collator.wwm_probability = 0.3
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"learning_rate": 2e-4}, "learning_rate was 0.001, is 0.0002"),
+        ({"num_train_epochs": 2}, "num_train_epochs was 1, is 2"),
+        ({"per_device_train_batch_size": 2}, r"rows per step .* was 4, is 2"),
+        ({"gradient_accumulation_steps": 2}, r"rows per step .* was 4, is 8"),
+        ("rows", r"train_dataset was '12 rows \w+', is '12 rows \w+'"),
+        ("fewer rows", r"train_dataset was '12 rows \w+', is '11 rows \w+'"),
+        ("tokenizer", r"tokenizer was '475 tokens \w+', is '476 tokens \w+'"),
+        ("model", r"model was 'BertForMaskedLM \w+', is 'DistilBertForMaskedLM \w+'"),
+        ("collator", r"data_collator was '.*0\.2.*', is '.*0\.3"),
+        ("optimizer", "optimizer was None, is 'SGD'"),
+        ("evaluation rows", r"eval was '4 rows \w+', is '5 rows \w+'"),
+    ],
+)
+def test_another_run_is_refused_by_name_and_values(
+    run: TinyRun, finished: Path, change: dict[str, Any] | str, expected: str
+) -> None:
+    """Settings, data or model that a checkpoint was not made with are an error, not a mixture."""
+    run.folder, run.eval_rows = finished, run.rows[:4]
+    files = {path: path.read_bytes() for path in finished.rglob("*.safetensors")}
+    settings = {**SAVING, "resume_from_checkpoint": True}
+    if isinstance(change, dict):
+        settings |= change
+    else:
+        swap(run, change)
+    with pytest.raises(ValueError, match=rf"checkpoint-3 is of another run: .*{expected}"):
+        run.train(**settings)
+    assert {path: path.read_bytes() for path in finished.rglob("*.safetensors")} == files
+
+
+class Collating:
+    """A collator that is not a dataclass; what is private may change as it works."""
+
+    def __init__(self, run: TinyRun, probability: float) -> None:
+        self.tokenizer, self.probability, self._calls = run.tokenizer, probability, 0
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Mask as ours does."""
+        self._calls += 1
+        return WholeWordMaskingCollator(self.tokenizer, wwm_probability=self.probability)(rows)
+
+
+def collate(rows: Any, **settings: Any) -> Any:
+    """Stand in for a function with settings."""
+
+
+def ours(name: str, value: Any) -> Any:
+    """Make what puts our collator with a setting into a run."""
+    return lambda run: setattr(
+        run, "collator", WholeWordMaskingCollator(run.tokenizer, **{name: value})
+    )
+
+
+def theirs(make: Any) -> Any:
+    """Make what puts another collator into a run."""
+    return lambda run: setattr(run, "collator", make(run))
+
+
+def in_bert(change: Any) -> Any:
+    """Make what changes a module of the model."""
+    return lambda run: change(run.model.bert)
+
+
+def change_labels(run: TinyRun) -> None:
+    """Change a row that is evaluated."""
+    run.eval_rows = [{**run.rows[0], "input_ids": [9] * len(run.rows[0]["input_ids"])}]
+
+
+def change_words(run: TinyRun) -> None:
+    """Make one word of a row."""
+    run.rows[0] = {**run.rows[0], "word_ids": [0] * len(run.rows[0]["word_ids"])}
+
+
+CHANGES: dict[str, tuple[Any, Any, str]] = {
+    "dropout": (None, in_bert(lambda b: setattr(b.embeddings.dropout, "p", 0.3)), "model_settings"),
+    "heads": (
+        None,
+        lambda run: setattr(run.model.config, "num_attention_heads", 1),
+        "model_settings",
+    ),
+    "activation": (
+        None,
+        in_bert(
+            lambda b: setattr(b.encoder.layer[0].intermediate, "intermediate_act_fn", nn.ReLU())
+        ),
+        "model_settings",
+    ),
+    "adapter": (
+        partial(TinyRun.adapt, lora_alpha=8),
+        partial(TinyRun.adapt, lora_alpha=16),
+        "model_settings",
+    ),
+    "frozen layer": (
+        None,
+        in_bert(lambda bert: bert.encoder.layer[0].requires_grad_(requires_grad=False)),
+        "model",
+    ),
+    "type": (None, lambda run: run.model.to(torch.bfloat16), "model"),
+    "evaluation rows": (None, change_labels, "eval"),
+    "words": (None, change_words, "train_dataset"),
+    "weights": (
+        ours("word_weights", np.ones(475)),
+        ours("word_weights", np.arange(475.0)),
+        "data_collator",
+    ),
+    "function": (ours("word_weights", len), ours("word_weights", hash), "data_collator"),
+    "schedule": (
+        ours("wwm_probability", {0.0: 0.3, 0.8: 0.15}),
+        ours("wwm_probability", {0.0: 0.3, 0.80001: 0.15}),
+        "data_collator",
+    ),
+    "lambda": (
+        ours("wwm_probability", lambda done: 0.2 - done / 10),
+        ours("wwm_probability", lambda done: 0.2 - done / 11),
+        "data_collator",
+    ),
+    "object": (
+        theirs(lambda run: Collating(run, 0.2)),
+        theirs(lambda run: Collating(run, 0.3)),
+        "data_collator",
+    ),
+    "partial": (
+        theirs(lambda run: partial(collate, probability=0.2)),
+        theirs(lambda run: partial(collate, probability=0.3)),
+        "data_collator",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_another_run_has_another_fingerprint(tmp_path: Path, what: str) -> None:
+    """In the field that names what is other, and in no other; the same change gives the same."""
+    *changes, name = CHANGES[what]
+    fingerprints = []
+    for change in (*changes, changes[-1]):
+        run = TinyRun(tmp_path)
+        run.eval_rows = run.rows[:1]
+        if change is not None:
+            change(run)
+        fingerprints.append(run.fingerprint())
+    first, second, again = fingerprints
+    assert [key for key in first if first[key] != second[key]] == [name]
+    assert again == second
+
+
+def test_the_same_run_has_the_same_fingerprint(run: TinyRun) -> None:
+    """After a run, from tensors or lists, and with another name and version of the model."""
+    run.collator, run.eval_rows = Collating(run, 0.2), run.rows[:4]
+    before = run.fingerprint()
+    run.train(gradient_checkpointing=True)
+    run.model.config._name_or_path = "another/name"
+    run.model.config.transformers_version = "4.0"
+    run.rows = [{name: torch.as_tensor(row[name]) for name in sorted(row)} for row in run.rows]
+    assert run.fingerprint() == before
+    assert json.loads(json.dumps(before)) == before

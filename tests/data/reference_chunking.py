@@ -45,7 +45,7 @@ def reference_group_texts(
 
 
 def _rank(token: Mapping[str, Any], chunk: Sequence[Mapping[str, Any]]) -> int:
-    return sorted({each["document"] for each in chunk}).index(token["document"])
+    return sorted({other["document"] for other in chunk}).index(token["document"])
 
 
 def _number_words(chunk: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -14,7 +14,6 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -193,7 +192,7 @@ def test_what_is_dropped_is_logged(
         for tokens, chunk_size in ((5000, 4999), (5, 4), (5, 4), (100, 64), (5000, 4999), (5, 5)):
             caplog.clear()
             group_texts({"input_ids": [[7] * tokens]}, chunk_size=chunk_size)
-            levels.append([each.levelname for each in caplog.records])
+            levels.append([record.levelname for record in caplog.records])
         # One pass over a large dataset leaves nothing to be done; 36 % of a small one does, also
         # after a smaller loss was told of; and what is said once per batch would be noise.
         assert levels == [["INFO"], ["WARNING"], ["INFO"], ["WARNING"], ["INFO"], []]
@@ -217,62 +216,52 @@ def test_map_takes_every_format(layout: str | None, lengths: list[int]) -> None:
     assert mapped.with_format(None).to_dict() == expected
 
 
+UNLABELLED: dict[str, Any] = {"labels": False}
+
+
 @pytest.mark.parametrize(
     ("batch", "options", "message"),
     [
-        (
-            DOCUMENTS,
-            {"chunk_size": 0},
-            "chunk_size is 0; it must be a whole number of tokens, 1 or",
-        ),
+        (DOCUMENTS, {"chunk_size": 0}, "chunk_size is 0; it must be a whole number, 1 or more"),
         (DOCUMENTS, {"chunk_size": True}, "chunk_size is True; it must be a whole number"),
         (DOCUMENTS, {"chunk_size": "128"}, "chunk_size is '128'; it must be a whole number"),
         (DOCUMENTS, {"chunk_size": 64.0}, "chunk_size is 64.0; it must be a whole number"),
         (DOCUMENTS, {"remainder": "pad"}, "remainder is 'pad'; it must be 'drop' or 'keep'"),
-        (
-            {"ids": [[1]]},
-            {},
-            r"labels=True copies 'input_ids', .* are \['ids'\]; tokenize first, or",
-        ),
+        ({"ids": [[1]]}, {}, r"labels=True copies 'input_ids', .* are \['ids'\]; tokenize first"),
         (pa.table({"ids": [[1]]}), {}, r"labels=True copies 'input_ids', .* are \['ids'\]"),
         (
-            {**DOCUMENTS, "text": ["a film", "b", "c"]},
+            {**DOCUMENTS, "text": ["a", "b", "c"]},
             {},
-            r"column 'text' is not .*: row 0 is 'a film', of type str; .*remove_columns=\['text'\]",
+            r"'text' is not .*: row 0 is 'a', .*=\['text'\]",
         ),
         (
-            pa.table({"input_ids": [[1]], "text": ["a"]}),
-            {},
-            r"column 'text' is not a column of tokens: its type is string; .*=\['text'\]",
+            pa.table({"a": ["a"]}),
+            UNLABELLED,
+            r"column 'a' is not .* its type is string; .*=\['a'\]",
         ),
-        ({**DOCUMENTS, "label": [0, 1, 0]}, {}, "column 'label' is .* row 0 is 0, of type int"),
         ({**DOCUMENTS, "labels": [0, 1, 0]}, {}, "column 'labels' is .* row 0 is 0, of type int"),
         (
-            {**DOCUMENTS, "a": [[1], {"b": 2}, []]},
-            {},
+            {"a": [[1], {"b": 2}, []]},
+            UNLABELLED,
             "column 'a' is .* row 1 is {'b': 2}, of type dict",
         ),
-        (
-            {**DOCUMENTS, "raw": [[1], b"", []]},
-            {},
-            "column 'raw' is .* row 1 is b'', of type bytes",
-        ),
+        ({"raw": [[1], b"", []]}, UNLABELLED, "column 'raw' is .* row 1 is b'', of type bytes"),
         (pa.table({"input_ids": [[1]], "y": [3.5]}), {}, "column 'y' is .* its type is double"),
         (
             {"input_ids": [[1], None]},
             {},
-            "column 'input_ids' is not .* row 1 is None, of type NoneType",
+            "column 'input_ids' is not .* row 1 is None, of type None",
         ),
         (pa.table({"input_ids": [[1], None]}), {}, "column 'input_ids' is not .* row 1 is None"),
         (
             {**DOCUMENTS, "word_ids": [[0, 0, 1], [], [0]]},
             {},
-            "row 2 has 2 'input_ids' but 1 'word_ids'; all columns must hold one value per token",
+            "row 2 has 2 'input_ids' but 1 'word",
         ),
         (
-            pa.table({"input_ids": [[1], [2]], "a": [[1], []]}),
-            {},
-            "row 1 has 1 'input_ids' but 0 'a'",
+            pa.table({"a": [[1], [2]], "b": [[1], []]}),
+            UNLABELLED,
+            "row 1 has 1 'a' but 0 'b'; all ",
         ),
         (
             {"input_ids": [[1], [2]], "a": [[1]]},
@@ -280,9 +269,9 @@ def test_map_takes_every_format(layout: str | None, lengths: list[int]) -> None:
             "column 'a' has 1 rows, 'input_ids' has 2; all",
         ),
         (
-            {**DOCUMENTS, "document_ids": [[0, 0, 1], [], [0, 0]]},
+            {**DOCUMENTS, "document_ids": 0},
             {"documents": True},
-            "column 'document_ids' is there already; the batch must be documents, not rows of",
+            "'document_ids' is there already; ",
         ),
     ],
 )
@@ -293,21 +282,6 @@ def test_wrong_input_is_named(batch: Any, options: dict[str, Any], message: str)
 
 
 WORDS = {"input_ids": [[5, 6, 7], [8]]}
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        [np.array([np.nan, 0, 1]), np.array([0])],
-        [np.array([None, 0, 1]), np.array([0])],
-        [torch.tensor([torch.nan, 0, 1]), torch.tensor([0])],
-        [[float("nan"), 0, 1], [0]],
-    ],
-)
-def test_nothing_in_word_ids_is_nothing_in_every_format(words: Any) -> None:
-    """NumPy and torch can only say NaN, or hold objects."""
-    rows = group_texts({**WORDS, "word_ids": words}, chunk_size=4)
-    assert rows["word_ids"] == [[-1, 0, 1, 2]]
 
 
 @pytest.mark.parametrize("layout", ["numpy", "torch", "pandas", "arrow"])

@@ -71,23 +71,23 @@ def test_documents_are_whole_and_no_token_is_lost(columns: Columns, chunk_size: 
     """Each is in one row and in order, or in whole rows and a piece of what is left."""
     rows = pack_texts(columns, chunk_size=chunk_size)
     assert all(0 < len(row) <= chunk_size for row in rows["input_ids"])
-    found: dict[int, dict[str, list[Any]]] = {}
+    by_first: dict[int, dict[str, list[Any]]] = {}
     for row, ids in enumerate(rows["document_ids"]):
         in_row = pieces(rows, row)
         assert ids == [
-            *chain(*([number] * len(each["input_ids"]) for number, each in enumerate(in_row)))
+            *chain(*([number] * len(piece["input_ids"]) for number, piece in enumerate(in_row)))
         ]
-        found |= {each["input_ids"][0]: each for each in in_row}
+        by_first |= {piece["input_ids"][0]: piece for piece in in_row}
     tokens = 0
     for document, ids in enumerate(columns["input_ids"]):
         for start in range(0, len(ids), chunk_size):
             # Tokens are numbered through, so the first of a piece tells where it is from.
-            piece = found.pop(ids[start])
+            piece = by_first.pop(ids[start])
             part = slice(start, start + chunk_size)
             assert piece["input_ids"] == ids[part]
             assert words(piece["word_ids"]) == words(columns["word_ids"][document][part])
             tokens += len(piece["input_ids"])
-    assert not found
+    assert not by_first
     assert tokens == sum(map(len, columns["input_ids"]))
 
 
@@ -205,32 +205,26 @@ def test_rows_of_real_sentences_are_full(chunk_size: int, least: float, data_dir
 @pytest.mark.parametrize(
     ("batch", "chunk_size", "message"),
     [
-        (DOCUMENTS, 0, "chunk_size is 0; it must be a whole number of tokens, 2 or more"),
-        (DOCUMENTS, 1, "chunk_size is 1; it must be a whole number of tokens, 2 or more"),
+        (DOCUMENTS, 0, "chunk_size is 0; it must be a whole number, 2 or more"),
+        (DOCUMENTS, 1, "chunk_size is 1; it must be a whole number, 2 or more"),
         (DOCUMENTS, "128", "chunk_size is '128'; it must be a whole number"),
-        ({"ids": [[1]]}, 4, r"the batch has \['ids'\], without 'input_ids'; tokenize the"),
+        (
+            {"ids": [[1]]},
+            4,
+            r"the batch has \['ids'\], without 'input_ids'; tokenize the documents",
+        ),
         (pa.table({"text": ["a"]}), 4, r"the batch has \['text'\], without 'input_ids'"),
         (
-            pack_texts(DOCUMENTS, chunk_size=4),
+            {"input_ids": [], "document_ids": []},
             4,
-            "column 'document_ids' is there already; the batch must be documents, not rows of",
-        ),
-        (
-            {**DOCUMENTS, "text": ["a film", "b", "c", "d"]},
-            4,
-            r"column 'text' is not .*: row 0 is 'a film', of type str; .*remove_columns=\['text'\]",
+            "'document_ids' is there already; the batch must",
         ),
         (pa.table({"input_ids": [[1], None]}), 4, "column 'input_ids' is not .* row 1 is None"),
-        (
-            {**DOCUMENTS, "word_ids": [[0, 0, 1], [], [0], [0]]},
-            4,
-            "row 2 has 2 'input_ids' but 1 'word_ids'; all columns must hold one value per token",
-        ),
         ({"input_ids": [[1], [2]], "a": [[1]]}, 4, "column 'a' has 1 rows, 'input_ids' has 2; all"),
         (
             {"input_ids": [[1]], "word_ids": [[0.5]]},
             4,
-            "column 'word_ids' holds float64 .*; it must hold one whole number per token",
+            "'word_ids' holds float64 .* one whole number",
         ),
     ],
 )

@@ -75,8 +75,8 @@ def test_whole_numbers_of_every_kind(values: Any, expected: list[int]) -> None:
 def test_word_ids_can_hold_nothing(nothing: float | None, form: Any) -> None:
     """None and NaN are -1, in the first row or in a later one."""
     for words in ([[nothing, 0], [0, 300]], [[0, 300], [nothing, 0]]):
-        given_words = [form(row) for row in words]
-        joined, _ = join_rows({"input_ids": [[5, 6], [7, 8]], "word_ids": given_words})
+        formed = [form(row) for row in words]
+        joined, _ = join_rows({"input_ids": [[5, 6], [7, 8]], "word_ids": formed})
         expected = [-1 if word is nothing else word for row in words for word in row]
         assert joined["word_ids"].tolist() == expected
 

@@ -401,7 +401,7 @@ def test_frames_and_record_batches_are_tables() -> None:
             {"txt": []},
             {},
             ValueError,
-            r"text_column is 'text', but the columns are \['txt'\]; name",
+            r"text_column is 'text', but the .* \['txt'\]; name the column",
         ),
         (pa.table({"a": ["b"]}), {}, ValueError, r"text_column is 'text', but the .*\['a'\]; name"),
         ({"a": ["b"]}, {"text_column": "c"}, ValueError, r"text_column is 'c', but .*\['a'\]"),
@@ -410,10 +410,10 @@ def test_frames_and_record_batches_are_tables() -> None:
         ({"text": [3.5]}, {}, TypeError, "row 0 .* is 3.5, of type float; .*dataset.filter"),
         (pa.table({"text": ["a", None]}), {}, TypeError, "row 1 .* is None, of type NoneType"),
         (
-            {"text": ["a", None, "b", None]},
+            {"text": ["a", None]},
             {},
             TypeError,
-            r"2 of 4 here are None; drop them with dataset.filter\(lambda row: row\['text'\] is",
+            r"1 of 2 here are None; .*lambda row: row\['text'\] is",
         ),
         (pa.table({"text": [b"a"]}), {}, TypeError, "row 0 .* is b'a', of type bytes"),
         ({"text": "a film"}, {}, TypeError, "column 'text' is 'a film', not .* map with batched=T"),
@@ -439,15 +439,11 @@ def test_slow_tokenizers_are_refused() -> None:
 @pytest.mark.parametrize(
     ("spans", "error", "message"),
     [
-        (
-            [(0, 3), (2, 5)],
-            ValueError,
-            r"returned span \(2, 5\) for row 1 of this batch, a text of 8 char",
-        ),
+        ([(0, 3), (2, 5)], ValueError, r"returned span \(2, 5\) for row 1 .* a text of 8 char"),
         (
             [(4, 6), (0, 2)],
             ValueError,
-            r"returned span \(0, 2\) for row 1 .* must be in order, not overlap",
+            r"returned span \(0, 2\) for row 1 .* in order, not overlap",
         ),
         ([(0, 1), (5, 4)], ValueError, r"returned span \(5, 4\) for row 1"),
         ([(2, 2)], ValueError, r"returned span \(2, 2\) for row 1 .* not be empty"),
@@ -525,11 +521,7 @@ def test_chinese_reviews_have_the_words_of_a_segmenter(
 @pytest.mark.parametrize(
     ("units", "text", "expected"),
     [
-        (
-            ["New York", "New York Times"],
-            "New York Times, New York",
-            ["New York Times", "New York"],
-        ),
+        (["A B", "A B C"], "A B C, A B", ["A B C", "A B"]),
         (["a b c d", "b c"], "a b c e", ["b c"]),
         (["new york"], "NEW \t\n YORK", ["NEW \t\n YORK"]),
         (["STRASSE"], "die Straße", ["Straße"]),

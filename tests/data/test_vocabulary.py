@@ -78,13 +78,13 @@ def reference_words(
             match = WORD[kind].fullmatch(piece)
             counts.update([match[1]] if match else [])
     start = len(shared(kind).tokenize("x"))
-    found = []
+    split = []
     for word, count in counts.items():
         pieces = shared(kind).tokenize(f"x {word}")[start:]
         if count >= min_count and len(word) >= min_length and len(pieces) > 1:
-            found.append((word, count, pieces))
-    found.sort(key=lambda each: (-each[1] * (len(each[2]) - 1), each[0]))
-    return found[:size], tokens
+            split.append((word, count, pieces))
+    split.sort(key=lambda entry: (-entry[1] * (len(entry[2]) - 1), entry[0]))
+    return split[:size], tokens
 
 
 @pytest.mark.parametrize("kind", WORD)
@@ -92,26 +92,26 @@ def test_words_are_those_of_a_slow_reference(kind: str) -> None:
     """Words, counts, pieces, order and all tokens, without the tricks that make it fast."""
     corpus = [text.encode("ascii", "ignore").decode() for text in tiny_corpus(300)]
     limits = {"size": 25, "min_count": 3, "min_length": 5}
-    found = find_domain_words(iter(corpus), shared(kind), **limits)
+    domain = find_domain_words(iter(corpus), shared(kind), **limits)
     expected, tokens = reference_words(corpus, kind, **limits)
-    assert [(each.word, each.count, each.pieces) for each in found.found] == expected
+    assert [(word.word, word.count, word.pieces) for word in domain.found] == expected
     assert 3 < len(expected) <= 25
-    assert found.tokens == tokens
+    assert domain.tokens == tokens
     saved = sum(count * (len(pieces) - 1) for _, count, pieces in expected)
-    assert found.share == saved / tokens
+    assert domain.share == saved / tokens
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "byte_bpe", "unigram"])
 def test_the_share_is_what_is_saved(kind: str) -> None:
     """What is proposed is what is matched: as many tokens fewer as was said."""
     corpus = ["A " + " ".join(words) + " ." for words in pairwise(NEW * 10)]
-    found = find_domain_words(corpus, shared(kind))
-    assert set(found.words) <= set(NEW)
-    longer, _ = add_words(shared(kind), found.words)
+    domain = find_domain_words(corpus, shared(kind))
+    assert set(domain.words) <= set(NEW)
+    longer, _ = add_words(shared(kind), domain.words)
     before, after = (
         sum(len(encode(tokenizer, text)) for text in corpus) for tokenizer in (shared(kind), longer)
     )
-    assert found.share == pytest.approx(1 - after / before)
+    assert domain.share == pytest.approx(1 - after / before)
     assert find_domain_words(corpus, longer).found == []
 
 
@@ -135,11 +135,11 @@ def test_what_a_proposal_leaves_out() -> None:
 @kinds
 def test_words_that_begin_texts_too(kind: str) -> None:
     """Where a word without a space before it is another word, it is not counted, nor in the way."""
-    found = find_domain_words(["goodness of goodness"] * 10, shared(kind))
+    domain = find_domain_words(["goodness of goodness"] * 10, shared(kind))
     if kind == "wordlevel":
-        assert found.words == []  # unknown words are one token each
+        assert domain.words == []  # unknown words are one token each
     else:
-        assert [(each.word, each.count) for each in found.found] == [
+        assert [(word.word, word.count) for word in domain.found] == [
             ("goodness", 10 if kind == "byte_bpe" else 20)
         ]
 
@@ -152,15 +152,15 @@ def test_texts_may_be_a_column_or_a_stream(monkeypatch: pytest.MonkeyPatch) -> N
     assert once.found
     monkeypatch.setattr(vocabulary, "_MOST_STRINGS", 7)
     stream = (row["text"] for row in dataset.to_iterable_dataset())
-    for each in (corpus, dataset["text"], stream):
-        assert find_domain_words(each, shared("wordpiece"), min_count=2) == once
+    for texts in (corpus, dataset["text"], stream):
+        assert find_domain_words(texts, shared("wordpiece"), min_count=2) == once
 
 
 @kinds
 def test_nothing_is_found_where_words_are_characters(kind: str) -> None:
     """Chinese has no word of BERT's that is worth a token."""
-    found = find_domain_words(["这部电影非常好看。" * 30] * 20, shared(kind))
-    assert kind not in {"wordpiece", "chinese"} or found.words == []
+    domain = find_domain_words(["这部电影非常好看。" * 30] * 20, shared(kind))
+    assert kind not in {"wordpiece", "chinese"} or domain.words == []
 
 
 @kinds
@@ -405,20 +405,20 @@ def test_real_tokenizers_on_real_text(name: str, data_dir: Path, tmp_path: Path)
     old = AutoTokenizer.from_pretrained(data_dir / "tokenizers" / name)
     old.model_max_length = 10**6
     corpus = read_texts(data_dir, "biomed_abstracts", 500)
-    found = find_domain_words(corpus, old)
-    assert "randomised" in found.words
-    longer, _ = add_words(old, found.words)
-    before, after = (sum(map(len, encode(each, corpus))) for each in (old, longer))
-    assert found.tokens == pytest.approx(before, rel=0.02)
-    assert found.share == pytest.approx(
+    domain = find_domain_words(corpus, old)
+    assert "randomised" in domain.words
+    longer, _ = add_words(old, domain.words)
+    before, after = (sum(map(len, encode(reader, corpus))) for reader in (old, longer))
+    assert domain.tokens == pytest.approx(before, rel=0.02)
+    assert domain.share == pytest.approx(
         1 - after / before, rel=0.02 if name != "albert-base" else 0.1
     )
     other = corpus + read_texts(data_dir, "general_wikisplit", 2000)
     strings = sorted({string for text in other for string in text.split()})
-    rows = zip(strings, *(encode(each, strings) for each in (old, longer)), strict=True)
+    rows = zip(strings, *(encode(reader, strings) for reader in (old, longer)), strict=True)
     changed = [(string, len(new) - len(was)) for string, was, new in rows if was != new]
     words = re.compile(r"[^\W\d_]+")
-    new_words = {word.lower() for word in found.words}
+    new_words = {word.lower() for word in domain.words}
     others = [string for string, _ in changed if not new_words & set(words.findall(string.lower()))]
     # Beside ``®``, which BERT does not split off; in words of ALBERT's that begin with a new one.
     assert len(others) <= {"bert-base-uncased": 5, "roberta-base": 0, "albert-base": 200}[name]

@@ -10,7 +10,6 @@ from datasets import Dataset
 from transformers import (
     DataCollatorForLanguageModeling,
     Trainer,
-    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
@@ -55,7 +54,7 @@ class Targets(Trainer):
 
 
 def train(
-    folder: Path, rows: Any, schedule: Any, *, callback: Any = MaskingCallback, **options: Any
+    folder: Path, rows: Any, schedule: Any, **options: Any
 ) -> tuple[list[torch.Tensor], dict[int, list[float]]]:
     """Train for 15 steps; return the weights, and the targets of each step."""
     torch.manual_seed(0)
@@ -88,7 +87,7 @@ def train(
         arguments,
         data_collator=collator,
         train_dataset=rows,
-        callbacks=[callback(collator)],
+        callbacks=[MaskingCallback(collator)],
         compute_loss_func=masked_lm_loss,
     )
     trainer.train(resume_from_checkpoint=resume and str(folder / f"checkpoint-{resume}"))
@@ -109,23 +108,6 @@ def test_a_resumed_trainer_ends_where_it_would_have_ended(
         again, later = train(tmp_path, rows, 0.3, resume=step, **workers)
         assert later == {place: shares[place] for place in range(step, 15)}
         assert all(map(torch.equal, weights, again))
-
-
-def test_rounding_the_epoch_would_not_do(tmp_path: Path, rows: Dataset) -> None:
-    """What the documentation said until 0.1 makes another epoch's masks after a resume."""
-
-    class Rounding(TrainerCallback):
-        def __init__(self, collator: WholeWordMaskingCollator) -> None:
-            self.collator = collator
-
-        def on_epoch_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-            self.collator.set_epoch(round(state.epoch))
-
-    weights, _ = train(tmp_path, rows, 0.3, callback=Rounding)
-    again, _ = train(tmp_path, rows, 0.3, callback=Rounding, resume=8)
-    assert not all(map(torch.equal, weights, again))
-    again, _ = train(tmp_path, rows, 0.3, resume=8)
-    assert all(map(torch.equal, weights, again))
 
 
 class Noting(WholeWordMaskingCollator):

@@ -49,7 +49,7 @@ def course_collator(features: list[dict[str, Any]], *, mask_token_id: int) -> di
         chosen = np.random.binomial(1, 0.3, len(words))  # noqa: NPY002
         labels = [-100] * len(word_ids)
         for word in np.array(words, int)[chosen > 0]:
-            for i in (i for i, own in enumerate(word_ids) if own == word):
+            for i in (i for i, number in enumerate(word_ids) if number == word):
                 labels[i] = int(feature["input_ids"][i])
                 feature["input_ids"][i] = mask_token_id
         feature["labels"] = labels
@@ -255,7 +255,7 @@ def test_padding_in_rows_is_no_text() -> None:
     """Rows that were padded before are masked as if they were not."""
     rows = examples()
     padded = {name: [[*row, 0, 0, 0] for row in column] for name, column in rows.items()}
-    frozen, plain = (insert_random_mask(each, OURS, prefix="") for each in (padded, rows))
+    frozen, plain = (insert_random_mask(some, OURS, prefix="") for some in (padded, rows))
     for name, fill in (("input_ids", 0), ("labels", -100)):
         assert listed(frozen)[name] == [[*row, *[fill] * 3] for row in listed(plain)[name]]
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import pickle
 from typing import Any
 
 import numpy as np
@@ -61,7 +59,7 @@ def test_steps_begin_where_they_say() -> None:
     places = (0, 0.499, 0.5, 0.799, 0.8, 1)
     expected = [0.6, 0.6, 0.3, 0.3, 0.1, 0.1]
     for schedule in (STEPS, shuffled):
-        assert [rate_at(schedule, each) for each in places] == expected
+        assert [rate_at(schedule, place) for place in places] == expected
 
 
 WEIGHTS = {"even": None, "by length": lambda word: float(len(word))}
@@ -90,10 +88,10 @@ def test_targets_of_a_lower_rate_are_among_those_of_a_higher_one(
         for rate in rates
     )
     start = 0
-    for own in columns["word_ids"]:
-        row = slice(start, start := start + len(own))
+    for words in columns["word_ids"]:
+        row = slice(start, start := start + len(words))
         targets = lower["labels"][row] != -100
-        if weights != "even" and budget == "bernoulli" and len({*np.asarray(own)[targets]}) == 1:
+        if weights != "even" and budget == "bernoulli" and len({*np.asarray(words)[targets]}) == 1:
             continue
         for name in ("labels", "input_ids"):
             assert (higher[name][row][targets] == lower[name][row][targets]).all()
@@ -110,7 +108,7 @@ def test_a_weighted_row_may_have_its_only_target_for_itself() -> None:
     )
     alone = 0
     for key in range(200):
-        (low, _), (high, _) = (each.mask(columns, key=key) for each in (none, some))
+        (low, _), (high, _) = (collator.mask(columns, key=key) for collator in (none, some))
         alone += int(((low["labels"] != -100) & (high["labels"] == -100)).sum())
     assert 0 < alone < 50
 
@@ -124,23 +122,6 @@ def test_frozen_sets_have_the_rate_of_the_end() -> None:
     for progress in (0.0, 0.6):
         following.set_progress(progress)
         assert lists(insert_random_mask(rows[:], following, prefix="")) == expected
-
-
-@pytest.mark.parametrize(
-    "clone",
-    [copy.copy, copy.deepcopy, lambda collator: pickle.loads(pickle.dumps(collator))],  # noqa: S301
-)
-def test_copies_have_their_own_progress(clone: Any) -> None:
-    """A copy goes on from where the original stands, and apart from it."""
-    rows = rows_of("wordpiece")
-    collator = WholeWordMaskingCollator(shared("wordpiece"), wwm_probability=linear, seed=4)
-    collator.set_progress(0.5)
-    first = lists(collator(rows))
-    twin = clone(collator)
-    assert lists(twin(rows)) == first
-    twin.set_progress(1.0)
-    assert lists(twin(rows)) != first
-    assert lists(collator(rows)) == first
 
 
 @pytest.mark.parametrize(

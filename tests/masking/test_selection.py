@@ -263,12 +263,12 @@ def test_weights_keep_the_rate_and_their_ratio() -> None:
     rows = tokens()
     weights = np.array([1.0, 2.0, 5.0])[np.arange(len(tiny_tokenizer("wordpiece"))) % 3]
     chosen = collate(rows, word_weights=weights)["labels"] != -100
-    own = weights[rows]
-    expected = RATE * WORDS * own / own.sum(1, keepdims=True)
+    weight_of_word = weights[rows]
+    expected = RATE * WORDS * weight_of_word / weight_of_word.sum(1, keepdims=True)
     assert expected.max() < 1
-    observed = np.array([chosen[own == weight].sum() for weight in (1, 2, 5)])
+    observed = np.array([chosen[weight_of_word == weight].sum() for weight in (1, 2, 5)])
     for weight, count in zip((1, 2, 5), observed, strict=True):
-        chances = expected[own == weight]
+        chances = expected[weight_of_word == weight]
         deviation = (count - chances.sum()) / math.sqrt((chances * (1 - chances)).sum())
         assert 1e-4 < math.erfc(abs(deviation) / math.sqrt(2)) < 1 - 1e-4
     assert abs(chosen.mean() - RATE) < 4.5 * math.sqrt(RATE * (1 - RATE) / chosen.size)

@@ -103,7 +103,7 @@ def to_columns(features: Features) -> dict[str, list[Any]]:
     if not len(features):
         raise ValueError("features is empty; a batch needs at least one row")
     for row, feature in enumerate(features):
-        if not isinstance(feature, Mapping):
+        if not isinstance(feature, (dict, Mapping)):  # a dict is known at once
             raise TypeError(
                 f"row {row} of the batch is {feature!r:.40}, a {type(feature).__name__}; each row "
                 "must be a dict of its columns, as a dataset gives it"

@@ -361,15 +361,15 @@ class WholeWordMaskingCollator:
         for rows in split_blocks(bounds):
             start, end = bounds[rows.start], bounds[rows.stop]
             block, here = tokens[start:end], bounds[rows.start : rows.stop + 1] - start
-            found = find_words(words[start:end], here)
-            self._warned = self._warned or warn_if_collapsed(found)
+            whole = find_words(words[start:end], here)
+            self._warned = self._warned or warn_if_collapsed(whole)
             weights = None
             if self._weights is not None:
-                weights = self._weights.weigh(block[words[start:end] >= 0], found)
+                weights = self._weights.weigh(block[words[start:end] >= 0], whole)
             row_keys = hash_rows(block, here, key) if isinstance(key, int) else key[rows]
-            chosen, fate = choose_words(found, row_keys, weights, rate=rate, budget=self.budget)
-            size = found.size[chosen]
-            targets = list_places(found.first[chosen], size)
+            chosen, fate = choose_words(whole, row_keys, weights, rate=rate, budget=self.budget)
+            size = whole.size[chosen]
+            targets = list_places(whole.first[chosen], size)
             instead = self._replace(block, targets, np.repeat(fate, size), here, row_keys)
             blocks.append((targets + start, instead))
         targets, instead = map(np.concatenate, zip(*blocks, strict=True))

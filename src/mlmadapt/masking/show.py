@@ -122,9 +122,9 @@ class MaskView:
     def _count(self, paint: "Callable[[str, str], str]") -> str:
         words = [word for row in self.rows for word in row if word[0].fate != "special"]
         fates = Counter("part" if len(word) > 1 else word[0].fate for word in words)
-        told = [f"{fates[fate]} {paint(fate, fate)}" for fate in ("masked", "replaced", "kept")]
-        told += [f"{fates['part']} in part"] if fates["part"] else []
-        return f"{len(words) - fates['']} of {len(words)} words: {', '.join(told)}"
+        counts = [f"{fates[fate]} {paint(fate, fate)}" for fate in ("masked", "replaced", "kept")]
+        counts += [f"{fates['part']} in part"] if fates["part"] else []
+        return f"{len(words) - fates['']} of {len(words)} words: {', '.join(counts)}"
 
 
 def show_masks(
@@ -184,18 +184,18 @@ def show_masks(
                     f"to {size - 1}; pass the tokenizer that made the rows"
                 )
     if features is not None:
-        given = _read_rows(to_columns(features))
-        if [row["true"] for row in rows] != [row["input_ids"] for row in given]:
+        unmasked = _read_rows(to_columns(features))
+        if [row["true"] for row in rows] != [row["input_ids"] for row in unmasked]:
             raise ValueError(
-                f"features ({len(given)} rows) have other tokens than batch ({len(rows)} rows); "
+                f"features ({len(unmasked)} rows) have other tokens than batch ({len(rows)} rows); "
                 "pass the rows that the batch was made of, in their order"
             )
-        if "word_ids" not in given[0]:
+        if "word_ids" not in unmasked[0]:
             raise ValueError(
                 f"features have no 'word_ids', of columns {list(features[0])}; tokenize with "
                 "tokenize_with_word_ids, or pass no features"
             )
-        for row, feature in zip(rows, given, strict=True):
+        for row, feature in zip(rows, unmasked, strict=True):
             row["word_ids"] = feature["word_ids"]
     special = special_token_ids(tokenizer)
     return MaskView([list(_read_words(row, tokenizer, special)) for row in rows])
@@ -204,14 +204,14 @@ def show_masks(
 def _read_rows(columns: Mapping[str, Any], prefix: str = "") -> list[dict[str, list[int]]]:
     """Return rows as plain numbers, without their padding."""
     names = [f"{prefix}{name}" for name in ("input_ids", "labels", "attention_mask")]
-    given = {
+    known = {
         name.removeprefix(prefix): columns[name] for name in (*names, "word_ids") if name in columns
     }
-    if not len(given["input_ids"]):
+    if not len(known["input_ids"]):
         raise ValueError("batch has no rows; pass at least one")
-    if not np.ndim(given["input_ids"][0]):  # one row
-        given = {name: [values] for name, values in given.items()}
-    joined, lengths = join_rows(given)
+    if not np.ndim(known["input_ids"][0]):  # one row
+        known = {name: [values] for name, values in known.items()}
+    joined, lengths = join_rows(known)
     real = joined.pop("attention_mask", np.ones_like(joined["input_ids"])) != 0
     lengths = np.diff(np.cumsum(np.append(0, real))[np.append(0, np.cumsum(lengths))])
     parts = [split_rows(values[real], lengths) for values in joined.values()]
@@ -232,13 +232,13 @@ def _read_words(
             place for place in range(start + 1, end) if is_target[place] != is_target[place - 1]
         ]
         for first, last in pairwise([start, *turns, end]):
-            tokens, given = true[first:last], row["input_ids"][first:last]
+            tokens, inputs = true[first:last], row["input_ids"][first:last]
             space, text = _spell(before, tokens, tokenizer)
             seen, fate = "", "special" if tokens[0] in special else ""
             if is_target[first]:
-                seen = _spell(before, given, tokenizer)[1]
-                fate = "kept" if given == tokens else "replaced"
-                fate = "masked" if tokenizer.mask_token_id in given else fate
+                seen = _spell(before, inputs, tokenizer)[1]
+                fate = "kept" if inputs == tokens else "replaced"
+                fate = "masked" if tokenizer.mask_token_id in inputs else fate
             word.append(Piece(text, seen, fate, space))
             before = tokens
         yield word
@@ -279,4 +279,4 @@ def _spell(before: list[int], tokens: list[int], tokenizer: Tokenizer) -> tuple[
         text = "".join(tokenizer.convert_ids_to_tokens(tokens))
     # A terminal would obey what stands in a text by chance.
     unsafe = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
-    return space, re.sub(unsafe, lambda found: repr(found[0])[1:-1], text.strip())
+    return space, re.sub(unsafe, lambda match: repr(match[0])[1:-1], text.strip())

@@ -138,11 +138,11 @@ def masked_forward(
         positions = (places % 8 == places[:5][-1]).expand_as(labels)
         full = masked_logits((try_model(model, inputs, labels=labels),), positions)
         sparse = try_sparse(model, inputs, positions, full)
+        undo.enter_context(sparse or nullcontext())
         del inputs["attention_mask"]
         is_free = False
         with suppress(ValueError):  # of a model that wants a mask
             is_free = full.equal(masked_logits((try_model(model, inputs),), positions))
-        undo.enter_context(sparse or nullcontext())
         yield MaskedForward(device=model.device, sparse=sparse, is_free=is_free)
 
 

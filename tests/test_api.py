@@ -97,7 +97,8 @@ def raised_by(value: Any, seen: set[Any]) -> set[str]:
     errors = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-            errors |= {node.exc.func.id} if isinstance(node.exc.func, ast.Name) else set()
+            name = node.exc.func.id if isinstance(node.exc.func, ast.Name) else ""
+            errors |= {name} & vars(builtins).keys()  # not one that an argument names
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             errors |= raised_by(value.__globals__.get(node.func.id), seen)
         elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self":

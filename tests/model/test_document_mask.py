@@ -15,7 +15,7 @@ from mlmadapt import WholeWordMaskingCollator, isolate_documents
 from mlmadapt.model import document_mask
 from mlmadapt.model import documents as isolation
 from mlmadapt.model.document_mask import DocumentMask, make_dense, mask_documents
-from tests.model.packed import (
+from tests.scripts.packed import (
     ALONE,
     IS_OLD,
     PACKED,

@@ -31,7 +31,7 @@ from mlmadapt.testing import (
     assert_documents_isolated,
     tiny_model,
 )
-from tests.model.packed import (
+from tests.scripts.packed import (
     ALONE,
     IS_OLD,
     PACKED,

@@ -14,7 +14,7 @@ from mlmadapt import WholeWordMaskingCollator, isolate_documents, sparse_predict
 from mlmadapt.model.checks import try_model
 from mlmadapt.model.forward import masked_forward
 from mlmadapt.testing import assert_documents_isolated
-from tests.model.packed import ALONE, IS_OLD, PACKED, TOKENIZER, build, step
+from tests.scripts.packed import ALONE, IS_OLD, PACKED, TOKENIZER, build, step
 from tests.scripts.short_run import drop_nothing
 
 if TYPE_CHECKING:

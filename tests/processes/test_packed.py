@@ -8,7 +8,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from mlmadapt import WholeWordMaskingCollator
-from tests.model.packed import PACKED, TOKENIZER, build
+from tests.scripts.packed import PACKED, TOKENIZER, build
 from tests.scripts.processes import outcome, start
 
 if TYPE_CHECKING:

@@ -169,7 +169,7 @@ class TrainingConfig:
 
     def __new__(cls, **settings: Any) -> Self:
         """Name our setting where another one is passed."""
-        names = [*cls.__annotations__]
+        names = [*get_type_hints(cls)]
         for name in settings.keys() - {*names}:
             ours = _OTHERWISE_HERE.get(name) or " or ".join(get_close_matches(name, names))
             raise TypeError(

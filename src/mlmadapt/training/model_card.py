@@ -5,6 +5,7 @@ beside this file; `huggingface_hub` fills that in and knows what the hub reads. 
 card if the caller gave it or the hub knows it; a path of this machine never is.
 """
 
+import copy
 import json
 import logging
 import os
@@ -150,7 +151,8 @@ def check_sentences(sentences: Sequence[str], tokenizer: Tokenizer, model: Model
                 f"fill_mask has {sentence!r} with {masks} masks; each sentence must have one [MASK]"
             )
     if texts:
-        rows = [{"input_ids": tokenizer(text)["input_ids"]} for text in texts]
+        reader = copy.deepcopy(tokenizer)  # which calls would leave without its truncation
+        rows = [{"input_ids": reader(text)["input_ids"]} for text in texts]
         check_rows("fill_mask", rows, model=model, tokenizer=tokenizer)
 
 
@@ -167,7 +169,7 @@ def fill_masks(model: Model, sentences: Sequence[str], *, tokenizer: Tokenizer) 
         {'a [MASK] film': '...%, ...%, ...%, ...%, ...%'}
     """
     filled = {}
-    reader: Any = tokenizer  # a fast one, too, whatever the pipeline's types say
+    reader: Any = copy.deepcopy(tokenizer)  # which calls would leave without its truncation
     pipeline = FillMaskPipeline(model=unwrap(model), tokenizer=reader, device=model.device)
     with evaluation_mode(model):
         for sentence in sentences:

@@ -229,10 +229,7 @@ def training_batches(
         # A subclass may collate rows in a way of its own, as other collators do.
         _IndexedRows(
             dataset,
-            as_columns=all(
-                getattr(type(collator), name, None) is getattr(WholeWordMaskingCollator, name)
-                for name in ("collate", "mask")
-            ),
+            as_columns=type(collator) is WholeWordMaskingCollator,
         ),
         batch_sampler=picks,
         collate_fn=collate,

@@ -98,9 +98,9 @@ def _read_counts(counts: Mapping[str, Any]) -> TrainState:
     """Return counts, where those that an older version did not know have their defaults."""
     names = {field.name for field in fields(TrainState)}
     state = TrainState(**{name: value for name, value in counts.items() if name in names})
-    unknown = dict.fromkeys((field.name for field in fields(MaskedLMMetrics)), math.nan)
+    known = [field.name for field in fields(MaskedLMMetrics)]
     state.evaluations = [
-        (step, MaskedLMMetrics(**{name: metrics.get(name, unknown[name]) for name in unknown}))
+        (step, MaskedLMMetrics(**{name: metrics.get(name, math.nan) for name in known}))
         for step, metrics in counts["evaluations"]
     ]
     return state

@@ -23,7 +23,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
-from torch.distributed import ProcessGroup, ReduceOp
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
@@ -187,13 +186,6 @@ def split_stream(dataset: Any, accelerator: Accelerator) -> tuple[Any, bool]:
             "split_dataset_by_node(stream, process_index, num_processes)"
         )
     return dataset, True
-
-
-def is_everywhere(hosts: ProcessGroup, *, here: bool) -> bool:
-    """Tell whether something holds on all processes, without a wait for what their devices do."""
-    lowest = torch.tensor(here, dtype=torch.uint8)
-    torch.distributed.all_reduce(lowest, ReduceOp.MIN, group=hosts)
-    return bool(lowest)
 
 
 def total(accelerator: Accelerator, masked: int, tokens: int, stop_signal: int) -> torch.Tensor:

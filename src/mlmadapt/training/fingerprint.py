@@ -21,27 +21,12 @@ from mlmadapt.training.config import TrainingConfig
 
 # Settings that may differ: where things are written, what is shown, and how rows are cut into
 # batches, as long as a step has the same rows.
-_FREE = {
-    "output_dir",
-    "overwrite",
-    "resume_from_checkpoint",
-    "report_to",
-    "disable_tqdm",
-    "dataloader_num_workers",
-    "save_strategy",
-    "save_steps",
-    "save_total_limit",
-    "per_device_eval_batch_size",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
-    "torch_compile",
-    "dataset_name",
-    "fill_mask",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_private_repo",
-}
+_FREE = {"output_dir", "overwrite", "resume_from_checkpoint"}
+_FREE |= {"save_strategy", "save_steps", "save_total_limit"}
+_FREE |= {"report_to", "disable_tqdm", "dataset_name", "fill_mask"}
+_FREE |= {"push_to_hub", "hub_model_id", "hub_private_repo"}
+_FREE |= {"per_device_train_batch_size", "per_device_eval_batch_size", "dataloader_num_workers"}
+_FREE |= {"gradient_accumulation_steps", "gradient_checkpointing", "torch_compile"}
 _ROWS_LOOKED_AT = 64
 # What the configuration of a model or an adapter says about where it came from and was saved.
 _ORIGINS = {"architectures", "dtype", "torch_dtype", "revision", "inference_mode"}

@@ -32,7 +32,6 @@ from mlmadapt.training.batches import count_tokens, open_rows
 from mlmadapt.training.config import TrainingConfig
 from mlmadapt.training.distributed import (
     Signals,
-    is_everywhere,
     join_group,
     make_accelerator,
     on_main_process,
@@ -160,7 +159,7 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
         while not run.is_done:
             for batches, ends in run.batches():
                 # The parts of a stream go on, with fillers, until all are at their end.
-                ends_epoch = ends if run.hosts is None else is_everywhere(run.hosts, here=ends)
+                ends_epoch = all(gather_object([ends])) if run.plan.is_split else ends
                 take_step(run, batches, stop_signal=signals.noted)
                 logs, evaluates, saves = run.due(ends_epoch=ends_epoch)
                 # Read behind the device, unless something is to be told now.

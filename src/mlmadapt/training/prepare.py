@@ -194,8 +194,6 @@ def prepare(
                 tqdm(total=total_steps, desc="training", disable=config.disable_tqdm)
             ),
             started=started,
-            # That of the devices would have the hosts wait for what these do.
-            hosts=torch.distributed.new_group(backend="gloo") if is_split else None,
         )
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed import ProcessGroup
 
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
 from mlmadapt.model.evaluation import MaskedLMMetrics
@@ -125,7 +124,6 @@ class TrainingRun:
         scheduler: The schedule of this optimizer.
         progress: The progress bar.
         started: When this process began, in seconds of `time.perf_counter`.
-        hosts: The group in which processes agree where parts of a stream end, if each has its own.
         stop_signal: The signal that any process has noted, as far as `pending` was read.
         pending: Steps whose outcome was not read yet, which `state` counts in `step` and
             `epoch_step` only.
@@ -148,7 +146,6 @@ class TrainingRun:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     progress: Any
     started: float
-    hosts: ProcessGroup | None
     stop_signal: int = 0
     pending: deque[PendingStep] = field(default_factory=deque)
     state: TrainState = field(default_factory=TrainState)

@@ -80,7 +80,4 @@ def show_metrics(run: TrainingRun, metrics: Mapping[str, MaskedLMMetrics]) -> No
     if run.progress.disable:
         logger.info(line)
     else:
-        run.progress.write(
-            line,
-            file=sys.stderr,  # where the bar is
-        )
+        run.progress.write(line, file=sys.stderr)  # where the bar is

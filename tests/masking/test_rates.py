@@ -11,9 +11,9 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlmadapt import WholeWordMaskingCollator, insert_random_mask, tokenize_with_word_ids
+from mlmadapt import WholeWordMaskingCollator, insert_random_mask
 from mlmadapt.masking.rates import rate_at, sample_rates
-from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_tokenizer
+from mlmadapt.testing import TOKENIZER_KINDS, tiny_rows, tiny_tokenizer
 
 shared = functools.cache(tiny_tokenizer)
 STEPS = {0.0: 0.6, 0.5: 0.3, 0.8: 0.1}
@@ -22,10 +22,7 @@ STEPS = {0.0: 0.6, 0.5: 0.3, 0.8: 0.1}
 @functools.cache
 def rows_of(kind: str) -> tuple[dict[str, list[int]], ...]:
     """Return 40 documents as rows."""
-    columns = tokenize_with_word_ids({"text": tiny_corpus(40)}, shared(kind))
-    return tuple(
-        dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-    )
+    return tuple(tiny_rows(shared(kind), 40))
 
 
 def linear(done: float) -> float:

@@ -14,24 +14,13 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling
 
-from mlmadapt import (
-    WholeWordMaskingCollator,
-    insert_random_mask,
-    show_masks,
-    tokenize_with_word_ids,
-)
-from mlmadapt.testing import tiny_corpus, tiny_tokenizer
+from mlmadapt import WholeWordMaskingCollator, insert_random_mask, show_masks
+from mlmadapt.testing import tiny_corpus, tiny_rows, tiny_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TEXTS = ["The boring film wasn't unfilmable! 🎬 doesn't it?\nNo café.", "Great.", *tiny_corpus(8)]
-
-
-def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[dict[str, Any]]:
-    """Return a row a text."""
-    columns = tokenize_with_word_ids({"text": texts}, tokenizer)
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def batch_of(tokens: list[str], seen: list[str], tokenizer: PreTrainedTokenizerFast) -> Any:
@@ -74,7 +63,7 @@ def test_words_are_those_of_the_features(
 ) -> None:
     """A target is a word of `word_ids`, whole, and the texts are those of the tokens, unpadded."""
     tokenizer.padding_side = side
-    rows = tokenize(tokenizer, TEXTS)
+    rows = tiny_rows(tokenizer, TEXTS)
     collator = WholeWordMaskingCollator(
         tokenizer, wwm_probability=0.5, mask_replace_prob=0.4, random_replace_prob=0.3, seed=3
     )
@@ -102,7 +91,7 @@ def test_without_features_tokens_go_on_as_the_tokenizer_says(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     """No word is cut where it was masked as a whole."""
-    rows = tokenize(tokenizer, ["The boring film was unfilmable"])
+    rows = tiny_rows(tokenizer, ["The boring film was unfilmable"])
     batch = WholeWordMaskingCollator(tokenizer, wwm_probability=1.0)(rows)
     shown = str(show_masks(batch, tokenizer)).splitlines()[0]
     known = {"wordlevel": {"[UNK]", "film", "The"}}.get(
@@ -124,7 +113,7 @@ def test_neighbours_are_no_half_word() -> None:
         "0: <s>{The -> T<mask>}.</s>\n1 of 2 words: 1 masked, 0 replaced, 0 kept"
     )
     tokenizer = tiny_tokenizer("byte_bpe_nosplit")
-    (row,) = tokenize(tokenizer, ["The\n"])
+    (row,) = tiny_rows(tokenizer, ["The\n"])
     words = show_masks({**row, "labels": [-100] * len(row["input_ids"])}, tokenizer).rows[0]
     assert [word[0].fate for word in words] == ["special", "", "", "special"]
 
@@ -132,8 +121,8 @@ def test_neighbours_are_no_half_word() -> None:
 def test_the_bytes_of_an_emoji_are_shown_as_tokens() -> None:
     """A part of a character has no text; a whole one has."""
     tokenizer = tiny_tokenizer("byte_bpe")
-    (row,) = tokenize(tokenizer, ["🎬"])
-    tokens = row["input_ids"].tolist()
+    (row,) = tiny_rows(tokenizer, ["🎬"])
+    tokens = row["input_ids"]
     assert len(tokens) == 6
     labels = [-100, *tokens[1:3], -100, -100, -100]
     part = show_masks({"input_ids": [tokens], "labels": [labels]}, tokenizer, [row])
@@ -149,9 +138,9 @@ def test_frozen_rows_show_as_they_come(
     wordpiece: PreTrainedTokenizerFast, prefix: str, kind: str | None
 ) -> None:
     """A slice of the dataset, a list of its rows or a single row, whatever prefix and format."""
-    rows = tokenize(wordpiece, TEXTS)
+    rows = tiny_rows(wordpiece, TEXTS)
     collator = WholeWordMaskingCollator(wordpiece)
-    dataset = Dataset.from_list([{n: v.tolist() for n, v in row.items()} for row in rows])
+    dataset = Dataset.from_list(rows)
     frozen = dataset.map(
         insert_random_mask, batched=True, fn_kwargs={"data_collator": collator, "prefix": prefix}
     ).with_format(kind)
@@ -163,9 +152,9 @@ def test_frozen_rows_show_as_they_come(
 
 def test_batches_of_transformers_show_too(wordpiece: PreTrainedTokenizerFast) -> None:
     """Their collator masks tokens, and the words that it cuts are seen."""
-    rows = tokenize(wordpiece, TEXTS)
+    rows = tiny_rows(wordpiece, TEXTS)
     torch.manual_seed(0)
-    plain = [{"input_ids": row["input_ids"].tolist()} for row in rows]
+    plain = [{"input_ids": row["input_ids"]} for row in rows]
     batch = DataCollatorForLanguageModeling(wordpiece, mlm_probability=0.3)(plain)
     counts = str(show_masks(batch, wordpiece, rows)).splitlines()[-1]
     assert re.search(r"[1-9]\d* in part$", counts)
@@ -217,7 +206,7 @@ def repr_plain(view: Any) -> str:
 def test_text_cannot_steer_a_terminal_or_a_page() -> None:
     """What stands in a document is shown, not obeyed."""
     tokenizer = tiny_tokenizer("byte_bpe")
-    rows = tokenize(tokenizer, ["a\x1b[31mb <script>alert(1)</script> & \"'"])
+    rows = tiny_rows(tokenizer, ["a\x1b[31mb <script>alert(1)</script> & \"'"])
     batch = WholeWordMaskingCollator(tokenizer, wwm_probability=0.5, seed=1)(rows)
     view = show_masks(batch, tokenizer, rows)
     assert "\x1b" not in view.to_text(color=False)
@@ -240,7 +229,7 @@ def test_a_page_shows_what_the_text_does(wordpiece: PreTrainedTokenizerFast) -> 
 
 def test_wrong_input_is_told(wordpiece: PreTrainedTokenizerFast) -> None:
     """Rows without masks, features of other rows, features without words."""
-    rows = tokenize(wordpiece, TEXTS[:2])
+    rows = tiny_rows(wordpiece, TEXTS[:2])
     batch = WholeWordMaskingCollator(wordpiece)(rows)
     with pytest.raises(ValueError, match=r"batch has no labels, only \['input_ids', .* pass what"):
         show_masks(rows, wordpiece)
@@ -257,7 +246,7 @@ def test_nothing_is_printed_and_nothing_changed(
     wordpiece: PreTrainedTokenizerFast, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The view is the caller's to print, and batch and rows are as before."""
-    rows = tokenize(wordpiece, TEXTS)
+    rows = tiny_rows(wordpiece, TEXTS)
     batch = WholeWordMaskingCollator(wordpiece)(rows)
     before = repr((batch, rows))
     show_masks(batch, wordpiece, rows)

@@ -15,26 +15,20 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from mlmadapt import WholeWordMaskingCollator, find_domain_words, tokenize_with_word_ids
+from mlmadapt import WholeWordMaskingCollator, find_domain_words
 from mlmadapt.data import vocabulary
-from mlmadapt.testing import tiny_corpus, tiny_tokenizer
+from mlmadapt.testing import tiny_corpus, tiny_rows, tiny_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 TOKENIZER = tiny_tokenizer()
+ROWS = tiny_rows(TOKENIZER, 70)
 
 
 def linear(done: float) -> float:
     """Fall from 60 to 10 %."""
     return 0.6 - 0.5 * done
-
-
-@functools.cache
-def make_rows() -> list[dict[str, Any]]:
-    """Return 70 documents as rows."""
-    columns = tokenize_with_word_ids({"text": tiny_corpus(70)}, TOKENIZER)
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def masks(batch: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
@@ -61,7 +55,6 @@ def test_workers_mask_alike_and_see_every_epoch(
     workers: int, context: Any, *, persistent: bool
 ) -> None:
     """However a DataLoader works, an epoch has the masks that one process makes."""
-    rows = make_rows()
     collator = WholeWordMaskingCollator(
         TOKENIZER,
         wwm_probability=linear,
@@ -70,7 +63,7 @@ def test_workers_mask_alike_and_see_every_epoch(
         seed=11,
     )
     loader = DataLoader(
-        rows,
+        ROWS,
         batch_size=9,
         collate_fn=collator,
         num_workers=workers,
@@ -82,7 +75,7 @@ def test_workers_mask_alike_and_see_every_epoch(
         collator.set_epoch(epoch)
         collator.set_progress(epoch / 2)
         seen.append([mask for batch in loader for mask in masks(batch)])
-        assert seen[-1] == masks(collator(rows))
+        assert seen[-1] == masks(collator(ROWS))
     assert len({str(epoch) for epoch in seen}) == 3
 
 
@@ -93,14 +86,14 @@ def test_workers_mask_alike_and_see_every_epoch(
 )
 def test_workers_of_a_copy_see_what_the_copy_is_told(clone: Any) -> None:
     """And not what the original is told."""
-    rows, collator = make_rows(), WholeWordMaskingCollator(TOKENIZER, seed=11)
+    collator = WholeWordMaskingCollator(TOKENIZER, seed=11)
     twin = clone(collator)
-    loader = DataLoader(rows, batch_size=9, collate_fn=twin, num_workers=1, persistent_workers=True)
+    loader = DataLoader(ROWS, batch_size=9, collate_fn=twin, num_workers=1, persistent_workers=True)
     for epoch in (0, 3):
         twin.set_epoch(epoch)
         collator.set_epoch(7)
-        assert [mask for batch in loader for mask in masks(batch)] == masks(twin(rows))
-    assert masks(twin(rows)) != masks(collator(rows))
+        assert [mask for batch in loader for mask in masks(batch)] == masks(twin(ROWS))
+    assert masks(twin(ROWS)) != masks(collator(ROWS))
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "byte_bpe", "unigram"])

@@ -200,9 +200,8 @@ def purify(data_collator: DataCollator) -> DataCollator:
 
     if not isinstance(data_collator, DataCollatorForLanguageModeling):
         return data_collator
-    stateless = copy(data_collator)
-    stateless.seed = None
-    stateless.generator = None
+    stateless: Any = copy(data_collator)
+    stateless.seed = stateless.generator = None
     return partial(_call_without_extras, data_collator=stateless)
 
 
@@ -212,9 +211,8 @@ def _call_without_extras(rows: list[dict[str, Any]], *, data_collator: DataColla
             "data_collator has whole_word_mask=True and needs the column 'offset_mapping'; use "
             "WholeWordMaskingCollator, which needs 'word_ids'"
         )
-    return data_collator(
-        [{name: row[name] for name in row if name not in ("labels", "word_ids")} for row in rows]
-    )
+    names = rows[0].keys() - {"labels", "word_ids"}
+    return data_collator([{name: row[name] for name in row if name in names} for row in rows])
 
 
 def _freeze_row_by_row(

@@ -10,7 +10,7 @@ import json
 import operator
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -146,16 +146,9 @@ class WordWeights:
             or not finite.
     """
 
-    def __init__(
-        self,
-        source: npt.ArrayLike | Callable[[str], float],
-        tokenizer: Tokenizer,
-        size: int,
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._weight_of_text = source if callable(source) else None
-        self._weight_of_token = np.empty(0) if callable(source) else _read(source, size)
-        self._known: dict[tuple[int, ...], float] = {}
+    def __init__(self, source: Any, tokenizer: Tokenizer, size: int) -> None:
+        self._of_tokens = None if callable(source) else _read(source, size)
+        self._of_word = cache(partial(_weigh_text, tokenizer=tokenizer, weight_of_text=source))
 
     def weigh(self, tokens: Ints, words: Words) -> Floats:
         """Return a weight a word, the heaviest of each row 1; words that all weigh 0 weigh 1.
@@ -167,12 +160,12 @@ class WordWeights:
         size, words_in_row = words.size, np.diff(words.before)
         if not size.size:
             return np.empty(0)
-        if self._weight_of_text is None:
+        if self._of_tokens is not None:
             word_of_token = np.repeat(np.arange(len(size)), size)
-            weights = np.bincount(word_of_token, self._weight_of_token[tokens]) / size
+            weights = np.bincount(word_of_token, self._of_tokens[tokens]) / size
         else:
             pieces = np.split(tokens, np.cumsum(size)[:-1])
-            weights = np.array([self._weigh_text(tuple(piece.tolist())) for piece in pieces])
+            weights = np.array([self._of_word(tuple(piece.tolist())) for piece in pieces])
         has_words = words_in_row > 0
         firsts = (np.cumsum(words_in_row) - words_in_row)[has_words]
         heaviest = np.repeat(np.maximum.reduceat(weights, firsts), words_in_row[has_words])
@@ -180,21 +173,20 @@ class WordWeights:
         np.divide(weights, heaviest, out=scaled, where=heaviest > 0)
         return scaled
 
-    def _weigh_text(self, word: tuple[int, ...]) -> float:
-        if word not in self._known and self._weight_of_text is not None:
-            text = str(self._tokenizer.decode(list(word))).strip()
-            returned: Any = self._weight_of_text(text)
-            try:
-                weight = float(returned)
-            except (TypeError, ValueError):
-                weight = np.nan
-            if not 0 <= weight < np.inf:
-                raise ValueError(
-                    f"word_weights({text!r}) is {returned!r}; a weight must be a finite number, 0 "
-                    "or more"
-                )
-            self._known[word] = weight
-        return self._known[word]
+
+def _weigh_text(
+    word: tuple[int, ...], tokenizer: Tokenizer, weight_of_text: Callable[[str], float]
+) -> float:
+    text = str(tokenizer.decode(list(word))).strip()
+    returned: Any = weight_of_text(text)
+    try:
+        weight = float(returned)
+    except (TypeError, ValueError):
+        weight = np.nan
+    if not 0 <= weight < np.inf:
+        seen = f"word_weights({text!r}) is {returned!r}"
+        raise ValueError(f"{seen}; a weight must be a finite number, 0 or more")
+    return weight
 
 
 def spread_rate(rate: float, weights: Floats, words_in_row: Ints) -> Floats:
@@ -229,9 +221,8 @@ def _rank(urgency: Floats, words_in_row: Ints) -> Ints:
     order = np.argsort(urgency)
     order = order[np.argsort(row_of_word[order], kind="stable")]
     rank = np.empty(len(urgency), np.int64)
-    rank[order] = np.arange(len(urgency)) - np.repeat(
-        np.cumsum(words_in_row) - words_in_row, words_in_row
-    )
+    before = np.repeat(np.cumsum(words_in_row) - words_in_row, words_in_row)
+    rank[order] = np.arange(len(urgency)) - before
     return rank
 
 
@@ -242,16 +233,12 @@ def _read(source: npt.ArrayLike, size: int) -> Floats:
         reason = "it must be a callable, or an array that NumPy can read"
         raise ValueError(f"word_weights is {source!r:.40}; {reason}") from None
     if weights.shape != (size,):
-        raise ValueError(
-            f"word_weights has shape {weights.shape}; it must be ({size},), a weight for each "
-            "token id of the tokenizer"
-        )
+        seen = f"word_weights has shape {weights.shape}"
+        raise ValueError(f"{seen}; it must be ({size},), a weight for each token id")
     wrong = np.flatnonzero(~((weights >= 0) & (weights < np.inf)))
     if wrong.size or not weights.any():
         seen = f"{weights[wrong[0]]} for token {wrong[0]}" if wrong.size else "0 for all tokens"
-        raise ValueError(
-            f"word_weights is {seen}; weights must be finite, 0 or more, and not all 0"
-        )
+        raise ValueError(f"word_weights is {seen}; weights must be finite, 0 or more, not all 0")
     # The sum over a word's tokens must be finite too.
     return weights * 2.0**-64 if weights.max() > 2.0**900 else weights
 

@@ -219,9 +219,8 @@ def _flatten(value: Any, name: str, ignore: Collection[str]) -> Iterator[tuple[s
     elif isinstance(value, (np.ndarray, np.generic)):
         value = torch.tensor(value)
     if isinstance(value, (Mapping, list, tuple)):
-        is_named = isinstance(value, Mapping)
-        for key, part in value.items() if is_named else enumerate(value):
-            place = f".{key}" if is_named else f"[{key}]"
+        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+            place = f".{key}" if isinstance(value, Mapping) else f"[{key}]"
             if key not in ignore:
                 yield from _flatten(part, (name + place).removeprefix("."), ignore)
     elif isinstance(value, torch.Tensor):

@@ -168,9 +168,9 @@ def test_what_may_change_in_a_resumed_run_is_listed() -> None:
     """Every setting is in one column of the table: refused, or free to change."""
     page = (ROOT / "docs" / "how-to" / "resume.md").read_text(encoding="utf-8")
     table = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| ")]
-    settings = {each.name for each in fields(TrainingConfig)}
+    settings = {field.name for field in fields(TrainingConfig)}
     rows = table[: next(i for i, row in enumerate(table) if "SIGTERM" in row[0])]
-    refused, free = (settings & set(re.findall(r"`(\w+)`", str(each))) for each in zip(*rows))  # noqa: B905
+    refused, free = (settings & set(re.findall(r"`(\w+)`", str(cells))) for cells in zip(*rows))  # noqa: B905
     assert free == fingerprint._FREE
     assert refused == settings - free
 
@@ -273,5 +273,5 @@ def test_the_loop_of_ones_own_is_exact_on_two_processes(
 def test_the_script_for_several_processes_runs_on_two(hub_like_folder: Path) -> None:
     """Half as many steps as on one, told once."""
     (script,) = blocks(ROOT / "docs" / "how-to" / "several-processes.md")
-    told = re.findall(r"(\d+) steps, perplexity \d+", launch(hub_like_folder, script))
-    assert told == ["4"]
+    steps = re.findall(r"(\d+) steps, perplexity \d+", launch(hub_like_folder, script))
+    assert steps == ["4"]

@@ -145,7 +145,7 @@ def test_a_study(folder: Path, name: str, columns: list[str], rows: list[str]) -
         for cell in line[1:]:
             assert re.fullmatch(r"[+-]?[\d,.]+( ± [\d.]+| \([\d.]+ to [\d.]+\))?", cell)
     saved = (folder / "figures.jsonl").read_text(encoding="utf-8").splitlines()
-    (figures,) = [each for each in map(json.loads, saved) if each["study"] == name]
+    (figures,) = [line for line in map(json.loads, saved) if line["study"] == name]
     assert figures["seeds"] == ([0] if "--seeds" in STUDIES[name] else [0, 1])
 
 
@@ -167,7 +167,7 @@ def test_models_are_shared(folder: Path) -> None:
 def test_both_loops_are_on_one_clock(folder: Path) -> None:
     """They start from one model, are looked at after the same steps, and learn."""
     saved = map(json.loads, (folder / "figures.jsonl").read_text(encoding="utf-8").splitlines())
-    (runs,) = [each["runs"] for each in saved if each["study"] == "perplexity_by_step"]
+    (runs,) = [line["runs"] for line in saved if line["study"] == "perplexity_by_step"]
     for recipe, ours in zip(runs["recipe"], runs["ours, equal steps"], strict=True):
         assert recipe[0]["perplexity"] == ours[0]["perplexity"]
         assert [point["step"] for point in recipe] == [0, 0, 1, 1, 2, 2]
@@ -196,6 +196,6 @@ def test_the_session_runs_every_study() -> None:
     """In an order of its own, so that a new study has to be put in its place."""
     text = (FOLDER.parents[1] / "noxfile.py").read_text(encoding="utf-8")
     lists = re.findall(r"^STUDIES \+?= \[(.*)\]$", text, re.MULTILINE)
-    listed = [name for each in lists for name in re.findall(r"\w+", each)]
+    listed = [name for names in lists for name in re.findall(r"\w+", names)]
     scripts = {path.stem for path in FOLDER.glob("[a-z]*.py")}
     assert sorted(listed) == sorted(scripts)

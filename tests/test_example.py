@@ -79,7 +79,7 @@ def read(domain):
     return noted["general"]
 
 def show(gaps, before, after):
-    noted["before"], noted["after"] = ([each.chance for each in part] for part in (before, after))
+    noted["before"], noted["after"] = ([guess.chance for guess in part] for part in (before, after))
     show_gaps(gaps, before, after)
 
 demo_corpus.read_general, demo_corpus.show_gaps = read, show
@@ -126,7 +126,7 @@ def start(*options: object, command: tuple[str, ...] = (sys.executable,), **env:
     )
 
 
-def told(folder: Path) -> list[str]:
+def options_of(folder: Path) -> list[str]:
     """The options of every run to its end."""
     return ["--output_dir", str(folder / "adapted"), "--disable_tqdm", "True"]
 
@@ -135,7 +135,7 @@ def adapt(folder: Path, *options: object, cache: Path | None = None, **kwargs: A
     """Run the script to its end."""
     model, cache = folder / "adapted", cache or folder / "cache"
     environment = {"HF_DATASETS_CACHE": str(cache), **kwargs}
-    process = start(*told(folder), *options, **environment)
+    process = start(*options_of(folder), *options, **environment)
     assert process.returncode == 0, process.stderr
     files = {file: file.stat().st_mtime_ns for file in cache.rglob("*.arrow")}
     return Run(process.stdout, model, files)
@@ -174,7 +174,7 @@ def runs(inputs: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -
     options = {key: [*inputs, "--loop", key[0], "--masking", key[1]] for key in (first, *others)}
     made = {first: adapt(tmp_path_factory.mktemp("run"), *options[first], cache=cache)}
     folders = {key: tmp_path_factory.mktemp("run") for key in others}
-    plans = [[*told(folders[key]), *map(str, options[key])] for key in others]
+    plans = [[*options_of(folders[key]), *map(str, options[key])] for key in others]
     process = subprocess.run(
         [sys.executable, "-c", FORKS, str(SCRIPT), json.dumps(plans)],
         env={**os.environ, "HF_DATASETS_CACHE": str(cache)},
@@ -281,20 +281,25 @@ def test_two_processes_tell_the_story_once(
     assert two.perplexities == pytest.approx(one.perplexities, rel=1e-2)
 
 
-@pytest.mark.parametrize("offline", ["by a setting", "by a network that is down"])
-def test_without_the_hub(tmp_path: Path, offline: str) -> None:
+WITHOUT_THE_HUB = (
+    r"model 'distilbert/distilbert-base-uncased' is neither [^\n]+ hub cannot be reached: "
+    r"[^\n]+--model FOLDER --dataset FILE[^\n]+ --demo, [^\n]+"
+)
+
+
+def test_without_a_network(tmp_path: Path) -> None:
     """One sentence names the two ways on; nothing is tried again and again."""
-    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    if offline == "by a network that is down":
-        environment |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    process = start(**environment)
+    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    process = start(**environment, HF_ENDPOINT="http://127.0.0.1:9")
     assert process.returncode == 1
     assert process.stdout == ""
-    assert re.fullmatch(
-        r"model 'distilbert/distilbert-base-uncased' is neither [^\n]+ hub cannot be reached: "
-        r"[^\n]+--model FOLDER --dataset FILE[^\n]+ --demo, [^\n]+\n",
-        process.stderr,
-    )
+    assert re.fullmatch(WITHOUT_THE_HUB + "\n", process.stderr)
+
+
+def test_without_the_hub(script: ModuleType) -> None:
+    """The same where a setting switches it off, as in all tests."""
+    with pytest.raises(SystemExit, match=WITHOUT_THE_HUB + r"\Z"):
+        script.load_model("distilbert/distilbert-base-uncased")
 
 
 @pytest.fixture
@@ -477,25 +482,25 @@ def test_documents_without_a_text_are_counted(
     (tmp_path / "a.csv").write_text("\n".join(lines), encoding="utf-8")
     documents = script.load_documents(str(tmp_path / "a.csv"), "text")
     assert documents["text"][:] == ["good", "bad"]
-    told = "of 6 documents, 3 without a text and 1 that repeat another are left out"
-    assert told in capsys.readouterr().out
+    message = "of 6 documents, 3 without a text and 1 that repeat another are left out"
+    assert message in capsys.readouterr().out
 
 
 def test_the_demo(script: ModuleType, tmp_path: Path) -> None:
-    """A tenth of the steps is enough to see the domain being learned."""
+    """A few of the steps are enough to see the domain being learned."""
     import demo_corpus
 
     notes = tmp_path / "notes.json"
     run = adapt(
         tmp_path,
-        *("--demo", "--max_steps", 30),
+        *("--demo", "--max_steps", 12),
         command=(sys.executable, "-c", DEMO, str(notes)),
     )
     noted = json.loads(notes.read_text(encoding="utf-8"))
     assert run.perplexities[-1] < 0.85 * run.perplexities[0]
     chances = [*zip(noted["before"], noted["after"], strict=True)]
     assert len(chances) >= 300
-    before, after = (sum(each) for each in zip(*chances, strict=True))
+    before, after = map(sum, zip(*chances, strict=True))
     # In so few steps the guesses hardly move, and the chance by an amount that each version of
     # torch and transformers, whose first weights differ, has of its own.
     assert round(after / len(chances), 3) >= round(before / len(chances), 3)
@@ -504,7 +509,7 @@ def test_the_demo(script: ModuleType, tmp_path: Path) -> None:
     assert len(re.findall(r"____.*\n +before +[\d.]+%.*\n +after +[\d.]+%", run.output)) == 5
     shares = re.findall(r"\n  (?:before|after)  +([\d.]+)% +([\d.]+)% +([\d.]+)%(?=\n)", run.output)
     assert [float(row[2]) for row in shares] == pytest.approx(
-        [100 * each / len(chances) for each in (before, after)], abs=0.051
+        [100 * total / len(chances) for total in (before, after)], abs=0.051
     )
     assert "Next" in run.output
     assert len(run.output.splitlines()) < 75
@@ -544,15 +549,15 @@ def test_gaps_are_words_of_the_domain_filled_as_the_pipeline_fills_them(script: 
     fill = pipeline("fill-mask", model=model, tokenizer=tokenizer)
     for gap, guess in zip(gaps, demo_corpus.fill_gaps(gaps, model, tokenizer), strict=True):
         expected = fill(gap.sentence.replace("____", "[MASK]"), top_k=len(tokenizer))
-        place = [each["token_str"] for each in expected].index(gap.word)
+        place = [word["token_str"] for word in expected].index(gap.word)
         assert guess.rank == place
         assert guess.chance == pytest.approx(expected[place]["score"], rel=1e-4)
-        assert guess.likeliest == [each["token_str"] for each in expected[:5]]
+        assert guess.likeliest == [word["token_str"] for word in expected[:5]]
 
 
 @pytest.mark.data
 def test_real_reviews(data_dir: Path, tmp_path: Path) -> None:
-    """A real model gains on real reviews within 16 steps, with the recipe's settings."""
+    """A real model gains on real reviews within 12 steps, with the recipe's settings."""
     run = adapt(
         tmp_path,
         "--model",
@@ -560,10 +565,11 @@ def test_real_reviews(data_dir: Path, tmp_path: Path) -> None:
         "--dataset",
         data_dir / "imdb" / "small" / "train.parquet",
         "--masking=token",
-        "--train_size=1000",
-        "--test_size=200",
+        "--chunk_size=64",
+        "--train_size=768",
+        "--test_size=100",
         "--num_train_epochs=1",
     )
     before, after = run.perplexities
     assert 95 < before < 120
-    assert after < 0.9 * before
+    assert after < 0.95 * before

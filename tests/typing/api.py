@@ -46,6 +46,7 @@ from mlmadapt.testing import (
     assert_whole_words_masked,
     tiny_corpus,
     tiny_model,
+    tiny_rows,
     tiny_tokenizer,
 )
 
@@ -206,7 +207,9 @@ def own_tests(rows: Dataset) -> None:
     tokenizer = tiny_tokenizer("byte_bpe")
     model = tiny_model(tokenizer, architecture="roberta", seed=1)
     assert_type(model, PreTrainedModel)
+    assert_type(tiny_rows(tokenizer, ["a film"]), list[dict[str, list[int]]])
     collator = WholeWordMaskingCollator(tokenizer, seed=0)
+    collator(tiny_rows(tokenizer, 4, seed=1))
     features = [{"input_ids": [2, 7, 3], "word_ids": [None, 0, None]}]
     batch = collator(features)
     assert_whole_words_masked(batch, features, tokenizer=tokenizer)

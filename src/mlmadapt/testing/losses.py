@@ -75,6 +75,7 @@ def assert_same_loss(
     if not count:
         raise ValueError("the batch has no masked token: all its labels are -100")
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    weights = [*trained.values()]
 
     def exact_loss(model: Any, part: dict[str, torch.Tensor], count: int) -> torch.Tensor:
         labels = part.pop("labels")
@@ -85,9 +86,9 @@ def assert_same_loss(
     def measure(loss_of: Any, part: dict[str, torch.Tensor]) -> tuple[float, Iterable[Any]]:
         loss = torch.as_tensor(loss_of(model, dict(part), count))
         if not (gradients and loss.requires_grad):
-            return loss.item(), map(torch.zeros_like, trained.values())
-        with_zeros: Any = {"allow_unused": True, "materialize_grads": True}
-        return loss.item(), torch.autograd.grad(loss, [*trained.values()], **with_zeros)
+            return loss.item(), map(torch.zeros_like, weights)
+        grads = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+        return loss.item(), grads
 
     parts = {f"row {row}": slice(row, row + 1) for row in range(len(step["labels"]))}
     with evaluation_mode(model), torch.enable_grad():

@@ -219,8 +219,7 @@ def _flatten(value: Any, name: str, ignore: Collection[str]) -> Iterator[tuple[s
     elif isinstance(value, (np.ndarray, np.generic)):
         value = torch.tensor(value)
     if isinstance(value, (Mapping, list, tuple)):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, part in items:
+        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
             place = f".{key}" if isinstance(value, Mapping) else f"[{key}]"
             if key not in ignore:
                 yield from _flatten(part, (name + place).removeprefix("."), ignore)

@@ -8,7 +8,6 @@ several.
 
 from __future__ import annotations
 
-import json
 import signal
 import tempfile
 import time
@@ -16,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.scripts.processes import Ended, last_step, outcome, start, torchrun
+from tests.scripts.processes import Ended, last_step, outcome, start, torchrun_train
 
 if TYPE_CHECKING:
     from random import Random
@@ -98,9 +97,7 @@ def interrupt_torchrun(
     moment = how.pop("kill_after", None)
     how.pop("kill_by", None)
     moment = None if moment is None else 6 + 4 * moment  # imports come first
-    ended = torchrun(
-        folder, json.dumps({**arguments, **how}), signal_after=moment, number=NUMBERS[name]
-    )
+    ended = torchrun_train(folder, {**arguments, **how}, signal_after=moment, number=NUMBERS[name])
     wrong = "RuntimeError: DataLoader worker" in ended.stdout
     assert not wrong, f"under torchrun by {name}: {ended.stdout}"
 

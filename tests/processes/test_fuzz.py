@@ -15,7 +15,7 @@ def session(part: str, cases: int) -> int:
     return fuzz.main(["--only", part, "--seed", "7", "--cases", str(cases), "--data", "-"])
 
 
-@pytest.mark.parametrize(("part", "cases"), [("checkpoints", 4), ("runs", 1)])
+@pytest.mark.parametrize(("part", "cases"), [("checkpoints", 4), ("runs", 2)])
 def test_a_part_runs_and_counts(part: str, cases: int, capsys: pytest.CaptureFixture[str]) -> None:
     """On what is right, it finds nothing."""
     assert session(part, cases) == 0

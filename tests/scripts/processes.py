@@ -127,16 +127,20 @@ def run_script(
     return subprocess.CompletedProcess(arguments, process.returncode, output)
 
 
-def torchrun(folder: Path, arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Train in two processes that are started as users do."""
+def torchrun(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a script in two processes that are started as users do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", str(port), str(Path(__file__).with_name("short_run.py"))]
-    return run_script(
-        [*command, arguments, str(folder / "outcome-")], **{"ACCELERATE_USE_CPU": "1", **options}
-    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launcher += ["--master_port", str(port), *map(str, command)]
+    return run_script(launcher, **{"ACCELERATE_USE_CPU": "1", **options})
+
+
+def torchrun_train(folder: Path, arguments: dict[str, Any], **options: Any) -> Any:
+    """Train in two processes that are started as users do."""
+    script = Path(__file__).with_name("short_run.py")
+    return torchrun(script, json.dumps(arguments), folder / "outcome-", **options)
 
 
 def last_step(folder: Path) -> int:

@@ -1,13 +1,13 @@
-"""A killed run ends where an uninterrupted one does, to the bit.
-
-Runs of any shape, killed at any moment, are the fuzz session's: see `test_fuzz.py` beside.
-"""
+"""A killed run ends where an uninterrupted one does, to the bit."""
 
 from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
+import time
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,6 +20,22 @@ if TYPE_CHECKING:
 
 # Over two epochs; no number of processes divides the rows.
 UNEVEN = {"rows": 23, "per_device_train_batch_size": 3}
+
+
+@pytest.fixture(
+    name="on_processes",
+    params=product([1, 2, 3], ["no", "bf16"], [0, 1]),
+    ids=lambda setting: "{} processes, {}, {} workers".format(*setting),
+)
+def _on_processes(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Settings of a run on 1 to 3 processes, in both precisions, with and without a worker."""
+    world, precision, workers = request.param
+    return {
+        **UNEVEN,
+        "world": world,
+        "mixed_precision": precision,
+        "dataloader_num_workers": workers,
+    }
 
 
 def killed(step: int, rank: int = -1) -> dict[str, Any]:
@@ -57,12 +73,12 @@ def test_a_kill_at_any_touch_of_a_file_costs_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_a_kill_at_every_touch_of_a_file_costs_nothing(tmp_path: Path, world: int) -> None:
+def test_a_kill_at_every_touch_of_a_file_costs_nothing(
+    tmp_path: Path, on_processes: dict[str, Any]
+) -> None:
     """The same at each single event, of several processes at every sixth of the first one's."""
-    every = 1 if world == 1 else 6
-    settings = {"curves": True, "dataloader_num_workers": 1, **UNEVEN}
-    check_every_event(tmp_path, every, save_total_limit=1, world=world, **settings)
+    every = 1 if on_processes["world"] == 1 else 6
+    check_every_event(tmp_path, every, save_total_limit=1, curves=True, **on_processes)
 
 
 GRID = {
@@ -133,6 +149,87 @@ def test_parts_resume_in_the_middle_of_an_epoch(tmp_path: Path, world: int) -> N
     assert evaluated == [0, {2: 8, 3: 6}[world], 9]
     kills = [killed(5, rank=world - 1), killed(7)]
     assert resume_until_done(tmp_path / "killed", kills=kills, **settings) == whole
+
+
+def check_random_plans(tmp_path: Path, count: int, seed: int) -> None:
+    """Resume runs of random shapes, killed at random steps."""
+    generator = random.Random(seed)  # noqa: S311
+    for number in range(count):
+        settings = {
+            "rows": generator.randint(5, 30),
+            "num_train_epochs": generator.choice([1, 1.5, 2, 3]),
+            "per_device_train_batch_size": generator.randint(1, 6),
+            "gradient_accumulation_steps": generator.randint(1, 3),
+            "save_steps": generator.randint(1, 4),
+            "eval_strategy": generator.choice(["no", "epoch", "steps"]),
+            "eval_steps": generator.randint(1, 4),
+            "logging_steps": generator.randint(1, 3),
+        }
+        whole = outcome(tmp_path / f"{number} whole", **settings)
+        steps = sorted(generator.randrange(whole["steps"]) for _ in range(generator.randint(1, 2)))
+        kills = [killed(step) for step in steps]
+        ended = resume_until_done(tmp_path / f"{number} killed", kills=kills, **settings)
+        assert ended == whole, (settings, kills)
+
+
+def test_runs_of_any_shape_end_the_same(tmp_path: Path) -> None:
+    """The stop, the epochs, the batches and what is logged when are drawn."""
+    check_random_plans(tmp_path, 3, seed=0)
+
+
+@pytest.mark.slow
+def test_many_runs_of_any_shape_end_the_same(tmp_path: Path) -> None:
+    """The same for forty others (``pytest -m slow``)."""
+    check_random_plans(tmp_path, 40, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_processes_killed_at_any_step_end_the_same(
+    tmp_path: Path, on_processes: dict[str, Any]
+) -> None:
+    """One process after the other is killed, before each step of a run."""
+    whole = outcome(tmp_path / "whole", **on_processes)
+    for step in range(whole["steps"]):
+        kills = [killed(step, rank=step % on_processes["world"])]
+        ended = resume_until_done(tmp_path / f"killed at {step}", kills=kills, **on_processes)
+        assert ended == whole, step
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_processes_killed_at_any_moment_end_the_same(
+    tmp_path: Path, on_processes: dict[str, Any]
+) -> None:
+    """Killed from outside by the clock, three times over, wherever they are (``-m slow``).
+
+    The moments differ with the machine, and are in the message of a failure.
+    """
+    settings = {**on_processes, "save_total_limit": 2}
+    whole = outcome(tmp_path / "whole", **settings)
+    before = time.monotonic()
+    assert outcome(tmp_path / "timed", **settings) == whole
+    seconds = time.monotonic() - before
+    generator = random.Random(repr(on_processes))  # noqa: S311
+    hits = 0
+    for number in range(4):
+        folder = tmp_path / f"killed {number}"
+        moments = [seconds * generator.random() for _ in range(3)]
+        for moment in moments:
+            ended = start(
+                "train",
+                folder=str(folder),
+                kill_after=moment,
+                **settings,
+                resume_from_checkpoint=True,
+            )
+            assert {process.code for process in ended} <= {0, -9}, [
+                process.log for process in ended
+            ]
+            hits += -9 in [process.code for process in ended]
+        ended = outcome(folder, **settings, resume_from_checkpoint=True)
+        assert ended == whole, moments
+    assert hits >= 4
 
 
 @pytest.mark.distributed

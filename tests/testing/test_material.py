@@ -75,7 +75,7 @@ def test_every_kind_has_what_masking_needs(tokenizer: PreTrainedTokenizerFast) -
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    zip(TOKENIZER_KINDS, (10, 10, 9, 1, 6, 6, 1, 6), strict=True),
+    list(zip(TOKENIZER_KINDS, (10, 10, 9, 1, 6, 6, 1, 6), strict=True)),
 )
 def test_kinds_number_words_as_their_families_do(kind: str, words: int) -> None:
     """The tokenizer's own words of one sentence, and its last, rare word in several pieces."""

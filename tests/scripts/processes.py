@@ -95,18 +95,9 @@ def outcome(folder: object, **arguments: Any) -> dict[str, Any]:
 
 
 def run_script(
-    arguments: list[str],
-    *,
-    seconds: float = SECONDS,
-    signal_after: float | None = None,
-    number: int = signal.SIGTERM,
-    **environment: str,
+    arguments: list[str], *, seconds: float = SECONDS, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command; it and all that it started are killed when time is up.
-
-    If it still runs `signal_after` so many seconds, all of them get the signal of that `number`, as
-    from a scheduler. (They are no group: torchrun gives each process a session of its own.)
-    """
+    """Run a command; it and all that it started are killed when time is up."""
     process = subprocess.Popen(
         arguments,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -115,15 +106,15 @@ def run_script(
         text=True,
         start_new_session=True,
     )
-    family = [psutil.Process(process.pid)]
     try:
-        if signal_after is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(signal_after)
-            _signal(family, number)
         output, _ = process.communicate(timeout=seconds)
     finally:
-        _signal(family, signal.SIGKILL)
+        # Torchrun gives each process a session of its own.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            first = psutil.Process(process.pid)
+            for started in [first, *first.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    started.kill()
     return subprocess.CompletedProcess(arguments, process.returncode, output)
 
 
@@ -150,15 +141,6 @@ def last_step(folder: Path) -> int:
     paths = find_checkpoints(folder)
     assert [find_damage(path) for path in paths] == [None] * len(paths)
     return int(paths[0].name.rpartition("-")[2]) if paths else 0
-
-
-def _signal(family: list[psutil.Process], number: int) -> None:
-    """Signal processes and what they have started by now, which `family` remembers."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family.extend(set(family[0].children(recursive=True)) - set(family))
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(number)
 
 
 @functools.cache

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib.util
-import os
 import re
-import sys
 import tomllib
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +20,7 @@ import mlmadapt
 from mlmadapt import TrainingConfig, WholeWordMaskingCollator, accelerate_train, testing
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
 from mlmadapt.training import fingerprint
-from tests.scripts.processes import start, torchrun
+from tests.scripts.processes import start
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -259,8 +257,8 @@ def test_the_loop_of_ones_own_is_exact_on_two_processes(
 def test_the_script_for_several_processes_runs_on_two(hub_like_folder: Path) -> None:
     """Half as many steps as on one, told once."""
     (script,) = blocks(ROOT / "docs" / "how-to" / "several-processes.md")
-    path = hub_like_folder / "train.py"
-    path.write_text(script, encoding="utf-8")
-    ended = torchrun(path, PYTHONPATH=os.pathsep.join(sys.path))
-    assert ended.returncode == 0, ended.stdout
-    assert re.findall(r"(\d+) steps, perplexity \d+", ended.stdout) == ["4"]
+    script = f"import os; os.chdir({str(hub_like_folder)!r})\n{script}\ndone = True"
+    ended = start("execute", world=2, script=script, name="done")
+    logs = [process.log for process in ended]
+    assert {process.code for process in ended} == {0}, logs
+    assert [re.findall(r"(\d+) steps, perplexity \d+", log) for log in logs] == [["4"], []]

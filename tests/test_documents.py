@@ -6,7 +6,6 @@ import doctest
 import importlib.util
 import os
 import re
-import socket
 import sys
 import tomllib
 from dataclasses import fields
@@ -23,7 +22,7 @@ import mlmadapt
 from mlmadapt import TrainingConfig, WholeWordMaskingCollator, accelerate_train, testing
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
 from mlmadapt.training import fingerprint
-from tests.scripts.processes import run_script, start
+from tests.scripts.processes import start, torchrun
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -243,19 +242,6 @@ def test_the_loop_of_ones_own_is_exact(
     assert names["losses_of"](*cut) == pytest.approx(expected, abs=1e-5)
 
 
-def launch(folder: Path, script: str) -> str:
-    """Run a script on two processes, as users do; return what it prints."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    (folder / "train.py").write_text(script, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--master_port", port]
-    command += ["--nproc_per_node", "2", str(folder / "train.py")]
-    ended = run_script(command, ACCELERATE_USE_CPU="1", PYTHONPATH=os.pathsep.join(sys.path))
-    assert ended.returncode == 0, ended.stdout
-    return ended.stdout
-
-
 @pytest.mark.distributed
 def test_the_loop_of_ones_own_is_exact_on_two_processes(
     own_loop: tuple[str, list[float]],
@@ -273,5 +259,8 @@ def test_the_loop_of_ones_own_is_exact_on_two_processes(
 def test_the_script_for_several_processes_runs_on_two(hub_like_folder: Path) -> None:
     """Half as many steps as on one, told once."""
     (script,) = blocks(ROOT / "docs" / "how-to" / "several-processes.md")
-    steps = re.findall(r"(\d+) steps, perplexity \d+", launch(hub_like_folder, script))
-    assert steps == ["4"]
+    path = hub_like_folder / "train.py"
+    path.write_text(script, encoding="utf-8")
+    ended = torchrun(path, PYTHONPATH=os.pathsep.join(sys.path))
+    assert ended.returncode == 0, ended.stdout
+    assert re.findall(r"(\d+) steps, perplexity \d+", ended.stdout) == ["4"]

@@ -96,11 +96,7 @@ def read_table(folder: Path, name: str) -> list[list[str]]:
         (
             "mask_rate",
             ["15% masked"],
-            [
-                "before",
-                "20 % throughout",
-                "30 %, then 15 % in the last fifth",
-            ],
+            ["before", "20 % throughout", "30 %, then 15 % in the last fifth"],
         ),
         (
             "perplexity_by_step",
@@ -111,10 +107,9 @@ def read_table(folder: Path, name: str) -> list[list[str]]:
             "sentiment",
             ["before", "after", "difference"],
             [
-                "logistic regression, 8 labels",
-                "fine-tuned, 8 labels",
-                "logistic regression, 16 labels",
-                "fine-tuned, 16 labels",
+                f"{way}, {labels} labels"
+                for labels in (8, 16)
+                for way in ("logistic regression", "fine-tuned")
             ],
         ),
         ("short_documents", ["sentences", "reviews"], ["before", "joined", "packed", "padded"]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tests.scripts.processes import last_step, outcome, run_script, start, torchrun
+from tests.scripts.processes import last_step, outcome, run_script, start, torchrun_train
 from tests.scripts.tiny_run import logged
 
 if TYPE_CHECKING:
@@ -102,15 +101,6 @@ def test_fewer_rows_than_processes_train_as_on_one(tmp_path: Path, world: int) -
     assert many["tokens"] == one["tokens"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
-def test_ten_runs_in_a_row_end_in_time(tmp_path: Path, world: int) -> None:
-    """None hangs at exit and all are equal (``pytest -m slow``)."""
-    settings = {"world": world, "rows": 23, "per_device_train_batch_size": 3}
-    runs = [outcome(tmp_path / str(number), **settings) for number in range(10)]
-    assert runs == runs[:1] * 10
-
-
 @pytest.mark.parametrize("differ", ["rows", "rows_seed", "seed"])
 def test_processes_with_other_rows_or_settings_are_told(tmp_path: Path, differ: str) -> None:
     """They would wait for each other for ever, or train on in silence."""
@@ -178,7 +168,7 @@ def test_one_cpu_process_that_torchrun_duplicates_is_refused(tmp_path: Path) -> 
     """A real torchrun without ACCELERATE_USE_CPU and an accelerator (``pytest -m slow``)."""
     if torch.accelerator.is_available():
         pytest.skip("with an accelerator, torchrun's processes find each other")
-    ended = torchrun(tmp_path, f'{{"folder": "{tmp_path}/out"}}', ACCELERATE_USE_CPU="false")
+    ended = torchrun_train(tmp_path, {"folder": f"{tmp_path}/out"}, ACCELERATE_USE_CPU="false")
     assert ended.returncode != 0
     assert "RuntimeError: the launcher started 2 processes (WORLD_SIZE)" in ended.stdout
     assert not (tmp_path / "out").exists()
@@ -209,5 +199,5 @@ def test_processes_of_torchrun_end_well(tmp_path: Path) -> None:
     """Twenty times in a row: none aborts or hangs as Python ends (``pytest -m slow``)."""
     for place in range(20):
         settings = {"folder": str(tmp_path / str(place)), "rows": 8, "num_train_epochs": 1}
-        ended = torchrun(tmp_path, json.dumps(settings))
+        ended = torchrun_train(tmp_path, settings)
         assert ended.returncode == 0, ended.stdout

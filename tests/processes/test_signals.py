@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.scripts.processes import last_step, outcome, start, torchrun, train
+from tests.scripts.processes import last_step, outcome, start, torchrun_train, train
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,7 +79,7 @@ def test_torchrun_hands_on_a_sigterm_and_the_run_goes_on(tmp_path: Path) -> None
     settings = {"per_device_train_batch_size": 4, "save_strategy": "no"}
     folder = tmp_path / "left"
     arguments = {"folder": str(folder), **settings, "at_step": {"2": [["term parent", 0]]}}
-    ended = torchrun(tmp_path, json.dumps(arguments))
+    ended = torchrun_train(tmp_path, arguments)
     assert ended.returncode != 0
     assert 3 <= last_step(folder) < 6, ended.stdout
     resumed = outcome(folder, world=2, **settings, resume_from_checkpoint=True)

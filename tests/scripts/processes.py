@@ -95,18 +95,9 @@ def outcome(folder: object, **arguments: Any) -> dict[str, Any]:
 
 
 def run_script(
-    arguments: list[str],
-    *,
-    seconds: float = SECONDS,
-    signal_after: float | None = None,
-    number: int = signal.SIGTERM,
-    **environment: str,
+    arguments: list[str], *, seconds: float = SECONDS, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command; it and all that it started are killed when time is up.
-
-    If it still runs `signal_after` so many seconds, all of them get the signal of that `number`, as
-    from a scheduler. (They are no group: torchrun gives each process a session of its own.)
-    """
+    """Run a command; it and all that it started are killed when time is up."""
     process = subprocess.Popen(
         arguments,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -115,28 +106,32 @@ def run_script(
         text=True,
         start_new_session=True,
     )
-    family = [psutil.Process(process.pid)]
     try:
-        if signal_after is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(signal_after)
-            _signal(family, number)
         output, _ = process.communicate(timeout=seconds)
     finally:
-        _signal(family, signal.SIGKILL)
+        # Torchrun gives each process a session of its own.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            first = psutil.Process(process.pid)
+            for started in [first, *first.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    started.kill()
     return subprocess.CompletedProcess(arguments, process.returncode, output)
 
 
-def torchrun(folder: Path, arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Train in two processes that are started as users do."""
+def torchrun(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a script in two processes that are started as users do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", str(port), str(Path(__file__).with_name("short_run.py"))]
-    return run_script(
-        [*command, arguments, str(folder / "outcome-")], **{"ACCELERATE_USE_CPU": "1", **options}
-    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launcher += ["--master_port", str(port), *map(str, command)]
+    return run_script(launcher, **{"ACCELERATE_USE_CPU": "1", **options})
+
+
+def torchrun_train(folder: Path, arguments: dict[str, Any], **options: Any) -> Any:
+    """Train in two processes that are started as users do."""
+    script = Path(__file__).with_name("short_run.py")
+    return torchrun(script, json.dumps(arguments), folder / "outcome-", **options)
 
 
 def last_step(folder: Path) -> int:
@@ -146,15 +141,6 @@ def last_step(folder: Path) -> int:
     paths = find_checkpoints(folder)
     assert [find_damage(path) for path in paths] == [None] * len(paths)
     return int(paths[0].name.rpartition("-")[2]) if paths else 0
-
-
-def _signal(family: list[psutil.Process], number: int) -> None:
-    """Signal processes and what they have started by now, which `family` remembers."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family.extend(set(family[0].children(recursive=True)) - set(family))
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(number)
 
 
 @functools.cache

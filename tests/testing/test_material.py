@@ -27,17 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 SENTENCE = "The film doesn't end well; electroencephalography!"
-ARCHITECTURES = [
-    "albert",
-    "bert",
-    "camembert",
-    "deberta-v2",
-    "distilbert",
-    "electra",
-    "modernbert",
-    "mpnet",
-    "roberta",
-]
+ARCHITECTURES = ["albert", "bert", "camembert", "deberta-v2", "distilbert", "electra"]
+ARCHITECTURES += ["modernbert", "mpnet", "roberta"]
 
 
 def test_corpus_depends_on_its_arguments_alone() -> None:
@@ -84,16 +75,7 @@ def test_every_kind_has_what_masking_needs(tokenizer: PreTrainedTokenizerFast) -
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [
-        ("wordpiece", 10),
-        ("chinese", 10),
-        ("byte_bpe", 9),
-        ("byte_bpe_nosplit", 1),
-        ("unigram", 6),
-        ("unigram_offsets", 6),
-        ("no_pretokenizer", 1),
-        ("wordlevel", 6),
-    ],
+    list(zip(TOKENIZER_KINDS, (10, 10, 9, 1, 6, 6, 1, 6), strict=True)),
 )
 def test_kinds_number_words_as_their_families_do(kind: str, words: int) -> None:
     """The tokenizer's own words of one sentence, and its last, rare word in several pieces."""
@@ -240,14 +222,6 @@ def test_session_is_offline_and_has_its_own_cache() -> None:
     assert huggingface_hub.constants.HF_HUB_OFFLINE
     assert str(datasets.config.HF_DATASETS_CACHE) == os.environ["HF_DATASETS_CACHE"]
     assert "mlmadapt-datasets-" in str(datasets.config.HF_DATASETS_CACHE)
-
-
-def test_bert_fixture_fits_its_tokenizer(
-    bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast
-) -> None:
-    """The model of the fixture has the vocabulary of the tokenizer of the fixture."""
-    assert bert.config.vocab_size == len(wordpiece)
-    assert bert.get_input_embeddings().weight.shape[0] == len(wordpiece)
 
 
 @pytest.mark.data

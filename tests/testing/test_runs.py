@@ -151,19 +151,3 @@ def test_what_cannot_be_tested_is_no_failure_of_a_run(name: str) -> None:
     train = functools.partial(train, fault=name) if train is loop else train
     with pytest.raises(error, match=message):
         assert_resumes_exactly(train, **options)
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        (1.0, 1),
-        (torch.tensor(0.0), torch.tensor(-0.0)),
-        (torch.zeros(2000), torch.zeros(3000)),
-        (torch.zeros(2), torch.zeros(2, dtype=torch.int32)),
-        (torch.ones(2), "nothing"),
-    ],
-)
-def test_equal_means_to_the_bit(one: Any, other: Any) -> None:
-    """0 is not -0, and a type and a shape are part of a value."""
-    assert runs._difference(one, one) == ""
-    assert runs._difference(one, other)

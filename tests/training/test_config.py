@@ -25,12 +25,8 @@ from mlmadapt import TrainingConfig
         *[
             (name, 0, "1 or more")
             for name in (
-                "per_device_train_batch_size",
-                "per_device_eval_batch_size",
-                "gradient_accumulation_steps",
-                "eval_steps",
-                "save_steps",
-                "save_total_limit",
+                *("per_device_train_batch_size", "per_device_eval_batch_size", "save_total_limit"),
+                *("gradient_accumulation_steps", "eval_steps", "save_steps"),
                 "early_stopping_patience",
             )
         ],

@@ -6,7 +6,6 @@ import logging
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import accelerate.tracking
@@ -16,9 +15,7 @@ from accelerate import Accelerator
 from packaging.version import Version
 from torch import nn
 
-from mlmadapt import MaskedLMMetrics, TrainingConfig
 from mlmadapt.training import prepare
-from mlmadapt.training.tracking import show_metrics
 from tests.scripts.tiny_run import TinyRun, logged
 
 if TYPE_CHECKING:
@@ -89,22 +86,6 @@ def test_without_a_bar_evaluations_go_to_the_log(
         [] if silent else ["step # of #  eval: perplexity #, right #%"] * 2
     )
     assert "step" not in capfd.readouterr().err
-
-
-def test_other_processes_do_not_log_evaluations(caplog: pytest.LogCaptureFixture) -> None:
-    """Their bars are off, which is no reason to tell it again."""
-    metrics = {"eval": MaskedLMMetrics(1.0, 2.7, 0.5, 0.9, 9)}
-    for is_main in (True, False):
-        run: Any = SimpleNamespace(
-            config=TrainingConfig(),
-            accelerator=SimpleNamespace(is_main_process=is_main),
-            progress=SimpleNamespace(disable=True),
-            state=SimpleNamespace(step=4),
-            total_steps=9,
-        )
-        with caplog.at_level(logging.INFO, "mlmadapt"):
-            show_metrics(run, metrics)
-    assert caplog.messages == ["step 4 of 9  eval: perplexity 2.7, right 50%"]
 
 
 class Notes(accelerate.tracking.GeneralTracker):

@@ -213,18 +213,17 @@ def choose(
                 f"directory, or pass True for the newest in output_dir, which holds {names}"
             )
         paths = [Path(wanted)]
-    problems: list[str] = []
+    newest: dict[str, str] = {}  # by what is wrong with it
     for path in paths:
         problem = _find_problem(path, fingerprint)
         if problem is None:
-            for message in problems:
-                logger.warning("%s; it is passed over", message)
             return path
-        problems.append(f"{path.name} {problem}")
-    if problems:
+        logger.warning("%s %s; it is passed over", path.name, problem)
+        newest.setdefault(problem, path.name)
+    if newest:
+        problems = "; ".join(f"{name} {problem}" for problem, name in newest.items())
         raise ValueError(
-            f"{'; '.join(problems)}; resume with the same settings, or start anew with "
-            "overwrite=True"
+            f"{problems}; resume with the same settings, or start anew with overwrite=True"
         )
     return None
 

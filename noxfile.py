@@ -172,9 +172,14 @@ def extras(session: nox.Session, extra: str) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Run the example on its small offline corpus."""
+    """Run the example on its small offline corpus; it must learn the domain, and show it."""
     install(session, ".")
-    session.run("python", "examples/imdb_distilbert.py", "--demo", *session.posargs)
+    command = ["python", "examples/imdb_distilbert.py", "--demo", *session.posargs]
+    said = str(session.run(*command, silent=True))
+    session.log(said)
+    chances = re.findall(r"\n  (?:before|after)  +[\d.]+% +[\d.]+% +([\d.]+)%(?=\n)", said)
+    if len(chances) != 2 or float(chances[1]) < 10 * float(chances[0]):
+        session.error(f"The true words of the gaps are hardly likelier than before: {chances}")
 
 
 @nox.session

@@ -497,6 +497,7 @@ def test_documents_without_a_text_are_counted(
     assert message in capsys.readouterr().out
 
 
+@pytest.mark.slow  # `nox -s demo` runs all of its steps, and looks at what it says
 def test_the_demo(script: ModuleType, tmp_path: Path) -> None:
     """A few of the steps are enough to see the domain being learned."""
     import demo_corpus

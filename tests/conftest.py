@@ -47,6 +47,12 @@ settings.register_profile("thorough", settings.get_profile("mlmadapt"), max_exam
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "mlmadapt"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, or one worker would end with them alone."""
+    longest = ("test_example.py", "test_resume.py", "test_documents.py")
+    items.sort(key=lambda item: item.path.name not in longest)
+
+
 def pytest_collection_finish() -> None:
     """Have no test wait while what all of them import is looked through for garbage."""
     gc.collect()

@@ -15,6 +15,9 @@ import pytest
 
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
 
+# Twenty seconds, for scripts that are run by hand and for hours.
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "evidence"
 STUDIES = {
     "forgetting": [],

@@ -86,7 +86,8 @@ def test_runs_that_resume_exactly_pass(tmp_path: Path, monkeypatch: pytest.Monke
     assert_resumes_exactly(loop, by="SIGTERM")
     started = functools.partial(loop, saves="weights moments started")
     assert_resumes_exactly(started, ignore=["started"])
-    assert list(tmp_path.iterdir()) == []
+    # Where no test before it has, torch makes a folder for code that it may compile.
+    assert [path.name for path in tmp_path.iterdir() if "torchinductor" not in path.name] == []
     assert multiprocessing.active_children() == []
 
 

@@ -6,6 +6,7 @@ Runs are forks here, which spares each the imports of a fresh process.
 from __future__ import annotations
 
 import functools
+import importlib
 import multiprocessing
 import signal
 import tempfile
@@ -74,6 +75,7 @@ def sit_still(output_dir: str, resume: bool) -> int:  # noqa: FBT001
 
 @pytest.fixture(autouse=True)
 def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    importlib.import_module("torch._dynamo")  # or each fork would, at its first step
     context = multiprocessing.get_context("fork")
     monkeypatch.setattr(runs.multiprocessing, "get_context", lambda _: context)
 

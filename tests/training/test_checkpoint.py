@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from filelock import FileLock
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -492,3 +493,15 @@ def test_adapters_with_names_are_saved_again_and_again(run: TinyRun) -> None:
     trained = run.model.state_dict()
     for name, values in loaded.state_dict().items():
         torch.testing.assert_close(values, trained[name.replace(".default", ".films")])
+
+
+def test_processes_that_read_another_checkpoint_are_told(
+    again: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On machines without a folder that they share, the second has none, or that of another run."""
+    checkpoint, accelerator = again.folder / "checkpoint-3", Accelerator()
+    checkpoints.check_same_checkpoint(checkpoint, accelerator)
+    for other in (None, "another digest"):
+        monkeypatch.setattr(checkpoints, "gather_object", lambda mine, other=other: [*mine, other])
+        with pytest.raises(ValueError, match=r"checkpoint-3 is not the same .* that they share"):
+            checkpoints.check_same_checkpoint(checkpoint, accelerator)

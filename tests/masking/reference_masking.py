@@ -128,19 +128,28 @@ def reference_mask(
     tokenizer: PreTrainedTokenizerFast,
     *,
     key: int,
+    names: Sequence[int | str] | None = None,
     wwm_probability: float = 0.2,
     mask_replace_prob: float = 1.0,
     random_replace_prob: float = 0.0,
     budget: str = "bernoulli",
     word_weights: Sequence[float] | Callable[[str], float] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Return the input ids and the labels of one row without padding."""
+    """Return the input ids and the labels of one row without padding.
+
+    `names`, as of a row and of a document in it, take the place of its tokens.
+    """
     special = special_ids(tokenizer)
     words = words_of(row, special)
     input_ids = [int(token) for token in row["input_ids"]]
     labels = [-100] * len(input_ids)
-    total = sum(mix((place << 32) + token) for place, token in enumerate(input_ids))
-    row_key = mix(total % 2**64 ^ key)
+    if names is None:
+        total = sum(mix((place << 32) + token) for place, token in enumerate(input_ids))
+        row_key = mix(total % 2**64 ^ key)
+    else:
+        row_key = key
+        for name in names:
+            row_key = draw(row_key, reference_key(name) if isinstance(name, str) else name)
     weights = None
     if word_weights is not None:
         texts = [[input_ids[position] for position in word] for word in words]

@@ -33,9 +33,17 @@ from mlmadapt import (
     tokenize_with_word_ids,
 )
 from mlmadapt.data.rows import join_rows, to_columns
+from mlmadapt.data.table import table_reader
 from mlmadapt.masking.collator import PackedAttentionMask
+from mlmadapt.masking.selection import derive_key
 from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_tokenizer
-from tests.masking.reference_masking import reference_collate, reference_key, special_ids, words_of
+from tests.masking.reference_masking import (
+    reference_collate,
+    reference_key,
+    reference_mask,
+    special_ids,
+    words_of,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -376,6 +384,137 @@ def test_seed_none_follows_torch_and_a_seed_leaves_it_alone() -> None:
         )(rows)
     assert random_states() == states
     assert masks(unseeded(rows)) != first
+
+
+def recurring(kind: str) -> dict[str, list[Any]]:
+    """Return the columns of twelve texts, of which most are there three or six times."""
+    texts = ["the film is good", "a place for the story", "the film is good", "of it and more"] * 3
+    columns = tokenize_with_word_ids({"text": texts}, shared(kind))
+    return {name: [[*map(int, row)] for row in rows] for name, rows in columns.items()}
+
+
+def rows_with(columns: dict[str, Any], **extra: Any) -> list[dict[str, Any]]:
+    """Turn columns into rows."""
+    columns = columns | extra
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "byte_bpe"])
+@pytest.mark.parametrize("names", [[*range(-2, 10)], [f"review {i // 2}" for i in range(12)]])
+def test_a_column_takes_the_place_of_tokens(kind: str, names: list[Any]) -> None:
+    """As the reference has it: equal rows of two names have two masks."""
+    rates: Any = {"wwm_probability": 0.5, "mask_replace_prob": 0.5, "random_replace_prob": 0.3}
+    collator = WholeWordMaskingCollator(shared(kind), seed=7, key_column="name", **rates)
+    collator.set_epoch(2)
+    rows = rows_with(recurring(kind), name=names)
+    batch = collator(rows)
+    assert "name" not in batch
+    key = reference_key(7, "mask", 2)
+    assert masks(batch) == [
+        reference_mask(row, shared(kind), key=key, names=[row["name"]], **rates) for row in rows
+    ]
+    assert len(set(map(str, masks(batch)[::4]))) > 1
+    if names[0] == -2:
+        tensors = [{name: torch.tensor(values) for name, values in row.items()} for row in rows]
+        assert masks(collator(tensors[::-1])) == masks(batch)[::-1]
+
+
+@pytest.mark.parametrize("chunk_size", [12, 40])
+def test_a_packed_document_has_the_mask_that_its_number_has_alone(chunk_size: int) -> None:
+    """However documents meet in a row, of a list or of a table."""
+    columns = recurring("wordpiece")
+    numbers = [[place] * len(tokens) for place, tokens in enumerate(columns["input_ids"])]
+    rates: Any = {"wwm_probability": 0.5, "key_column": "number"}
+    collator = WholeWordMaskingCollator(shared("wordpiece"), seed=3, **rates)
+    alone = masks(collator(rows_with(columns, number=range(12))))
+    packed = Dataset.from_dict(
+        dict(pack_texts(columns | {"number": numbers}, chunk_size=chunk_size))
+    )
+    read = table_reader(packed)
+    assert read is not None
+    for rows in (list(packed), read(range(len(packed)))):
+        batch = collator.collate(rows, key=derive_key(3, "mask", 0))
+        for row, ids in enumerate(batch["document_ids"]):
+            for document in set(ids.tolist()) - {-1}:
+                tokens, labels = (
+                    batch[name][row][ids == document].tolist() for name in ("input_ids", "labels")
+                )
+                number = int(packed[row]["number"][int((ids == document).argmax())])
+                assert (tokens, labels) == alone[number]
+
+
+def test_documents_of_a_row_with_one_name_have_masks_of_their_own() -> None:
+    """By the name of the row and their numbers in it, as the reference has it."""
+    one = recurring("wordpiece")
+    row = {name: rows[0] * 3 for name, rows in one.items()}
+    size = len(one["input_ids"][0])
+    row["document_ids"] = [0] * size + [1] * size + [4] * size
+    collator = WholeWordMaskingCollator(
+        shared("wordpiece"), wwm_probability=0.5, seed=3, key_column="name"
+    )
+    ((tokens, labels),) = masks(collator([row | {"name": 11}]))
+    key = reference_key(3, "mask", 0)
+    single = {name: rows[0] for name, rows in one.items()}
+    expected = [
+        reference_mask(
+            single, shared("wordpiece"), key=key, names=[11, document], wwm_probability=0.5
+        )
+        for document in (0, 1, 4)
+    ]
+    assert (tokens, labels) == tuple(
+        list(itertools.chain.from_iterable(parts)) for parts in zip(*expected, strict=True)
+    )
+    assert len(set(map(str, expected))) > 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_equal_rows_are_told_once(*, packed: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Rows and packed documents that nothing tells apart; not without words, nor few of many."""
+    row: dict[str, Any] = {"input_ids": [2, 7, 3, 2, 7, 3], "word_ids": [-1, 0, -1, -1, 0, -1]}
+    row["document_ids"] = [0, 0, 0, 1, 1, 1] if packed else [0] * 6
+    others = [{**row, "input_ids": [2, 9 + i, 3, 2, 200 + i, 3]} for i in range(180)]
+    batch = [row] if packed else [row, row]
+    make = functools.partial(WholeWordMaskingCollator, shared("wordpiece"))
+    make(seed=0)([{**row, "word_ids": [-1] * 6}] * 9)
+    make(seed=0)([*others, *batch])
+    make(seed=0, key_column="name")([{**row, "name": i} for i, row in enumerate(batch)])
+    make()(batch)
+    assert not caplog.records
+    collator = make(seed=0)
+    for _ in range(2):
+        collator(batch)
+    (record,) = caplog.records
+    assert "1 of 2 rows or documents of a batch are equal" in record.message
+    assert "pass key_column" in record.message
+
+
+def test_equal_rows_of_a_batch_without_a_seed_have_masks_of_their_own() -> None:
+    """Where torch's generator decides, which gives a number for the batch alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        batch = WholeWordMaskingCollator(shared("wordpiece"), wwm_probability=0.5)(
+            rows_with(recurring("wordpiece"))[::4] * 5
+        )
+    assert len({str(labels) for _, labels in masks(batch)}) > 3
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        (None, ValueError, r"key_column is 'name', the columns are \['input_ids', .* in Trainer"),
+        (1.5, TypeError, "a value of key_column is 1.5; it must be a whole number"),
+        (True, TypeError, "a value of key_column is True; it must be a whole number"),
+    ],
+)
+def test_columns_that_name_no_row(name: Any, error: type[Exception], message: str) -> None:
+    """One that is not there, also of joined rows, and one of other values."""
+    row: dict[str, Any] = {"input_ids": [2, 7, 3], "word_ids": [-1, 0, -1]}
+    collator = WholeWordMaskingCollator(shared("wordpiece"), key_column="name")
+    with pytest.raises(error, match=message):
+        collator([row if name is None else row | {"name": name}])
+    if name is None:
+        with pytest.raises(error, match=message):
+            collator.collate(join_rows(to_columns([row])), key=0)
 
 
 def test_seeds_and_epochs_differ() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -454,6 +455,10 @@ def test_keys_take_the_place_of_tokens() -> None:
     assert frozen(dataset.with_format("arrow"), batch_size=50) == whole
     backwards = dataset.select(range(len(TEXTS) - 1, -1, -1))
     assert frozen(backwards)[::-1] == whole
+    by_itself = replace(OURS, key_column="id")
+    assert listed(insert_random_mask(dataset[:], by_itself, seed=3)) == {
+        name: [row[name] for row in whole] for name in whole[0]
+    }
     same = datasets.Dataset.from_dict({**columns, "id": ["one"] * len(TEXTS)})
     assert frozen(same) != whole
     long = {"input_ids": [[9] * 9000] * 3, "word_ids": [[*range(9000)]] * 3}  # three blocks
@@ -464,15 +469,12 @@ def test_keys_take_the_place_of_tokens() -> None:
 
 
 def test_keys_that_are_none() -> None:
-    """A column that is not there, of values that are no keys, of packed rows, for others' masks."""
+    """A column that is not there, of values that are no keys, and for others' masks."""
     columns: dict[str, Any] = {"input_ids": [[2, 7, 3]], "word_ids": [[-1, 0, -1]], "id": [0]}
     with pytest.raises(ValueError, match=r"key_column is 'number', the columns are \['input_ids'"):
         insert_random_mask(columns, OURS, key_column="number")
-    packed = {**columns, "document_ids": [[0, 0, 0]]}
-    with pytest.raises(ValueError, match=r"without document_ids"):
-        insert_random_mask(packed, OURS, key_column="id")
     others = DataCollatorForLanguageModeling(tokenizer)
-    with pytest.raises(ValueError, match=r"is DataCollatorForLanguageModeling; .* for WholeWord"):
+    with pytest.raises(ValueError, match=r"is DataCollatorForLanguageModeling; only the masks of"):
         insert_random_mask(columns, others, key_column="id")
     with pytest.raises(TypeError):
         insert_random_mask({**columns, "id": [1.5]}, OURS, key_column="id")

@@ -257,9 +257,9 @@ def reference(*, rows: int, batch: int = 8, epochs: int | None = None) -> dict[s
     torch.set_num_threads(1)
     tokenizer = tiny_tokenizer()
     model = drop_nothing(tiny_model(tokenizer)).train()
-    data = make_rows(rows)
+    data = [{**row, "place": place} for place, row in enumerate(make_rows(rows))]
     epochs = epochs or (2 if rows == 8 else 1)
-    collator = WholeWordMaskingCollator(tokenizer, seed=42)
+    collator = WholeWordMaskingCollator(tokenizer, seed=42, key_column="place")
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]

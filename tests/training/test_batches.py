@@ -7,7 +7,7 @@ import logging
 import math
 import random
 from dataclasses import replace
-from itertools import count
+from itertools import chain, count
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -21,7 +21,8 @@ from transformers import DataCollatorForLanguageModeling
 
 from mlmadapt import WholeWordMaskingCollator
 from mlmadapt.testing import tiny_rows, tiny_tokenizer
-from mlmadapt.training.batches import BatchPlan, open_rows, training_batches
+from mlmadapt.training.batches import BatchPlan, OpenStream, open_rows, training_batches
+from tests.masking.reference_masking import reference_key, reference_mask
 from tests.scripts.short_run import global_states, yield_rows
 
 if TYPE_CHECKING:
@@ -254,6 +255,52 @@ def test_masks_of_ours_do_not_depend_on_the_batch(rows: list[dict[str, Any]]) ->
     assert targets(ours, batch_size=40, seed=1) != whole
     seeded = replace(ours, seed=7)
     assert targets(seeded, batch_size=40, seed=1) == targets(seeded, batch_size=40, seed=2) != whole
+
+
+@pytest.mark.parametrize("form", ["list", "dataset", "stream", "key_column"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_masks_of_ours_are_those_of_places(*, form: str, packed: bool) -> None:
+    """Equal rows and documents have masks of their own, which a slow reference makes again."""
+    row: dict[str, Any] = {"input_ids": [2, 7, 8, 9, 10, 3], "word_ids": [-1, 0, 1, 2, 3, -1]}
+    if packed:
+        row = {name: values * 2 for name, values in row.items()}
+        row["document_ids"] = [0] * 6 + [1] * 6
+    rows, key = [row] * 7, reference_key(4, "mask", 1)
+    expected = []
+    for place in range(7):
+        parts = [
+            reference_mask(
+                {"input_ids": row["input_ids"][:6], "word_ids": row["word_ids"][:6]},
+                TOKENIZER,
+                key=key,
+                names=[place, document] if packed else [place],
+                wwm_probability=0.5,
+            )[1]
+            for document in range(1 + packed)
+        ]
+        expected.append(list(chain.from_iterable(parts)))
+    assert len(set(map(tuple, expected))) > 3
+    collator = WholeWordMaskingCollator(TOKENIZER, wwm_probability=0.5, seed=4)
+    if form == "key_column":
+        numbered = [{**row, "place": place} for place, row in enumerate(rows)]
+        by_column = replace(collator, key_column="place")
+        by_column.set_epoch(1)
+        assert by_column(numbered)["labels"].tolist() == expected
+        expected, rows, collator = expected[::-1], numbered[::-1], by_column
+    source: Any = rows
+    if form in ("dataset", "stream"):
+        source = datasets.Dataset.from_list(rows)
+    for settings in ({"batch_size": 7}, {"batch_size": 2, "accumulation": 2, "seed": 5}):
+        plan = BatchPlan(rows=len(rows), **settings)
+        order = plan.order(1).tolist()
+        if form == "stream":
+            plan, order = replace(plan, rows=0), [*range(7)]
+            source = OpenStream(datasets.Dataset.from_list(rows).to_iterable_dataset())
+        made = flatten(training_batches(source, plan, collator, epoch=1))
+        found = [labels for batch in made for labels in batch["labels"]]
+        assert sorted(found) == sorted(expected[place] for place in order)
+        if plan.accumulation == 1:
+            assert found == [expected[place] for place in order]
 
 
 @pytest.mark.parametrize("name", COLLATORS)

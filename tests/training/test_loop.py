@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,8 @@ def test_sgd_takes_the_step_that_is_written_out(run: TinyRun, clip: float) -> No
     run.rows = run.rows[:8]
     reference = copy.deepcopy(run.model)
     run.collator = WholeWordMaskingCollator(run.tokenizer, seed=3)
-    batch = run.collator(run.rows)
+    by_place = replace(run.collator, key_column="place")
+    batch = by_place([{**row, "place": place} for place, row in enumerate(run.rows)])
     labels = batch.pop("labels")
     torch.nn.functional.cross_entropy(reference(**batch).logits.mT, labels).backward()
     norm = torch.cat([weight.grad.flatten() for weight in reference.parameters()]).norm()

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from mlmadapt._types import Columns, DataCollator, Hashes, Ints
+from mlmadapt._types import Columns, DataCollator, Ints
 from mlmadapt.data.rows import (
     check_tokens,
     check_whole,
@@ -54,9 +54,11 @@ def insert_random_mask(
             restored. They are those of the whole process: freeze so in one thread at a time.
         seed: Seed of the masks, a whole number.
         prefix: Put before the names of the new columns; ``""`` keeps the names.
-        key_column: A column that numbers or names the documents. A mask then depends on seed,
-            document and the words' places in place of tokens: two vocabularies mask the same words
-            of the same documents, if rows are whole documents and their words are the same.
+        key_column: A column that numbers or names the documents, in place of the collator's own
+            `key_column`. A mask then depends on seed, document and the words' places in place of
+            tokens: equal rows have masks of their own, and two vocabularies mask the same words of
+            the same documents, if their words are the same and rows are whole documents (or packed
+            ones, with the document's number at each token).
 
     Returns:
         The model's inputs and ``labels`` by their new names, rows of shape ``(sequence,)``. A
@@ -66,8 +68,8 @@ def insert_random_mask(
 
     Raises:
         ValueError: If there are no ``input_ids``, the collator returns no ``labels`` or rows of
-            another length, labels are not the row's tokens, or nothing is hidden; if `key_column`
-            is not there, the rows are packed or the collator is not ours; and as the collator does.
+            another length, labels are not the row's tokens, or nothing is hidden; if there is a
+            `key_column` and the collator is not ours; and as the collator does.
         TypeError: If `seed` is not a whole number, or a key neither that nor a string; and as the
             collator does.
 
@@ -87,36 +89,23 @@ def insert_random_mask(
     batch, is_table = read_batch(examples)
     if is_table:
         batch = {name: column.to_numpy() for name, column in batch.items()}
-    key: Any = derive_key(seed, "frozen")
-    if key_column is not None:
-        batch, key = _take_keys(batch, key_column, seed, data_collator)
     if isinstance(data_collator, WholeWordMaskingCollator):
-        joined, lengths = data_collator.mask(batch, key=key)
+        key = derive_key(seed, "frozen")
+        joined, lengths = data_collator.mask(batch, key=key, key_column=key_column)
         frozen: dict[str, Any] = {
             name: split_rows(values, lengths) for name, values in joined.items()
         }
-    else:
+    elif key_column is None:
         frozen = _freeze_row_by_row(batch, data_collator, seed)
+    else:
+        raise ValueError(
+            f"key_column is {key_column!r} and data_collator is {type(data_collator).__name__}; "
+            "only the masks of WholeWordMaskingCollator can follow a column"
+        )
     named = {prefix + name: rows for name, rows in frozen.items()}
     if is_table:
         return cast("Columns", pa.table({name: list(named[name]) for name in named}))
     return cast("Columns", named)
-
-
-def _take_keys(
-    examples: Mapping[str, Any], column: str, seed: int, data_collator: DataCollator
-) -> tuple[dict[str, Any], Hashes]:
-    """Return the columns without that of documents, and a key for each row."""
-    is_ours = isinstance(data_collator, WholeWordMaskingCollator)
-    if column not in examples or "document_ids" in examples or not is_ours:
-        raise ValueError(
-            f"key_column is {column!r}, the columns are {list(examples)} and data_collator is "
-            f"{type(data_collator).__name__}; it must be a column of numbers or strings, of rows "
-            "that are a document each (without document_ids), for WholeWordMaskingCollator"
-        )
-    keys = [derive_key(seed, "frozen", document) for document in examples[column]]
-    others = {name: rows for name, rows in examples.items() if name != column}
-    return others, np.array(keys, np.uint64)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ go to words that the model knows already; weights move it to others, at the same
 
 import hashlib
 import json
+import logging
 import operator
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mlmadapt._types import Floats, Hashes, Ints, Tokenizer
+from mlmadapt.data.rows import check_whole
+
+logger = logging.getLogger(__name__)
 
 # This many tokens per word, over a whole row, come from a tokenizer that does not split words.
 _TOO_LONG = 32
@@ -68,6 +72,23 @@ def warn_if_collapsed(words: Words) -> bool:
             stacklevel=6,
         )
     return bool(collapsed.size)
+
+
+def warn_if_equal(row_keys: Hashes) -> bool:
+    """Tell, once, whether more than a hundredth of the rows are equal to others.
+
+    By the log, since it is no fault of the caller's where few rows recur.
+    """
+    repeated = len(row_keys) - len(np.unique(row_keys))
+    if repeated <= len(row_keys) / 100:
+        return False
+    logger.warning(
+        "%d of %d rows or documents of a batch are equal to others and have their masks, so "
+        "that what recurs is learned wrongly; pass key_column, a column that numbers the rows",
+        repeated,
+        len(row_keys),
+    )
+    return True
 
 
 def list_places(first: Ints, size: Ints) -> Ints:
@@ -259,6 +280,25 @@ def derive_key(*parts: int | str) -> int:
     plain = [part if isinstance(part, str) else operator.index(part) for part in parts]
     digest = hashlib.blake2b(json.dumps(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def key_rows(key: int, names: Any) -> Hashes:
+    """Return a key a row, of shape ``(rows,)``, of `key` and a number or a string that names it.
+
+    Raises:
+        TypeError: If a name is neither a whole number nor a string.
+
+    Examples:
+        >>> by_number = key_rows(7, [3, 4])
+        >>> by_number[1] == key_rows(7, range(5))[4], by_number[0] == key_rows(7, ["3"])[0]
+        (np.True_, np.False_)
+    """
+    numbers = np.asarray(names)
+    if numbers.dtype.kind not in "iu":
+        whole = partial(check_whole, "a value of key_column", least=None, error=TypeError)
+        parts = [derive_key(name) if isinstance(name, str) else whole(name) for name in names]
+        numbers = np.array(parts, np.int64)
+    return hash_counters(np.array([key], np.uint64), numbers)
 
 
 def hash_rows(tokens: Ints, bounds: Ints, key: int) -> Hashes:

@@ -31,7 +31,7 @@ from mlmadapt.data.rows import JoinedRows
 from mlmadapt.data.table import dataset_lengths, table_reader
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.frozen_masks import collate_seeded, purify
-from mlmadapt.masking.selection import derive_key
+from mlmadapt.masking.selection import derive_key, key_rows
 from mlmadapt.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -363,7 +363,9 @@ def _collate(picked: Picked, *, data_collator: DataCollator, seed: int, epoch: i
     batch: Mapping[str, Any]
     if isinstance(data_collator, WholeWordMaskingCollator):
         own_seed = seed if data_collator.seed is None else data_collator.seed
-        key = derive_key(own_seed, "mask", epoch)
+        key: Any = derive_key(own_seed, "mask", epoch)
+        if data_collator.key_column is None:
+            key = key_rows(key, [place for _, place, _ in picks])
         batch = data_collator.collate(rows, key=key, progress=progress)
     else:
         key = derive_key(seed, "mask", epoch, *(index for _, index, _ in picks))

@@ -247,13 +247,15 @@ def test_evaluation_isolates_by_itself() -> None:
 def test_training_isolates_by_itself(tmp_path: Path) -> None:
     """A step on all documents, packed, takes the weights where a step on single rows takes them."""
     ends = []
-    for rows in (PACKED, ALONE):
+    columns = tokenize(24)
+    columns["number"] = [[place] * len(row) for place, row in enumerate(columns["input_ids"])]
+    for rows in (rows_of(pack_texts(columns, chunk_size=64)), rows_of(columns)):
         model = drop_nothing(build("bert"))
         accelerate_train(
             model,
             rows,
             tokenizer=TOKENIZER,
-            data_collator=WholeWordMaskingCollator(TOKENIZER),
+            data_collator=WholeWordMaskingCollator(TOKENIZER, key_column="number"),
             optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
             config=TrainingConfig(
                 output_dir=str(tmp_path), overwrite=True, num_train_epochs=3, disable_tqdm=True,

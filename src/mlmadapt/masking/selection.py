@@ -84,7 +84,8 @@ def warn_if_equal(row_keys: Hashes) -> bool:
         return False
     logger.warning(
         "%d of %d rows or documents of a batch are equal to others and have their masks, so "
-        "that what recurs is learned wrongly; pass key_column, a column that numbers the rows",
+        "that what recurs is learned, or measured, by one mask; pass key_column, a column that "
+        "numbers the rows",
         repeated,
         len(row_keys),
     )

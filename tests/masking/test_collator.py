@@ -434,6 +434,7 @@ def test_a_packed_document_has_the_mask_that_its_number_has_alone(chunk_size: in
     assert read is not None
     for rows in (list(packed), read(range(len(packed)))):
         batch = collator.collate(rows, key=derive_key(3, "mask", 0))
+        assert "number" not in batch
         for row, ids in enumerate(batch["document_ids"]):
             for document in set(ids.tolist()) - {-1}:
                 tokens, labels = (

@@ -30,14 +30,18 @@ def check_model(model: Model) -> None:
     base: Any = transformers.MODEL_MAPPING.get(config, ())  # some types have several
     causal: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(config, ())
     masked: Any = transformers.MODEL_FOR_MASKED_LM_MAPPING.get(config, ())
-    if isinstance(bare, masked):
+    is_known = hasattr(bare, "get_input_embeddings")
+    has_table = is_known and hasattr(bare.get_input_embeddings(), "weight")
+    if has_table and isinstance(bare, masked):
         return
-    if not hasattr(bare, "get_input_embeddings"):
+    if not is_known:
         reason = "is not one of transformers (of one that is wrapped, pass its .module)"
     elif isinstance(bare, causal):
         reason = "is a causal language model, which shifts its labels"
     elif type(bare) in np.atleast_1d(base):
         reason = "has no prediction head, as AutoModel loads it"
+    elif not has_table:
+        reason = "has no embeddings with a row per token, as other architectures have"
     else:
         return
     raise ValueError(f"model {type(bare).__name__} {reason}; load one by AutoModelForMaskedLM")
@@ -122,6 +126,14 @@ def position_capacity(model: Model) -> int | None:
     rows = len(table.weight)
     stated: int = getattr(model.config.get_text_config(), "max_position_embeddings", rows)
     return min(stated, rows) - first_position(model)
+
+
+def sliding_window(config: Any) -> int:
+    """Return how far attention reaches in the layers that it slides in, or 0 if it never does."""
+    # NeoMME's layers have windows of their own, and its configuration does not answer for them.
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    older = getattr(config, "local_attention", 0)  # ModernBERT's name before transformers 5.23
+    return max(getattr(layer, "sliding_window", older) or 0 for layer in layers)
 
 
 def first_position(model: Model) -> int:

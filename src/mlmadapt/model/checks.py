@@ -30,21 +30,37 @@ def check_model(model: Model) -> None:
     base: Any = transformers.MODEL_MAPPING.get(config, ())  # some types have several
     causal: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(config, ())
     masked: Any = transformers.MODEL_FOR_MASKED_LM_MAPPING.get(config, ())
-    is_known = hasattr(bare, "get_input_embeddings")
-    has_table = is_known and hasattr(bare.get_input_embeddings(), "weight")
-    if has_table and isinstance(bare, masked):
-        return
-    if not is_known:
+    if not hasattr(bare, "get_input_embeddings"):
         reason = "is not one of transformers (of one that is wrapped, pass its .module)"
-    elif isinstance(bare, causal):
+    elif not hasattr(bare.get_input_embeddings(), "weight"):
+        reason = "has no embeddings with a row per token, as other architectures have"
+    elif isinstance(bare, causal) and not isinstance(bare, masked):
         reason = "is a causal language model, which shifts its labels"
     elif type(bare) in np.atleast_1d(base):
         reason = "has no prediction head, as AutoModel loads it"
-    elif not has_table:
-        reason = "has no embeddings with a row per token, as other architectures have"
     else:
         return
     raise ValueError(f"model {type(bare).__name__} {reason}; load one by AutoModelForMaskedLM")
+
+
+def check_ties(model: Model) -> None:
+    """Check that adapters do not train the input embeddings apart from a head that is tied to them.
+
+    A new word would be read as it was learned, and predicted as if it were not.
+
+    Raises:
+        ValueError: If they do.
+    """
+    bare = unwrap(model)
+    both = [bare.get_input_embeddings(), bare.get_output_embeddings() or nn.Module()]
+    # Without biases, which are the head's alone.
+    read, told = ({w for w in part.parameters() if w.requires_grad and w.ndim > 1} for part in both)
+    if hasattr(model, "peft_config") and bare.config.tie_word_embeddings and read != told:
+        raise ValueError(
+            f"model {type(bare).__name__} ties its head to its embeddings, but adapters train them "
+            "apart; to train new words, give LoraConfig trainable_token_indices=[their ids], in "
+            "place of modules_to_save=['word_embeddings']"
+        )
 
 
 def check_collator(data_collator: DataCollator, tokenizer: Tokenizer) -> None:
@@ -133,7 +149,8 @@ def sliding_window(config: Any) -> int:
     # NeoMME's layers have windows of their own, and its configuration does not answer for them.
     layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
     older = getattr(config, "local_attention", 0)  # ModernBERT's name before transformers 5.23
-    return max(getattr(layer, "sliding_window", older) or 0 for layer in layers)
+    is_sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    return is_sliding * max(getattr(layer, "sliding_window", older) or 0 for layer in layers)
 
 
 def first_position(model: Model) -> int:

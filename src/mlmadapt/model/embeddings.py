@@ -91,12 +91,13 @@ def extend_vocabulary(
     rows += -rows % (pad_to_multiple_of or 1)
     grown = copy.deepcopy(model)
     try:
-        _grow(grown, rows, pieces)
+        _grow(grown, old_rows, rows, pieces)
         _check_grown(model, grown, tokenizer, pieces)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:190]
         raise ValueError(
-            f"model {type(model).__name__} cannot be extended: with new rows, {error!s:.190}; "
-            "keep its vocabulary as it is"
+            f"model {type(model).__name__} cannot be extended: with new rows, {reason}; keep its "
+            "vocabulary as it is"
         ) from error
     return extended, grown
 
@@ -128,9 +129,8 @@ def _check(tokenizer: Tokenizer, model: Model, pad_to_multiple_of: int | None) -
     return rows
 
 
-def _grow(model: Model, rows: int, pieces: Mapping[int, list[int]]) -> None:
+def _grow(model: Model, old_rows: int, rows: int, pieces: Mapping[int, list[int]]) -> None:
     """Give each table `rows` rows, and count them where they are counted."""
-    old_rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     size = (old_rows, old_rows + 1)
     # Whatever has one more with one token more has a row per token, wherever it is.
     likes = dict(_without_weights(model, old_rows + 1).named_modules())
@@ -183,10 +183,7 @@ def _check_grown(
     they are loaded. What a head adds that has not been found is missing here.
     """
     like = _without_weights(new, new.config.get_text_config().vocab_size)
-    own, asked = ({(n, w.shape) for n, w in part.state_dict().items()} for part in (new, like))
-    if own != asked:
-        name, _ = min(own ^ asked)
-        raise ValueError(f"it could not be loaded, since its configuration makes another {name!r}")
+    like.load_state_dict(new.state_dict(), assign=True)
     ids = torch.tensor([tokenizer(tokenizer.mask_token or "x")["input_ids"]], device=old.device)
     before, after = (try_model(model, {"input_ids": ids}) for model in (old, new))
     expected = torch.cat([before, after[..., before.shape[-1] :]], -1)
@@ -194,7 +191,7 @@ def _check_grown(
         expected[..., token_id] = before[..., old_ids].mean(-1)
     off, tolerance = (after - expected).abs().max(), torch.finfo(old.dtype).eps ** 0.5
     if not off <= tolerance * expected.abs().max():
-        raise ValueError(f"its logits are off by {off:.2g}, of a bias or a matrix that is not found")
+        raise ValueError(f"its logits are off by {off:.2g}, as if part of its head was not found")
     word = torch.full_like(ids, max(pieces))
     # With labels, some give the logits of what is predicted only.
     try_model(new, {"input_ids": word, "labels": word}, within=nullcontext())

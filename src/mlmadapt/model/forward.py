@@ -119,10 +119,8 @@ def masked_forward(
 
 def _cut(model: Model, probe: Batch) -> tuple[Batch, torch.Tensor]:
     """Return a few rows, of which nothing is padding to the model, and their labels."""
-    config = model.config.get_text_config()
-    is_sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     # Rows within the window of some layers would not show it.
-    window = sliding_window(config) if is_sliding else 0
+    window = sliding_window(model.config.get_text_config())
     copies = 1 + 2 * window // probe["labels"].shape[1]
     rows = {name: probe[name][:4].repeat(1, copies) for name in probe}
     inputs = {name: rows[name] for name in rows if name not in (*_TARGETS, "document_ids")}

@@ -21,7 +21,8 @@ def check_model(model: Model) -> None:
     """Check that `model` predicts each token at its own place.
 
     Raises:
-        ValueError: If it is a causal model, has no head, or is wrapped for several devices.
+        ValueError: If it is a causal model, has no head or no token embeddings, or is wrapped for
+            several devices.
     """
     import transformers  # noqa: PLC0415  # a second to load
 
@@ -33,8 +34,10 @@ def check_model(model: Model) -> None:
     if not hasattr(bare, "get_input_embeddings"):
         reason = "is not one of transformers (of one that is wrapped, pass its .module)"
     elif not hasattr(bare.get_input_embeddings(), "weight"):
-        reason = "has no embeddings with a row per token, as other architectures have"
-    elif isinstance(bare, causal) and not isinstance(bare, masked):
+        reason = "has no table of token embeddings"
+    elif isinstance(bare, masked):
+        return
+    elif isinstance(bare, causal):
         reason = "is a causal language model, which shifts its labels"
     elif type(bare) in np.atleast_1d(base):
         reason = "has no prediction head, as AutoModel loads it"
@@ -142,15 +145,6 @@ def position_capacity(model: Model) -> int | None:
     rows = len(table.weight)
     stated: int = getattr(model.config.get_text_config(), "max_position_embeddings", rows)
     return min(stated, rows) - first_position(model)
-
-
-def sliding_window(config: Any) -> int:
-    """Return how far attention reaches in the layers that it slides in, or 0 if it never does."""
-    # NeoMME's layers have windows of their own, and its configuration does not answer for them.
-    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
-    older = getattr(config, "local_attention", 0)  # ModernBERT's name before transformers 5.23
-    is_sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    return is_sliding * max(getattr(layer, "sliding_window", older) or 0 for layer in layers)
 
 
 def first_position(model: Model) -> int:

@@ -25,7 +25,6 @@ from mlmadapt.model.checks import (
     check_model,
     first_position,
     reset_compiled,
-    sliding_window,
     try_model,
     unwrap,
 )
@@ -153,7 +152,7 @@ class DocumentIsolation(AbstractContextManager["DocumentIsolation"]):
         full = mask_documents(documents, dtype)
         if set(getattr(self._config, "layer_types", None) or ()) <= {"full_attention"}:
             return full
-        near = mask_documents(documents, dtype, sliding_window(self._config))
+        near = mask_documents(documents, dtype, self._config.sliding_window)
         return {"full_attention": full, "sliding_attention": near}
 
 
@@ -198,7 +197,8 @@ def _check_isolation(model: Model) -> None:
     bare = unwrap(model)
     config = bare.config.get_text_config()
     # Long enough to reach out of the window of sliding attention; two are padded to each other.
-    sizes = [6, 2 * min(sliding_window(config), 512) + 7, 8]
+    window = getattr(config, "sliding_window", None) or 0
+    sizes = [6, 2 * min(window, 512) + 7, 8]
     documents = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(config.vocab_size, (2, sum(sizes)), generator=generator)

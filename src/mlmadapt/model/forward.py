@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mlmadapt._types import Batch, Model
-from mlmadapt.model.checks import sliding_window, try_model
+from mlmadapt.model.checks import try_model
 from mlmadapt.model.documents import DocumentIsolation
 from mlmadapt.model.head import MaskedPositions, SparsePrediction, check_encoder, masked_logits
 
@@ -119,9 +119,12 @@ def masked_forward(
 
 def _cut(model: Model, probe: Batch) -> tuple[Batch, torch.Tensor]:
     """Return a few rows, of which nothing is padding to the model, and their labels."""
-    # Rows within the window of some layers would not show it.
-    window = sliding_window(model.config.get_text_config())
-    copies = 1 + 2 * window // probe["labels"].shape[1]
+    config = model.config.get_text_config()
+    is_sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    # Rows within the window of some layers would not show it. Its name before transformers 5.23:
+    older = getattr(config, "local_attention", 0)
+    window: int = getattr(config, "sliding_window", older)
+    copies = 1 + 2 * (window if is_sliding else 0) // probe["labels"].shape[1]
     rows = {name: probe[name][:4].repeat(1, copies) for name in probe}
     inputs = {name: rows[name] for name in rows if name not in (*_TARGETS, "document_ids")}
     return {**inputs, "attention_mask": torch.ones_like(rows["input_ids"])}, rows["labels"]

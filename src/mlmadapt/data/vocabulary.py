@@ -67,7 +67,8 @@ class DomainWords:
 
     Attributes:
         found: The words, with counts and pieces.
-        tokens: Tokens in all texts, without special tokens.
+        tokens: Tokens in all texts, as the tokenizer gives them without its special ones at the
+            ends, and without chance if it samples them.
     """
 
     found: list[DomainWord]
@@ -140,7 +141,8 @@ def find_domain_words(
         check_whole(name, value)
     backend = _splitting_backend(tokenizer)
     counts = _count_pre_tokens(texts, backend, num_proc, name="texts")
-    tokens = counts[""]
+    tokens = counts.pop("", 0)
+    tokens += sum(count * len(backend.model.tokenize(form)) for form, count in counts.items())
     domain, general = _count_words(counts, backend), Counter[str]()
     if general_texts is not None:
         general = _count_pre_tokens(general_texts, backend, num_proc, name="general_texts")
@@ -231,7 +233,7 @@ def _count_pre_tokens(
 ) -> Counter[str]:
     """Count what the pre-tokenizer makes of the texts, in parts where processes share them.
 
-    Under ``""``, which it never makes, is the number of tokens.
+    Under ``""``, which it never makes, is by how many tokens added ones make the texts longer.
     """
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise TypeError(f"{name} is {texts!r:.40}; it must be a list or column of documents")
@@ -264,11 +266,10 @@ def _count_rows(rows: Iterable[tuple[int, str]], backend: "Backend", name: str) 
                 forms = pre_tokens(backend, text)
                 for form in forms:
                     counts[form] += count
-                # Added tokens are cut out before a text is split; to see them takes twice as long.
+                # Added tokens are cut out before a text is split, which takes as long again to see.
                 if any(not token.special or token.content in text for token in added):
-                    counts[""] += count * len(backend.encode(text, add_special_tokens=False))
-                else:
-                    counts[""] += count * sum(len(backend.model.tokenize(form)) for form in forms)
+                    seen = len(backend.encode(text, add_special_tokens=False))
+                    counts[""] += count * (seen - sum(map(len, map(backend.model.tokenize, forms))))
     return counts
 
 

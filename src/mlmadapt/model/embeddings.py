@@ -1,4 +1,7 @@
-"""Rows for new words: in the input embedding, in the head's matrix and in its biases.
+"""Rows for new words, in every table that has a row per token.
+
+Those are what a model's class makes larger with one token more: the input embedding, the head's
+matrix and its biases, and tables that are another architecture's alone.
 
 A new word begins as the mean of its old pieces, as they stand in that word. The head's matrix and
 its bias take the same mean, so that the new word is predicted with the mean of its pieces' logits.
@@ -42,13 +45,13 @@ def extend_vocabulary(
 
     A word is matched where it stands as a word, after white space; text without the new words is
     tokenized as before, but for rare cases (see `mlmadapt.data.vocabulary`). Old tokens keep their
-    ids and their rows. New rows are the mean of the rows of the word's old pieces, and so is the
-    head's bias; rows that only fill up to `pad_to_multiple_of` are the mean of all.
+    ids and their rows. New rows are the mean of the rows of the word's old pieces, in every table,
+    and so is the head's bias; rows that only fill up to `pad_to_multiple_of` are the mean of all.
 
     Both copies are complete: the model takes its memory twice until you drop the old one. Saved,
     they load by ``AutoTokenizer`` and ``AutoModelForMaskedLM``. But for WordPiece, the tokenizer is
     a ``PreTrainedTokenizerFast`` from then on, since classes such as ``RobertaTokenizer`` lose the
-    words when they are loaded.
+    words when they are loaded. Of BPE, dropout is switched off, which would split them.
 
     Args:
         tokenizer: The model's fast tokenizer: WordPiece, BPE, Unigram or WordLevel, with a
@@ -70,7 +73,7 @@ def extend_vocabulary(
             tokens that are there, words that the tokenizer splits at once: characters of Chinese);
             the error counts and names them. If the tokenizer is not the model's or does not split
             at white space, if the model is not a masked language model, has adapters or lies on
-            several devices, or if its head has a bias or a shape that is not found.
+            several devices, or if it could not use, predict or load a new word.
 
     Source:
         Gee et al. 2022, arXiv:2402.09977 (means of pieces).

@@ -177,6 +177,9 @@ def test_what_a_proposal_leaves_out() -> None:
     # Of 6 words a text, and 3: a word is as frequent here, twice as frequent or more.
     general = ["goodness film film"] * 4 + ["goodness " + "film " * 8] * 2 + ["placebo film film"]
     assert find(corpus, min_count=9, general_texts=general).words == ["placebos", "placebo"]
+    # Four words a text, of which the tokenizer makes a mask of three.
+    general = ["placebo [MASK]"] * 5
+    assert find(["placebo film"] * 10, general_texts=general).words == ["placebo"]
     assert find([], min_count=1).share == 0
     assert find(["electroencephalography"], min_count=1, size=1).words == ["electroencephalography"]
 

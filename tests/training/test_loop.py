@@ -415,7 +415,7 @@ def test_new_words_are_learned_by_adapters(
 def test_adapters_that_train_embeddings_alone_are_refused(run: TinyRun) -> None:
     """Before the first step, with what trains the head as well."""
     run.adapt(modules_to_save=["word_embeddings"])
-    with pytest.raises(ValueError, match="train them apart; to train new words, give LoraConfig"):
+    with pytest.raises(ValueError, match="train them apart; give LoraConfig trainable_token"):
         run.train()
 
 

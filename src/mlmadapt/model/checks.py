@@ -61,8 +61,7 @@ def check_ties(model: Model) -> None:
     if hasattr(model, "peft_config") and bare.config.tie_word_embeddings and read != told:
         raise ValueError(
             f"model {type(bare).__name__} ties its head to its embeddings, but adapters train them "
-            "apart; to train new words, give LoraConfig trainable_token_indices=[their ids], in "
-            "place of modules_to_save=['word_embeddings']"
+            "apart; give LoraConfig trainable_token_indices=[ids of new words], not modules_to_save"
         )
 
 

@@ -97,10 +97,9 @@ def extend_vocabulary(
         _grow(grown, old_rows, rows, pieces)
         _check_grown(model, grown, tokenizer, pieces)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:190]
         raise ValueError(
-            f"model {type(model).__name__} cannot be extended: with new rows, {reason}; keep its "
-            "vocabulary as it is"
+            f"model {type(model).__name__} cannot be extended: with new rows, "
+            f"{' '.join(str(error).split())[:190]}; keep its vocabulary as it is"
         ) from error
     return extended, grown
 

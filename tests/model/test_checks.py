@@ -126,18 +126,7 @@ class Untabled(BertForMaskedLM):
         return self.bert.embeddings.word_embeddings.weight
 
 
-TINY_PERCEIVER = PerceiverConfig(
-    vocab_size=9,
-    num_latents=4,
-    d_latents=8,
-    d_model=8,
-    num_self_attends_per_block=1,
-    num_self_attention_heads=2,
-    num_cross_attention_heads=2,
-    qk_channels=8,
-    v_channels=8,
-    max_position_embeddings=16,
-)
+TINY_PERCEIVER = PerceiverConfig(vocab_size=9, num_latents=4, d_latents=8, d_model=8)
 TINY_BERT = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
 TINY_GPT2 = GPT2Config(vocab_size=9, n_embd=16, n_layer=1, n_head=1, bos_token_id=1, eos_token_id=1)
 
@@ -159,14 +148,9 @@ TINY_GPT2 = GPT2Config(vocab_size=9, n_embd=16, n_layer=1, n_head=1, bos_token_i
 )
 def test_models_of_another_kind_are_named(model: Any, reason: str) -> None:
     """By their class, with the one that there should be, by whatever takes a model."""
-    frozen: Any = [{"input_ids": [2, 4, 3], "labels": [-100, 5, -100]}]
-    for refuse in (
-        check_model,
-        sparse_prediction,
-        isolate_documents,
-        partial(evaluate_mlm, dataset=frozen, tokenizer=tiny_tokenizer()),
-        lambda model: extend_vocabulary(tiny_tokenizer(), model, ["scorer"]),
-    ):
+    evaluate = partial(evaluate_mlm, dataset=[], tokenizer=tiny_tokenizer())
+    extend = partial(extend_vocabulary, tiny_tokenizer(), words=["scorer"])
+    for refuse in (check_model, sparse_prediction, isolate_documents, evaluate, extend):
         with pytest.raises(ValueError, match=f"model {reason}.*; load one by AutoModelForMaskedLM"):
             refuse(model)
 

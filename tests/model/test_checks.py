@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     BertConfig,
+    BertForMaskedLM,
     BertForPreTraining,
     BertForSequenceClassification,
     BertModel,
     DataCollatorForLanguageModeling,
     GPT2Config,
     GPT2LMHeadModel,
+    PerceiverConfig,
+    PerceiverForMaskedLM,
 )
 
-from mlmadapt import WholeWordMaskingCollator, sparse_prediction
+from mlmadapt import (
+    WholeWordMaskingCollator,
+    evaluate_mlm,
+    extend_vocabulary,
+    isolate_documents,
+    sparse_prediction,
+)
 from mlmadapt.model.checks import (
     check_collator,
     check_model,
     check_rows,
+    check_ties,
     position_capacity,
     try_model,
     unwrap,
@@ -105,6 +118,15 @@ class HeadOverNothing(GPT2LMHeadModel):
     """A user's own model, which no mapping of transformers lists."""
 
 
+class Untabled(BertForMaskedLM):
+    """A model that embeds its tokens by something else than a table."""
+
+    def get_input_embeddings(self) -> Any:
+        """Return what there is."""
+        return self.bert.embeddings.word_embeddings.weight
+
+
+TINY_PERCEIVER = PerceiverConfig(vocab_size=9, num_latents=4, d_latents=8, d_model=8)
 TINY_BERT = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
 TINY_GPT2 = GPT2Config(vocab_size=9, n_embd=16, n_layer=1, n_head=1, bos_token_id=1, eos_token_id=1)
 
@@ -117,13 +139,61 @@ TINY_GPT2 = GPT2Config(vocab_size=9, n_embd=16, n_layer=1, n_head=1, bos_token_i
         (nn.DataParallel(GPT2LMHeadModel(TINY_GPT2)), r"DataParallel is not .* \.module\)"),
         (nn.Linear(1, 1), "Linear is not one of transformers"),
         (BertModel(TINY_BERT), "BertModel has no prediction head, as AutoModel loads it"),
+        (
+            PerceiverForMaskedLM(TINY_PERCEIVER),
+            "PerceiverForMaskedLM has no table of token embeddings",
+        ),
+        (Untabled(TINY_BERT), "Untabled has no table of token embeddings"),
     ],
 )
 def test_models_of_another_kind_are_named(model: Any, reason: str) -> None:
-    """By their class, with the one that there should be; in `sparse_prediction` as well."""
-    for refuse in (check_model, sparse_prediction):
+    """By their class, with the one that there should be, by whatever takes a model."""
+    evaluate = partial(evaluate_mlm, dataset=[], tokenizer=tiny_tokenizer())
+    extend = partial(extend_vocabulary, tiny_tokenizer(), words=["scorer"])
+    for refuse in (check_model, sparse_prediction, isolate_documents, evaluate, extend):
         with pytest.raises(ValueError, match=f"model {reason}.*; load one by AutoModelForMaskedLM"):
             refuse(model)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("architecture", "options", "is_apart"),
+    [
+        ("bert", {}, False),
+        ("bert", {"bias": "all"}, False),
+        ("bert", {"trainable_token_indices": [7, 9]}, False),
+        ("bert", {"modules_to_save": ["transform"]}, False),
+        ("eurobert", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, False),
+        ("bert", {"modules_to_save": ["word_embeddings"]}, True),
+        ("bert", {"modules_to_save": ["word_embeddings", "decoder"]}, True),
+        ("distilbert", {"modules_to_save": ["vocab_projector"]}, True),
+        ("distilbert", {"target_modules": ["q_lin", "word_embeddings"]}, True),
+        ("modernbert", {"modules_to_save": ["tok_embeddings"]}, True),
+        ("roberta", {"trainable_token_indices": {"lm_head.decoder": [7]}}, True),
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_adapters_that_break_a_tie(
+    architecture: str,
+    options: dict[str, Any],
+    *,
+    is_apart: bool,
+    tied: bool,
+    wordpiece: PreTrainedTokenizerFast,
+) -> None:
+    """Input embeddings and head have to learn the same, if they were the same."""
+    model: Any = tiny_model(wordpiece, architecture=architecture)
+    model.config.tie_word_embeddings = tied
+    with torch.random.fork_rng(devices=[]):
+        model = type(model)(model.config)
+    names = {"distilbert": ["q_lin"], "modernbert": ["Wqkv"], "eurobert": ["q_proj"]}
+    layers = names.get(architecture, ["query"])
+    if architecture not in CONFIG_MAPPING or ("ensure_weight_tying" in options and not tied):
+        pytest.skip("of later versions of transformers, or PEFT warns itself")
+    adapted: Any = get_peft_model(model, LoraConfig(**{"target_modules": layers, **options}))
+    message = r"ties its head to its embeddings, but adapters train them apart; .*_indices=\[ids"
+    with pytest.raises(ValueError, match=message) if is_apart and tied else nullcontext():
+        check_ties(adapted)
 
 
 @pytest.mark.parametrize("make", [WholeWordMaskingCollator, DataCollatorForLanguageModeling])
@@ -139,6 +209,14 @@ def test_a_collator_of_another_tokenizer_is_named(
         check_collator(make(tiny_tokenizer("byte_bpe")), wordpiece)
     check_collator(make(tiny_tokenizer()), wordpiece)
     check_collator(dict, wordpiece)
+
+
+def test_without_adapters_no_tie_is_looked_for(wordpiece: PreTrainedTokenizerFast) -> None:
+    """LUKE's configuration tells of one that its model does not have."""
+    luke: Any = tiny_model(wordpiece, architecture="luke")
+    assert luke.config.tie_word_embeddings
+    assert luke.get_input_embeddings().weight is not luke.get_output_embeddings().weight
+    check_ties(luke)
 
 
 def test_models_below_a_wrapper_of_their_own_are_seen(bert: PreTrainedModel) -> None:

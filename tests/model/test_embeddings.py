@@ -11,10 +11,12 @@ import transformers
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
+    BertForMaskedLM,
     DebertaV2Config,
     DebertaV2ForMaskedLM,
 )
@@ -198,44 +200,138 @@ def test_a_run_with_new_words(architecture: str, tmp_path: Path) -> None:
     assert loaded("a placebo")["input_ids"] == tokenizer("a placebo")["input_ids"]
 
 
-class Scaled(torch.nn.Module):
-    """A head with a bias that is no row per token: of two parts, one behind the other."""
-
-    def __init__(self, decoder: torch.nn.Linear) -> None:
-        super().__init__()
-        self.decoder = decoder
-        self.parts = torch.nn.ParameterList([*torch.randn(2, len(decoder.weight) // 2)])
-
-    @property
-    def weight(self) -> torch.nn.Parameter:
-        """The matrix, as of any other head."""
-        return self.decoder.weight
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Add the bias as far as it goes."""
-        logits = self.decoder(hidden)
-        bias = torch.cat([*self.parts])
-        return logits + torch.nn.functional.pad(bias, (0, logits.shape[-1] - len(bias)))
+# Architectures with a second table to read by, a part of the head that lies across, and numbers of
+# words beside the configuration's.
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
+SIZES: dict[str, dict[str, Any]] = {
+    "xlm": {"emb_dim": 32, "n_layers": 1, "n_heads": 2},
+    "flaubert": {"emb_dim": 32, "n_layers": 1, "n_heads": 2},
+    "mobilebert": {**SMALL, "embedding_size": 16, "intra_bottleneck_size": 32},
+    "eurobert": {**SMALL, "num_key_value_heads": 2},
+    "neomme": {**SMALL, "num_key_value_heads": 2, "head_dim": 16, "embedding_rank": 16},
+}
 
 
-def test_a_head_whose_bias_is_not_found() -> None:
-    """It is refused, not left at 0."""
-    tokenizer, model = make("bert", tied=False)
-    with torch.random.fork_rng(devices=[]):
-        model.cls.predictions.decoder = Scaled(model.cls.predictions.decoder)
-    with pytest.raises(
-        ValueError,
-        match="the head of BertForMaskedLM cannot be extended: with new rows, its logits",
-    ):
-        extend_vocabulary(tokenizer, model, NEW)
-
-
-def test_a_head_of_another_shape() -> None:
-    """MobileBERT's matrix has a part that is no row per token."""
+@pytest.mark.parametrize("architecture", SIZES)
+@pytest.mark.parametrize("multiple", [None, 96], ids=["grown", "rows to spare"])
+def test_a_new_word_is_read_learned_and_loaded(
+    architecture: str, multiple: int | None, tmp_path: Path
+) -> None:
+    """Whatever has a row per token has one for it, and what is counted is counted with it."""
+    if architecture not in CONFIG_MAPPING:
+        pytest.skip("of later versions of transformers")
     tokenizer = tiny_tokenizer()
-    model = tiny_model(tokenizer, architecture="mobilebert")
-    with pytest.raises(ValueError, match=r"MobileBertForMaskedLM cannot be extended.* fails on"):
+    special = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    config = AutoConfig.for_model(architecture, **special, **SIZES[architecture])
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForMaskedLM.from_config(config).eval()
+    if multiple:  # without new rows, those that fill up are found as well
+        tokenizer, model = extend_vocabulary(
+            tokenizer, model, ["scorer"], pad_to_multiple_of=multiple
+        )
+    before = copy.deepcopy(model.state_dict())
+    longer, larger = extend_vocabulary(tokenizer, model, NEW)
+    ids = torch.tensor([longer("a placebo of goodness")["input_ids"]])
+    with torch.no_grad():
+        output = larger(input_ids=ids, labels=ids)
+    expected = torch.nn.functional.cross_entropy(output.logits[0], ids[0])
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    pieces = tokenizer("goodness", add_special_tokens=False)["input_ids"]
+    for name, values in larger.state_dict().items():
+        for dim, size in enumerate(values.shape):
+            if size == larger.config.vocab_size:
+                now, was = values.movedim(dim, 0), before[name].movedim(dim, 0)
+                assert torch.equal(now[: len(tokenizer)], was[: len(tokenizer)])
+                torch.testing.assert_close(now[len(longer) - 1], was[pieces].mean(0))
+    larger.save_pretrained(tmp_path)
+    loaded = AutoModelForMaskedLM.from_pretrained(
+        tmp_path, attn_implementation=larger.config._attn_implementation
+    )
+    assert torch.equal(logits(loaded, ids[0].tolist()), output.logits)
+    assert all(torch.equal(model.state_dict()[name], values) for name, values in before.items())
+
+
+class Normalized(BertForMaskedLM):
+    """A head whose logits depend on the number of tokens."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return logarithms of probabilities."""
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits.log_softmax(-1)
+        return output
+
+
+class Forgetful(BertForMaskedLM):
+    """A loss that knows the old number of tokens."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.sizes = [config.vocab_size]
+
+    def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+        """Compute a loss over the tokens of old."""
+        output = super().forward(*args, **kwargs)
+        if labels is not None:
+            torch.nn.functional.cross_entropy(output.logits.view(-1, *self.sizes), labels.view(-1))
+        return output
+
+
+class Built(BertForMaskedLM):
+    """A class that is made of more than its configuration."""
+
+    def __init__(self, config: Any, extra: int) -> None:
+        super().__init__(config)
+        self.extra = extra
+
+
+class Padded(BertForMaskedLM):
+    """Tables with more rows than the configuration says."""
+
+    def __init__(self, config: Any) -> None:
+        padded = copy.deepcopy(config)
+        padded.vocab_size += -padded.vocab_size % 5
+        super().__init__(padded)
+
+
+def with_buffer(config: Any) -> Any:
+    """A model with something that its configuration knows nothing of."""
+    model = BertForMaskedLM(config)
+    model.register_buffer("counts", torch.zeros(config.vocab_size))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make_model", "reason"),
+    [
+        (Normalized, r"its logits are off by .*, as if part of its head was not found"),
+        (Forgetful, r"model Forgetful fails on a batch of \['input_ids', 'labels'\]"),
+        (lambda config: Built(config, 3), r".*missing .*'extra'"),
+        (Padded, r"Error\(s\) in loading .* size mismatch for "),
+        (with_buffer, r'Error\(s\) in loading .* Unexpected key\(s\) in state_dict: "counts"'),
+        (
+            lambda _: tiny_model(tiny_tokenizer(), architecture="ibert"),
+            r"Error\(s\) in loading .* size mismatch for ibert.*weight_integer",
+        ),
+    ],
+    ids=["logits", "loss", "built", "padded", "buffer", "own buffer"],
+)
+def test_models_that_cannot_have_new_rows(make_model: Any, reason: str) -> None:
+    """Each is named with one reason, in few words, and left as it was."""
+    tokenizer, model = make("bert")
+    with torch.random.fork_rng(devices=[]):
+        model = make_model(model.config)
+    before = copy.deepcopy(model.state_dict())
+    name = type(model).__name__
+    message = rf"^model {name} cannot be extended: with new rows, {reason}.*; keep its vocabulary"
+    with pytest.raises(ValueError, match=message) as caught:
         extend_vocabulary(tokenizer, model, NEW)
+    assert len(str(caught.value)) <= 300
+    assert all(torch.equal(model.state_dict()[name], values) for name, values in before.items())
 
 
 @pytest.mark.parametrize("size", [0, 1.5, True, "8"])
@@ -259,7 +355,7 @@ def test_models_that_are_not_the_tokenizers() -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_models_that_cannot_be_extended() -> None:
-    """Adapters, compiled and causal models, shards, several devices, rows in a buffer."""
+    """Adapters, compiled and causal models, shards, several devices."""
     tokenizer, model = make("bert")
 
     def refuse(model: Any, message: str) -> None:
@@ -280,6 +376,3 @@ def test_models_that_cannot_be_extended() -> None:
     sharded = copy.deepcopy(model)
     sharded.get_input_embeddings().weight.ds_id = 3
     refuse(sharded, "is sharded; extend it before FSDP or DeepSpeed get it")
-    buffered = copy.deepcopy(model)
-    buffered.register_buffer("counts", torch.zeros(len(tokenizer)))
-    refuse(buffered, "has a buffer with a row per token")

@@ -19,7 +19,8 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling, pipeline
 
-from mlmadapt import TrainingConfig, WholeWordMaskingCollator, evaluate_mlm
+from mlmadapt import TrainingConfig, WholeWordMaskingCollator, evaluate_mlm, extend_vocabulary
+from mlmadapt.model.checks import try_model
 from mlmadapt.model.evaluation import collate_frozen
 from mlmadapt.testing import tiny_model, tiny_rows, tiny_tokenizer
 from mlmadapt.training.loop import collate_unfrozen
@@ -371,6 +372,53 @@ def test_of_a_peft_model_the_adapter_is_trained_and_saved(run: TinyRun, architec
     assert {path.name for path in run.folder.glob("*.safetensors")} == {"adapter_model.safetensors"}
     loaded = peft.PeftModel.from_pretrained(base, str(run.folder))
     assert evaluate_mlm(loaded, run.eval_rows, tokenizer=run.tokenizer) == result.final
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("architecture", "kind", "layers"),
+    [
+        ("bert", "wordpiece", "query"),
+        ("roberta", "byte_bpe", "query"),
+        ("distilbert", "wordpiece", "q_lin"),
+        ("modernbert", "byte_bpe", "Wqkv"),
+        ("albert", "unigram", "query"),
+    ],
+)
+def test_new_words_are_learned_by_adapters(
+    run: TinyRun, architecture: str, kind: str, layers: str, tmp_path: Path
+) -> None:
+    """Their rows alone, in head and embeddings alike; merged and loaded, all is the same."""
+    old = tiny_tokenizer(kind)
+    words = ["placebo", "goodness"]
+    model = tiny_model(old, architecture=architecture)
+    run.tokenizer, run.model = extend_vocabulary(old, model, words)
+    base = copy.deepcopy(run.model)
+    text = "placebo of goodness and goodness of placebo"
+    run.rows = [{"input_ids": run.tokenizer(text)["input_ids"]}] * 12
+    run.collator = DataCollatorForLanguageModeling(run.tokenizer, mlm_probability=0.5)
+    new = [*range(len(old), len(run.tokenizer))]
+    run.adapt(target_modules=[layers], trainable_token_indices=new)
+    run.train(learning_rate=0.1)
+    inputs = {"input_ids": torch.tensor([run.rows[0]["input_ids"]])}
+    expected = try_model(run.model, inputs)
+    merged = peft.PeftModel.from_pretrained(base, str(run.folder)).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    loaded: Any = AutoModelForMaskedLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(try_model(loaded, inputs), expected)
+    table = loaded.get_input_embeddings().weight
+    assert loaded.get_output_embeddings().weight is table
+    was = extend_vocabulary(old, model, words)[1].get_input_embeddings().weight
+    moved = (table != was).any(1).nonzero().flatten()
+    assert moved.tolist() == new
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_that_train_embeddings_alone_are_refused(run: TinyRun) -> None:
+    """Before the first step, with what trains the head as well."""
+    run.adapt(modules_to_save=["word_embeddings"])
+    with pytest.raises(ValueError, match="train them apart; give LoraConfig trainable_token"):
+        run.train()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -67,7 +67,8 @@ class DomainWords:
 
     Attributes:
         found: The words, with counts and pieces.
-        tokens: Tokens in all texts, without special tokens.
+        tokens: Tokens in all texts, as the tokenizer gives them without its special ones at the
+            ends, and without chance if it samples them.
     """
 
     found: list[DomainWord]
@@ -140,14 +141,17 @@ def find_domain_words(
         check_whole(name, value)
     backend = _splitting_backend(tokenizer)
     counts = _count_pre_tokens(texts, backend, num_proc, name="texts")
-    tokens = sum(count * len(backend.model.tokenize(form)) for form, count in counts.items())
+    tokens = counts.pop("", 0)
+    tokens += sum(count * len(backend.model.tokenize(form)) for form, count in counts.items())
     domain, general = _count_words(counts, backend), Counter[str]()
     if general_texts is not None:
         general = _count_pre_tokens(general_texts, backend, num_proc, name="general_texts")
         general = _count_words(general, backend)
     # How often a word may stand in the general text, per time that it stands here.
     ratio = general.total() / max(domain.total(), 1) / 2
-    decode = backend.decoder.decode if backend.decoder else "".join
+    # What a word in the middle of a text begins with, and a decoder would take off.
+    mark = pre_tokens(backend, "x x")[1][:-1]
+    decode = backend.decoder.decode if backend.decoder else lambda form: form[0].removeprefix(mark)
     words = {
         word: count
         for form, count in domain.items()
@@ -213,20 +217,24 @@ def add_words(
     ]
     ids_now = _pieces(extended.backend_tokenizer, [*forms.values()])
     rows = zip(forms.values(), pieces.items(), ids_now, *read_back, strict=True)
-    # What had an unknown token in it was not read back before.
-    failed = [
-        word
-        for word, (new_id, old_ids), ids, before, after in rows
-        if ids != [new_id] or (before != after and tokenizer.unk_token_id not in old_ids)
-    ]
-    _refuse(dict.fromkeys(failed, f"does not become one token of this {kind} tokenizer"))
+    problems = {}
+    for word, (new_id, old_ids), ids, before, after in rows:
+        if ids != [new_id]:
+            problems[word] = f"does not become one token of this {kind} tokenizer"
+        # Pieces are not joined without a decoder, nor read back where one was unknown.
+        elif before != after and backend.decoder and tokenizer.unk_token_id not in old_ids:
+            problems[word] = f"would be read back in {after!r}, not {before!r}"
+    _refuse(problems)
     return extended, pieces
 
 
 def _count_pre_tokens(
     texts: Iterable[str], backend: "Backend", num_proc: int | None, *, name: str
 ) -> Counter[str]:
-    """Count what the pre-tokenizer makes of the texts, in parts where processes share them."""
+    """Count what the pre-tokenizer makes of the texts, in parts where processes share them.
+
+    Under ``""``, which it never makes, is by how many tokens added ones make the texts longer.
+    """
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise TypeError(f"{name} is {texts!r:.40}; it must be a list or column of documents")
     rows = enumerate(texts)
@@ -243,7 +251,10 @@ def _count_pre_tokens(
 
 def _count_rows(rows: Iterable[tuple[int, str]], backend: "Backend", name: str) -> Counter[str]:
     counts = Counter[str]()
-    for before, strings in _count_strings(rows, name):
+    added = backend.get_added_tokens_decoder().values()
+    # One that holds a space is not found between spaces.
+    gap = None if any(" " in token.content for token in added) else " "
+    for before, strings in _count_strings(rows, name, gap):
         by_count = defaultdict[int, list[str]](list)
         for string, count in strings.items():
             by_count[count].append(string)
@@ -251,12 +262,18 @@ def _count_rows(rows: Iterable[tuple[int, str]], backend: "Backend", name: str) 
         size = 32 if before else 1
         for count, alike in by_count.items():
             for start in range(0, len(alike), size):
-                for form in pre_tokens(backend, before + " ".join(alike[start : start + size])):
+                text = before + " ".join(alike[start : start + size])
+                forms = pre_tokens(backend, text)
+                for form in forms:
                     counts[form] += count
+                # Added tokens are cut out before a text is split, which takes as long again to see.
+                if any(not token.special or token.content in text for token in added):
+                    seen = len(backend.encode(text, add_special_tokens=False))
+                    counts[""] += count * (seen - sum(map(len, map(backend.model.tokenize, forms))))
     return counts
 
 
-def _count_strings(rows: Iterable[tuple[int, str]], name: str) -> Iterator[Any]:
+def _count_strings(rows: Iterable[tuple[int, str]], name: str, gap: str | None) -> Iterator[Any]:
     """Count what stands between spaces, which is split far fewer times than it occurs.
 
     The first string of a text has no space before it, which byte-level tokenizers tell apart.
@@ -266,7 +283,7 @@ def _count_strings(rows: Iterable[tuple[int, str]], name: str) -> Iterator[Any]:
         if not isinstance(text, str):
             seen = f"{text!r:.40}, of type {type(text).__name__}"
             raise TypeError(f"document {row} of {name} is {seen}; each document must be a str")
-        first, *rest = text.split(" ")
+        first, *rest = text.split(gap) if gap else [text]
         firsts[first] += 1
         others.update(rest)
         if len(firsts) + len(others) > _MOST_STRINGS:
@@ -277,6 +294,7 @@ def _count_strings(rows: Iterable[tuple[int, str]], name: str) -> Iterator[Any]:
 
 def _count_words(counts: Counter[str], backend: "Backend") -> Counter[str]:
     """Count words without the marks that SentencePiece leaves behind them: ``▁film,``."""
+    del counts[""]
     if type(backend.model).__name__ != "Unigram":
         return counts
     words: Counter[str] = Counter()
@@ -288,6 +306,11 @@ def _count_words(counts: Counter[str], backend: "Backend") -> Counter[str]:
 
 def _splitting_backend(tokenizer: Tokenizer) -> "Backend":
     backend = whole_backend(tokenizer)
+    # What samples its tokens, BPE and Unigram, would count others each time.
+    sampling = [name for name in ("dropout", "alpha") if getattr(backend.model, name, None)]
+    backend = deepcopy(backend) if sampling else backend
+    for name in sampling:
+        setattr(backend.model, name, None)
     if len(pre_tokens(backend, "one two")) != 2:
         raise ValueError(
             f"tokenizer {type(tokenizer).__name__} does not split texts into words at white space, "
@@ -401,7 +424,8 @@ def _extend_whole_words(tokenizer: Tokenizer, new: dict[int, str]) -> Tokenizer:
     spec["model"]["vocab"] = {token: i for i, token in names.items()}
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] not in new]
     if spec["model"]["type"] == "BPE":
-        spec["model"]["ignore_merges"] = True
+        # Of what samples its merges, no word is whole for sure.
+        spec["model"] |= {"ignore_merges": True, "dropout": None}
     # Not of the same class: `RobertaTokenizer` builds its backend anew when it is loaded, without
     # `ignore_merges`.
     left_out = {"vocab_file", "merges_file", "added_tokens_decoder", "name_or_path"}

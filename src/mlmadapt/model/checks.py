@@ -21,7 +21,8 @@ def check_model(model: Model) -> None:
     """Check that `model` predicts each token at its own place.
 
     Raises:
-        ValueError: If it is a causal model, has no head, or is wrapped for several devices.
+        ValueError: If it is a causal model, has no head or no token embeddings, or is wrapped for
+            several devices.
     """
     import transformers  # noqa: PLC0415  # a second to load
 
@@ -30,10 +31,12 @@ def check_model(model: Model) -> None:
     base: Any = transformers.MODEL_MAPPING.get(config, ())  # some types have several
     causal: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(config, ())
     masked: Any = transformers.MODEL_FOR_MASKED_LM_MAPPING.get(config, ())
-    if isinstance(bare, masked):
-        return
     if not hasattr(bare, "get_input_embeddings"):
         reason = "is not one of transformers (of one that is wrapped, pass its .module)"
+    elif not hasattr(bare.get_input_embeddings(), "weight"):
+        reason = "has no table of token embeddings"
+    elif isinstance(bare, masked):
+        return
     elif isinstance(bare, causal):
         reason = "is a causal language model, which shifts its labels"
     elif type(bare) in np.atleast_1d(base):
@@ -41,6 +44,25 @@ def check_model(model: Model) -> None:
     else:
         return
     raise ValueError(f"model {type(bare).__name__} {reason}; load one by AutoModelForMaskedLM")
+
+
+def check_ties(model: Model) -> None:
+    """Check that adapters do not train the input embeddings apart from a head that is tied to them.
+
+    A new word would be read as it was learned, and predicted as if it were not.
+
+    Raises:
+        ValueError: If they do.
+    """
+    bare = unwrap(model)
+    both = [bare.get_input_embeddings(), bare.get_output_embeddings() or nn.Module()]
+    # Without biases, which are the head's alone.
+    read, told = ({w for w in part.parameters() if w.requires_grad and w.ndim > 1} for part in both)
+    if hasattr(model, "peft_config") and bare.config.tie_word_embeddings and read != told:
+        raise ValueError(
+            f"model {type(bare).__name__} ties its head to its embeddings, but adapters train them "
+            "apart; give LoraConfig trainable_token_indices=[ids of new words], not modules_to_save"
+        )
 
 
 def check_collator(data_collator: DataCollator, tokenizer: Tokenizer) -> None:

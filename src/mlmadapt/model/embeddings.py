@@ -1,4 +1,7 @@
-"""Rows for new words: in the input embedding, in the head's matrix and in its biases.
+"""Rows for new words, in every table that has a row per token.
+
+Those are what a model's class makes larger with one token more: the input embedding, the head's
+matrix and its biases, and tables that are another architecture's alone.
 
 A new word begins as the mean of its old pieces, as they stand in that word. The head's matrix and
 its bias take the same mean, so that the new word is predicted with the mean of its pieces' logits.
@@ -12,6 +15,7 @@ loses the bias of an untied BERT when the model is loaded again.
 
 import copy
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -41,13 +45,13 @@ def extend_vocabulary(
 
     A word is matched where it stands as a word, after white space; text without the new words is
     tokenized as before, but for rare cases (see `mlmadapt.data.vocabulary`). Old tokens keep their
-    ids and their rows. New rows are the mean of the rows of the word's old pieces, and so is the
-    head's bias; rows that only fill up to `pad_to_multiple_of` are the mean of all.
+    ids and their rows. New rows are the mean of the rows of the word's old pieces, in every table,
+    and so is the head's bias; rows that only fill up to `pad_to_multiple_of` are the mean of all.
 
     Both copies are complete: the model takes its memory twice until you drop the old one. Saved,
     they load by ``AutoTokenizer`` and ``AutoModelForMaskedLM``. But for WordPiece, the tokenizer is
     a ``PreTrainedTokenizerFast`` from then on, since classes such as ``RobertaTokenizer`` lose the
-    words when they are loaded.
+    words when they are loaded. Of BPE, dropout is switched off, which would split them.
 
     Args:
         tokenizer: The model's fast tokenizer: WordPiece, BPE, Unigram or WordLevel, with a
@@ -69,7 +73,7 @@ def extend_vocabulary(
             tokens that are there, words that the tokenizer splits at once: characters of Chinese);
             the error counts and names them. If the tokenizer is not the model's or does not split
             at white space, if the model is not a masked language model, has adapters or lies on
-            several devices, or if its head has a bias or a shape that is not found.
+            several devices, or if it could not use, predict or load a new word.
 
     Source:
         Gee et al. 2022, arXiv:2402.09977 (means of pieces).
@@ -89,8 +93,14 @@ def extend_vocabulary(
     rows = max(old_rows, max(pieces) + 1)
     rows += -rows % (pad_to_multiple_of or 1)
     grown = copy.deepcopy(model)
-    _grow(grown, rows, pieces)
-    _check_head(model, grown, tokenizer, pieces)
+    try:
+        _grow(grown, old_rows, rows, pieces)
+        _check_grown(model, grown, tokenizer, pieces)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"model {type(model).__name__} cannot be extended: with new rows, "
+            f"{' '.join(str(error).split())[:190]}; keep its vocabulary as it is"
+        ) from error
     return extended, grown
 
 
@@ -110,8 +120,6 @@ def _check(tokenizer: Tokenizer, model: Model, pad_to_multiple_of: int | None) -
         reason = "is sharded; extend it before FSDP or DeepSpeed get it"
     elif len(devices) > 1 or "meta" in devices:
         reason = f"lies on {sorted(devices)}; load it on one device"
-    elif any(len(buffer) == rows for buffer in model.buffers() if buffer.dim()):
-        reason = "has a buffer with a row per token, which cannot be extended"
     if reason is not None:
         raise ValueError(f"model {type(model).__name__} {reason}")
     pad, model_pad = tokenizer.pad_token_id, model.config.get_text_config().pad_token_id
@@ -123,66 +131,69 @@ def _check(tokenizer: Tokenizer, model: Model, pad_to_multiple_of: int | None) -
     return rows
 
 
-def _grow(model: Model, rows: int, pieces: Mapping[int, list[int]]) -> None:
-    """Give every parameter that has a row per token `rows` rows."""
-    modules: Any = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[no-untyped-call]
-    matrices = [module.weight for module in modules if hasattr(module, "weight")]
-    old_rows = len(matrices[0])
-    encoder = {id(weight) for weight in model.base_model.parameters()}
-    # What DeBERTa's newer head gives is not its matrix.
-    by_row = [matrix for matrix in matrices if len(matrix) == old_rows]
-    by_row += [
-        weight
-        for weight in model.parameters()
-        if weight.shape == (old_rows,) and id(weight) not in encoder
-    ]
-    # By identity, so that what is tied stays tied.
-    grown = {id(weight): _grow_rows(weight, rows, pieces) for weight in by_row}
-    for module in model.modules():
-        for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if id(weight) in grown:
-                setattr(module, name, grown[id(weight)])
-                if name == "weight":
-                    size = "num_embeddings" if isinstance(module, nn.Embedding) else "out_features"
-                    setattr(module, size, rows)
+def _grow(model: Model, old_rows: int, rows: int, pieces: Mapping[int, list[int]]) -> None:
+    """Give each table `rows` rows, and count them where they are counted."""
+    size = (old_rows, old_rows + 1)
+    # Whatever has one more with one token more has a row per token, wherever it is.
+    likes = dict(_without_weights(model, old_rows + 1).named_modules())
+    grown: dict[nn.Parameter, nn.Parameter] = {}  # so that what is tied stays tied
+    for path, module in model.named_modules():
+        like = likes.get(path, module)
+        for name, value in vars(like).items():
+            if isinstance(value, int) and (vars(module).get(name), value) == size:
+                setattr(module, name, rows)
+        theirs = dict(like.named_parameters(recurse=False, remove_duplicate=False))
+        for name, weight in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
+            sizes = [*zip(weight.shape, theirs.get(name, weight).shape, strict=False)]
+            if size in sizes:
+                if weight not in grown:
+                    grown[weight] = _grow_rows(weight, rows, pieces, dim=sizes.index(size))
+                setattr(module, name, grown[weight])
     model.config.get_text_config().vocab_size = rows
-    if hasattr(model, "vocab_size"):
-        model.vocab_size = rows
 
 
-def _grow_rows(weight: nn.Parameter, rows: int, pieces: Mapping[int, list[int]]) -> nn.Parameter:
+def _without_weights(model: Model, rows: int) -> Model:
+    """Return a model as it is made of the configuration, with so many tokens, before it loads."""
+    config = copy.deepcopy(model.config)
+    config.get_text_config().vocab_size = rows
+    with torch.device("meta"):
+        like: Model = type(model)(config)
+    return like
+
+
+def _grow_rows(
+    weight: nn.Parameter, rows: int, pieces: Mapping[int, list[int]], *, dim: int
+) -> nn.Parameter:
     with torch.no_grad():
-        old = weight.detach()
+        old = weight.detach().movedim(dim, 0)
         # A row that fills up takes at most one token's share of the probability, as a mean does.
         spare = old.float().mean(0, keepdim=True).to(old.dtype)
         new = torch.cat([old, spare.expand(rows - len(old), *old.shape[1:])])
         for token_id, old_ids in pieces.items():
             new[token_id] = old[old_ids].float().mean(0).to(old.dtype)
+    new = new.movedim(0, dim).contiguous()
     return nn.Parameter(new, requires_grad=weight.requires_grad)
 
 
-def _check_head(
+def _check_grown(
     old: Model, new: Model, tokenizer: Tokenizer, pieces: Mapping[int, list[int]]
 ) -> None:
-    """Check that old tokens have their old logits, and new ones the mean of their pieces' logits.
+    """Check that a model with new rows can be used, trained and loaded.
 
-    What a head adds that has not been found, a bias of another shape for one, is missing here.
+    Old tokens have their old logits, and new ones the mean of their pieces' logits; the last new
+    word is read and predicted, with a loss; and the weights are those that will be looked for when
+    they are loaded. What a head adds that has not been found is missing here.
     """
+    like = _without_weights(new, new.config.get_text_config().vocab_size)
+    like.load_state_dict(new.state_dict(), assign=True)
     ids = torch.tensor([tokenizer(tokenizer.mask_token or "x")["input_ids"]], device=old.device)
-    before = try_model(old, {"input_ids": ids})
-    reason = None
-    try:
-        after = try_model(new, {"input_ids": ids})
-        expected = torch.cat([before, after[..., before.shape[-1] :]], -1)
-        for token_id, old_ids in pieces.items():
-            expected[..., token_id] = before[..., old_ids].mean(-1)
-        off, tolerance = (after - expected).abs().max(), torch.finfo(old.dtype).eps ** 0.5
-        if not off <= tolerance * expected.abs().max():
-            reason = f"its logits are off by {off:.2g}"
-    except (ValueError, RuntimeError, IndexError) as error:
-        reason = str(error)
-    if reason is not None:
-        raise ValueError(
-            f"the head of {type(old).__name__} cannot be extended: with new rows, {reason}; it has "
-            "a bias or a matrix that is not one row per token of get_output_embeddings()"
-        )
+    before, after = (try_model(model, {"input_ids": ids}) for model in (old, new))
+    expected = torch.cat([before, after[..., before.shape[-1] :]], -1)
+    for token_id, old_ids in pieces.items():
+        expected[..., token_id] = before[..., old_ids].mean(-1)
+    off, tolerance = (after - expected).abs().max(), torch.finfo(old.dtype).eps ** 0.5
+    if not off <= tolerance * expected.abs().max():
+        raise ValueError(f"its logits are off by {off:.2g}, as if part of its head was not found")
+    word = torch.full_like(ids, max(pieces))
+    # With labels, some give the logits of what is predicted only.
+    try_model(new, {"input_ids": word, "labels": word}, within=nullcontext())

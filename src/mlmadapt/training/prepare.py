@@ -24,7 +24,7 @@ from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
 from mlmadapt.data.rows import is_frozen
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.frozen_masks import check_masks
-from mlmadapt.model.checks import check_collator, check_model, check_rows
+from mlmadapt.model.checks import check_collator, check_model, check_rows, check_ties
 from mlmadapt.model.forward import MaskedForward, masked_forward
 from mlmadapt.training.batches import OpenStream, plan_batches, training_batches, unopened
 from mlmadapt.training.config import TrainingConfig
@@ -81,6 +81,7 @@ def check_run(
             "eval_dataset is None; pass one"
         )
     check_weights(model)
+    check_ties(model)
     check_whole(model, accelerator)
 
 

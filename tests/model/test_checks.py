@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForPreTraining,
     BertForSequenceClassification,
     BertModel,
@@ -23,7 +24,11 @@ from mlmadapt import WholeWordMaskingCollator, sparse_prediction
 from mlmadapt.model.checks import (
     check_collator,
     check_model,
+    check_optimizer,
     check_rows,
+    check_tokenizer,
+    check_weights,
+    find_not_finite,
     position_capacity,
     try_model,
     unwrap,
@@ -60,7 +65,7 @@ def test_rows_that_do_not_fit(
 ) -> None:
     """A row too long and an id too high, in lists, tables and selections of them."""
     with pytest.raises(ValueError, match=message):
-        check_rows("train_dataset", make(rows), model=bert, tokenizer=wordpiece)
+        check_rows("train_dataset", make(rows), model=bert)
 
 
 @pytest.mark.parametrize("make", [list, datasets.Dataset.from_list, as_indexed])
@@ -71,38 +76,38 @@ def test_rows_that_fit(
     rows = [*ROWS, {"input_ids": [474] * 512}, {"input_ids": []}]
     frozen = [{f"masked_{name}": values for name, values in row.items()} for row in rows]
     for fitting in (make(rows), frozen, datasets.Dataset.from_list(frozen)):
-        check_rows("train_dataset", fitting, model=bert, tokenizer=wordpiece)
+        check_rows("train_dataset", fitting, model=bert)
     tensors = datasets.Dataset.from_list(ROWS).with_format("torch")
-    check_rows("train_dataset", tensors, model=bert, tokenizer=wordpiece)
-    check_rows("train_dataset", list(tensors), model=bert, tokenizer=wordpiece)
+    check_rows("train_dataset", tensors, model=bert)
+    check_rows("train_dataset", list(tensors), model=bert)
 
 
 def test_other_mistakes(bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast) -> None:
-    """No rows, no tokens, several sets at once, a stream, and a tokenizer that has grown."""
+    """No rows, no tokens, and a tokenizer that has grown."""
     with pytest.raises(ValueError, match=r"^eval has no rows; group_texts drops"):
-        check_rows("eval", [], model=bert, tokenizer=wordpiece)
+        check_rows("eval", [], model=bert)
     for raw in ([{"text": "a film"}], datasets.Dataset.from_list([{"text": "a film"}])):
         with pytest.raises(
             ValueError, match=r"^eval has \['text'\], without 'input_ids'; tokenize"
         ):
-            check_rows("eval", raw, model=bert, tokenizer=wordpiece)
-    sets = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
-    for name, rows in (
-        ("DatasetDict", sets),
-        ("IterableDataset", sets["train"].to_iterable_dataset()),
-    ):
-        with pytest.raises(TypeError, match=f"^eval is a {name}; it must be one dataset"):
-            check_rows("eval", rows, model=bert, tokenizer=wordpiece)  # type: ignore[arg-type]
+            check_rows("eval", raw, model=bert)
     wordpiece.add_tokens(["neuroblastoma"])
     message = r"has 476 tokens, .* for 475; load .* own .* added, call model\..*embeddings\(476\)"
     with pytest.raises(ValueError, match=message):
-        check_rows("train", ROWS, model=bert, tokenizer=wordpiece)
+        check_tokenizer(wordpiece, bert)
     bert.resize_token_embeddings(476)
-    check_rows("train", ROWS, model=bert, tokenizer=wordpiece)
+    check_tokenizer(wordpiece, bert)
 
 
 class HeadOverNothing(GPT2LMHeadModel):
     """A user's own model, which no mapping of transformers lists."""
+
+
+def holder(model: nn.Module) -> nn.Module:
+    """Hold a model as its `auto_model`."""
+    module = nn.Module()
+    module.auto_model = model
+    return module
 
 
 TINY_BERT = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
@@ -112,18 +117,35 @@ TINY_GPT2 = GPT2Config(vocab_size=9, n_embd=16, n_layer=1, n_head=1, bos_token_i
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (GPT2LMHeadModel(TINY_GPT2), "GPT2LMHeadModel is a causal language model, which shifts"),
-        (HeadOverNothing(TINY_GPT2), "HeadOverNothing is a causal language model, which shifts"),
-        (nn.DataParallel(GPT2LMHeadModel(TINY_GPT2)), r"DataParallel is not .* \.module\)"),
-        (nn.Linear(1, 1), "Linear is not one of transformers"),
-        (BertModel(TINY_BERT), "BertModel has no prediction head, as AutoModel loads it"),
+        (GPT2LMHeadModel(TINY_GPT2), " GPT2LMHeadModel is a causal language model, which shifts"),
+        (HeadOverNothing(TINY_GPT2), " HeadOverNothing is a causal language model, which shifts"),
+        (nn.DataParallel(GPT2LMHeadModel(TINY_GPT2)), r".module GPT2LMHeadModel is a causal"),
+        (nn.Linear(1, 1), " Linear is not one of transformers"),
+        (BertModel(TINY_BERT), " BertModel has no prediction head, as AutoModel loads it"),
+        # As a SentenceTransformer holds one.
+        (nn.Sequential(holder(BertModel(TINY_BERT))), r"\[0\].auto_model BertModel has no predict"),
+        (BertForMaskedLM(TINY_BERT).to("meta"), " BertForMaskedLM is on the device 'meta', where"),
     ],
 )
 def test_models_of_another_kind_are_named(model: Any, reason: str) -> None:
     """By their class, with the one that there should be; in `sparse_prediction` as well."""
     for refuse in (check_model, sparse_prediction):
-        with pytest.raises(ValueError, match=f"model {reason}.*; load one by AutoModelForMaskedLM"):
+        with pytest.raises(ValueError, match=f"model{reason}.*; load one by AutoModelForMaskedLM"):
             refuse(model)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "place"),
+    [
+        (nn.DataParallel, r"is a DataParallel; pass its model\.module$"),
+        (nn.ModuleList, r"is a ModuleList; pass its model\[0\]$"),
+    ],
+)
+def test_a_model_in_a_wrapper_is_found(wrap: Any, place: str) -> None:
+    """The message says by which name it is to be passed."""
+    model = BertForMaskedLM(TINY_BERT)
+    with pytest.raises(ValueError, match=f"^model {place}"):
+        check_model(wrap([model] if wrap is nn.ModuleList else model))
 
 
 @pytest.mark.parametrize("make", [WholeWordMaskingCollator, DataCollatorForLanguageModeling])
@@ -138,7 +160,10 @@ def test_a_collator_of_another_tokenizer_is_named(
     with pytest.raises(ValueError, match=message):
         check_collator(make(tiny_tokenizer("byte_bpe")), wordpiece)
     check_collator(make(tiny_tokenizer()), wordpiece)
-    check_collator(dict, wordpiece)
+    check_collator(lambda rows: {}, wordpiece)
+    for kind in (make, None):
+        with pytest.raises(TypeError, match=r"data_collator is (<class|None).*; it must be an obj"):
+            check_collator(kind, wordpiece)
 
 
 def test_models_below_a_wrapper_of_their_own_are_seen(bert: PreTrainedModel) -> None:
@@ -157,7 +182,7 @@ def test_rows_are_read_by_their_number(
         def __iter__(self) -> Any:
             raise AssertionError("iterated")
 
-    check_rows("eval", MapStyle(ROWS), model=bert, tokenizer=wordpiece)
+    check_rows("eval", MapStyle(ROWS), model=bert)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +217,95 @@ def test_capacity_is_what_the_model_takes(architecture: str, capacity: int | Non
     if capacity:
         with pytest.raises((IndexError, RuntimeError)):
             run(capacity + 1)
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "is_told"),
+    [(475, False), (1475, False), (1476, True)],
+)
+def test_a_tokenizer_of_far_fewer_tokens_is_told(
+    bert: PreTrainedModel,
+    wordpiece: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
+    embeddings: int,
+    *,
+    is_told: bool,
+) -> None:
+    """Up to a thousand, or a tenth of a large vocabulary, may have been added to round it up."""
+    bert.resize_token_embeddings(embeddings, mean_resizing=False)
+    check_tokenizer(wordpiece, bert)
+    message = f"has 475 tokens, the model (BertForMaskedLM) embeddings for {embeddings}: is it th"
+    assert (message in caplog.text) == is_told
+    if is_told:
+        wordpiece.add_tokens([f"word{number}" for number in range(900)])
+        caplog.clear()
+        check_tokenizer(wordpiece, bert)
+        assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda model: torch.optim.AdamW, ValueError, r"is <class.*AdamW'>, with 0 of the 42 weig"),
+        (
+            lambda model: torch.optim.AdamW(tiny_model(tiny_tokenizer()).parameters()),
+            ValueError,
+            r"is AdamW, with 0 of the 42 .* \(extend_vocabulary and get_peft_model ret",
+        ),
+        (lambda model: torch.optim.LBFGS(model.parameters()), TypeError, "LBFGS, whose step needs"),
+        (lambda model: 3e-5, ValueError, "optimizer is 3e-05, with 0 of the 42 weights"),
+    ],
+)
+def test_an_optimizer_of_other_weights_is_refused(
+    bert: PreTrainedModel, change: Any, error: type[Exception], message: str
+) -> None:
+    """It would train nothing; a class has no weights, and a closure is never passed."""
+    with pytest.raises(error, match=message):
+        check_optimizer(change(bert), bert)
+
+
+def test_an_optimizer_of_some_weights_is_told(
+    bert: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that are frozen need not be there, and may be."""
+    weights = [*bert.parameters()]
+    check_optimizer(torch.optim.SGD(weights[:3]), bert)
+    assert "optimizer is SGD, with 3 of the 42 weights of the model" in caplog.text
+    caplog.clear()
+    weights[0].requires_grad = False
+    for held in (weights, weights[1:]):
+        check_optimizer(torch.optim.SGD(held), bert)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_a_weight_that_is_not_finite_is_named(
+    bert: PreTrainedModel, value: float, *, is_trained: bool
+) -> None:
+    """Trained or not, in a row that no batch may use; -inf takes a token out of the vocabulary."""
+    name = "bert.embeddings.position_embeddings.weight"
+    weight = bert.get_parameter(name)
+    weight.requires_grad = is_trained
+    with torch.no_grad():
+        bert.cls.predictions.bias[7] = -torch.inf
+        check_weights(bert)
+        weight[500, 3] = value
+    assert find_not_finite(bert) == name
+    with pytest.raises(ValueError, match=rf"model has NaN or infinity in {name} before any step;"):
+        check_weights(bert)
+
+
+def test_a_frozen_model_is_refused(bert: PreTrainedModel) -> None:
+    """One weight is enough."""
+    bert.requires_grad_(requires_grad=False)
+    message = (
+        r"model BertForMaskedLM is frozen .*; call model\.requires_grad_\(True\), or add an ad"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_weights(bert)
+    bert.cls.predictions.bias.requires_grad = True
+    check_weights(bert)
 
 
 def test_a_trial_gives_what_the_model_gives(bert: PreTrainedModel) -> None:

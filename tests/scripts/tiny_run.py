@@ -64,7 +64,7 @@ class TinyRun:
             tokenizer=self.tokenizer,
             data_collator=self.collator,
             replaced={},
-            datasets={"train_dataset": self.rows, "eval": self.eval_rows},
+            datasets={"train_dataset": self.rows, "eval": self.eval_rows or self.rows[:1]},
             rows_per_step=4,
         )
 

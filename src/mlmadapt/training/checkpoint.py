@@ -225,9 +225,12 @@ def choose(paths: list[Path], fingerprint: Mapping[str, Any]) -> Path | None:
     newest: dict[str, str] = {}  # by what is wrong with it
     for path in paths:
         if not path.is_dir():
+            names = (
+                ", ".join(other.name for other in find_checkpoints(path.parent)) or "no checkpoint"
+            )
             raise FileNotFoundError(
-                f"resume_from_checkpoint is {str(path)!r}, which is not there; name a checkpoint's "
-                "directory, or pass True for the newest in output_dir"
+                f"resume_from_checkpoint is {str(path)!r}, which is not there but {names}; name a "
+                "checkpoint's directory, or pass True for the newest in output_dir"
             )
         problem = _find_problem(path, fingerprint)
         if problem is None:
@@ -251,6 +254,7 @@ def _find_problem(checkpoint: Path, fingerprint: Mapping[str, Any]) -> str | Non
     if stored.get("format") != _FORMAT:
         return f"has format {stored.get('format')}, and this version of mlmadapt reads {_FORMAT}"
     differences = list_differences(stored["fingerprint"], fingerprint)
+    differences.sort(key=lambda difference: difference.endswith(" differ"))  # what tells least, last
     if differences == [OTHER_STREAM]:
         logger.warning("%s is resumed with another stream: %s", checkpoint.name, OTHER_STREAM)
         return None

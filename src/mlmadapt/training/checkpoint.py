@@ -254,7 +254,7 @@ def _find_problem(checkpoint: Path, fingerprint: Mapping[str, Any]) -> str | Non
     if stored.get("format") != _FORMAT:
         return f"has format {stored.get('format')}, and this version of mlmadapt reads {_FORMAT}"
     differences = list_differences(stored["fingerprint"], fingerprint)
-    differences.sort(key=lambda difference: difference.endswith(" differ"))  # what tells least, last
+    differences.sort(key=lambda difference: difference.endswith(" differ"))  # tells least
     if differences == [OTHER_STREAM]:
         logger.warning("%s is resumed with another stream: %s", checkpoint.name, OTHER_STREAM)
         return None

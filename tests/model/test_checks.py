@@ -299,9 +299,7 @@ def test_a_weight_that_is_not_finite_is_named(
 def test_a_frozen_model_is_refused(bert: PreTrainedModel) -> None:
     """One weight is enough."""
     bert.requires_grad_(requires_grad=False)
-    message = (
-        r"model BertForMaskedLM is frozen .*; call model\.requires_grad_\(True\), or add an ad"
-    )
+    message = r"model BertForMaskedLM is frozen, .*; call requires_grad_\(True\), or add an adap"
     with pytest.raises(ValueError, match=message):
         check_weights(bert)
     bert.cls.predictions.bias.requires_grad = True

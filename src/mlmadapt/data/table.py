@@ -63,9 +63,9 @@ def as_rows(name: str, dataset: Any) -> Any:
         _ = {**dataset[0]} if len(dataset) else {}
     except (TypeError, KeyError, NotImplementedError) as error:
         raise TypeError(
-            f"{name} is a {type(dataset).__name__}, {reprlib.repr(dataset):.25}; it must be a Dataset "
-            "or a list of rows that are dicts: Dataset.from_dict({'text': texts}) or .from_pandas, "
-            "mapped by tokenize_with_word_ids"
+            f"{name} is a {type(dataset).__name__}, {reprlib.repr(dataset):.25}; it must be a "
+            "Dataset or a list of dicts: Dataset.from_dict({'text': texts}), .from_pandas or "
+            ".from_generator, mapped by tokenize_with_word_ids"
         ) from error
     return dataset
 

@@ -134,16 +134,16 @@ def check_weights(model: nn.Module) -> None:
         ValueError: If some are in float16 or not finite, or all are frozen or, without adapters,
             quantised.
     """
-    if getattr(model, "is_quantized", False) and not hasattr(model, "peft_config"):
-        raise ValueError(
-            f"model {type(model).__name__} is quantised, and such weights cannot be trained; add "
-            "an adapter by peft.get_peft_model, or load the model without quantization_config"
-        )
+    is_quantised = getattr(model, "is_quantized", False) and not hasattr(model, "peft_config")
     types = {weight.dtype for weight in model.parameters() if weight.requires_grad}
-    if not types:
+    if is_quantised or not types:
+        seen = "quantised" if is_quantised else "frozen"
+        cure = (
+            "load it without quantization_config" if is_quantised else "call requires_grad_(True)"
+        )
         raise ValueError(
-            f"model {type(model).__name__} is frozen (no weight requires_grad), so that nothing "
-            "would be trained; call model.requires_grad_(True), or add an adapter"
+            f"model {type(model).__name__} is {seen}, and such weights cannot be trained; {cure}, "
+            "or add an adapter by peft.get_peft_model"
         )
     cure = "call model.float() before training, and set mixed_precision for speed"
     if torch.float16 in types:

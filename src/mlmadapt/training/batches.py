@@ -286,7 +286,7 @@ def _stream_batches(
                 tokens, number = max((len(row["input_ids"]), number) for (number, row), _ in dealt)
                 raise ValueError(
                     f"row {number} of train_dataset, a stream, has {tokens} tokens, the model has "
-                    f"positions for {plan.limit}; shorten it: group_texts makes such rows"
+                    f"positions for {plan.limit}; shorten it, as group_texts does"
                 )
         yield batches, not following
         step = following

@@ -201,8 +201,7 @@ def find_wanted(output_dir: Path, wanted: str | Literal[True]) -> list[Path]:
     is_named = wanted is not True and wanted.lower() != "true"  # as a command line says it
     paths = [Path(str(wanted))] if is_named else find_checkpoints(output_dir)
     manifests = [path / _MANIFEST for path in paths]
-    hashes = [_hash(manifest)[:8] if manifest.exists() else "missing" for manifest in manifests]
-    seen = [f"{path.name} {short}" for path, short in zip(paths, hashes, strict=True)]
+    seen = [f"{path.parent.name} {_hash(path)[:8]}" for path in manifests if path.exists()]
     for rank, others in enumerate(gather_object([seen])):
         if others != seen:
             raise ValueError(
@@ -225,12 +224,10 @@ def choose(paths: list[Path], fingerprint: Mapping[str, Any]) -> Path | None:
     newest: dict[str, str] = {}  # by what is wrong with it
     for path in paths:
         if not path.is_dir():
-            names = (
-                ", ".join(other.name for other in find_checkpoints(path.parent)) or "no checkpoint"
-            )
+            beside = ", ".join(other.name for other in find_checkpoints(path.parent)) or "nothing"
             raise FileNotFoundError(
-                f"resume_from_checkpoint is {str(path)!r}, which is not there but {names}; name a "
-                "checkpoint's directory, or pass True for the newest in output_dir"
+                f"resume_from_checkpoint is {str(path)!r}, which is not there ({beside} is); name "
+                "a checkpoint's directory, or pass True for the newest in output_dir"
             )
         problem = _find_problem(path, fingerprint)
         if problem is None:
@@ -256,7 +253,8 @@ def _find_problem(checkpoint: Path, fingerprint: Mapping[str, Any]) -> str | Non
     differences = list_differences(stored["fingerprint"], fingerprint)
     differences.sort(key=lambda difference: difference.endswith(" differ"))  # tells least
     if differences == [OTHER_STREAM]:
-        logger.warning("%s is resumed with another stream: %s", checkpoint.name, OTHER_STREAM)
+        text = "%s is resumed, but %s: is it the same stream? As many as were trained are left out"
+        logger.warning(text, checkpoint.name, OTHER_STREAM)
         return None
     more = f"; {len(differences) - 3} more" if len(differences) > 3 else ""
     return f"is of another run: {'; '.join(differences[:3])}{more}" if differences else None

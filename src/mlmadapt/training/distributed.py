@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self, TypeVar
 
@@ -28,7 +28,6 @@ from torch.distributed.tensor import DTensor
 
 from mlmadapt.data.table import split_part
 from mlmadapt.training.config import TrainingConfig
-from mlmadapt.training.fingerprint import OTHER_STREAM, list_differences
 
 logger = logging.getLogger(__name__)
 
@@ -130,21 +129,6 @@ def check_whole(model: nn.Module, accelerator: Accelerator) -> None:
             "model as it was before, under torchrun or accelerate's MULTI_GPU: each process then "
             "holds all of it. gradient_checkpointing and mixed_precision='bf16' save memory"
         )
-
-
-def check_same_everywhere(settings: Mapping[str, Any]) -> None:
-    """Check that all processes were given the same, or they would wait for each other for ever.
-
-    Raises:
-        ValueError: If not, on all processes.
-    """
-    for rank, others in enumerate(gather_object([settings])):
-        differences = [text for text in list_differences(settings, others) if text != OTHER_STREAM]
-        if differences:
-            raise ValueError(
-                f"process {rank} trains otherwise than another ({'; '.join(differences)[:200]}); "
-                "give all processes the same rows and settings"
-            )
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], Outcome]) -> Outcome:

@@ -13,6 +13,8 @@ from dataclasses import asdict, fields, is_dataclass
 from functools import partial
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from mlmadapt._types import Model, Tokenizer
 from mlmadapt.data.table import split_part
 from mlmadapt.masking.rates import sample_rates
@@ -82,9 +84,24 @@ def list_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> l
         if isinstance(was, Mapping) and isinstance(now, Mapping):
             found += [f"{name}: {difference}" for difference in list_differences(was, now)]
         elif was != now:
-            is_hash = str(now).startswith("#")
+            is_hash = " #" in str(now)
             found.append(f"{name} differ" if is_hash else f"{name} was {was!r}, is {now!r}")
     return found
+
+
+def check_same_everywhere(settings: Mapping[str, Any]) -> None:
+    """Check that all processes were given the same, or they would wait for each other for ever.
+
+    Raises:
+        ValueError: If not, on all processes.
+    """
+    for rank, others in enumerate(gather_object([settings])):
+        differences = [text for text in list_differences(settings, others) if text != OTHER_STREAM]
+        if differences:
+            raise ValueError(
+                f"process {rank} trains otherwise than another ({'; '.join(differences)[:200]}); "
+                "give all processes the same rows and settings"
+            )
 
 
 def _without_origins(config: Any) -> dict[str, Any]:
@@ -107,7 +124,7 @@ def _describe_collator(data_collator: Any) -> dict[str, Any]:
     if isinstance(schedule, Mapping):
         settings["wwm_probability"] = str(dict(schedule))
     elif callable(schedule):  # by its rates, since all lambdas have one name
-        settings["wwm_probability"] = sample_rates(schedule)
+        settings["rates"] = sample_rates(schedule)
     name = getattr(data_collator, "__qualname__", type(data_collator).__qualname__)
     return {"class": name, **settings}
 
@@ -129,7 +146,8 @@ def _shorten(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         if not isinstance(value, int | float | str | None):
             text = json.dumps(value, skipkeys=True, default=_in_json)
-            short[name] = "#" + hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+            digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+            short[name] = f"{type(value).__name__} #{digest}"
     return short
 
 

@@ -29,8 +29,8 @@ from mlmadapt.model.evaluation import argument_of
 from mlmadapt.model.forward import MaskedForward, masked_forward
 from mlmadapt.training.batches import PEEKED, OpenStream, first_batch, plan_batches
 from mlmadapt.training.config import TrainingConfig
-from mlmadapt.training.distributed import check_same_everywhere, check_whole
-from mlmadapt.training.fingerprint import describe_run
+from mlmadapt.training.distributed import check_whole
+from mlmadapt.training.fingerprint import check_same_everywhere, describe_run
 from mlmadapt.training.state import TrainingRun, waits_for_metric
 
 logger = logging.getLogger(__name__)
@@ -73,8 +73,7 @@ def check_run(
         checks.check_rows(argument_of(name), rows, model=model)
     if (config.early_stopping_patience or config.load_best_model_at_end) and not eval_sets:
         raise ValueError(
-            "early_stopping_patience and load_best_model_at_end go by an evaluation, but "
-            "eval_dataset is None; pass one"
+            "early_stopping_patience and load_best_model_at_end go by an eval_dataset; pass one"
         )
     checks.check_weights(model)
     if optimizer is not None:

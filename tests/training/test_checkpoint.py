@@ -9,6 +9,7 @@ import re
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -519,6 +520,9 @@ def test_processes_that_read_another_checkpoint_are_told(
         with pytest.raises(ValueError, match=message) as raised:
             find()
         assert "overwrite" not in str(raised.value)
+        best: Any = SimpleNamespace(folder=again.folder, saved_step=3)
+        with pytest.raises(ValueError, match="sees other checkpoints"):
+            checkpoints.load_best(best)
 
 
 def test_a_folder_that_machines_do_not_share_is_told(

@@ -61,8 +61,8 @@ def swap(run: TinyRun, what: str) -> None:
         ({"per_device_train_batch_size": 2}, r"rows per step .* was 4, is 2"),
         ({"gradient_accumulation_steps": 2}, r"rows per step .* was 4, is 8"),
         ({"num_train_epochs": 2}, ".*overwrite=True, or train on from its model in another output"),
-        ("rows", "train_dataset: columns differ;"),
-        ("fewer rows", "train_dataset: rows was 12, is 11; train_dataset: columns differ;"),
+        ("rows", "train_dataset: content changed;"),
+        ("fewer rows", "train_dataset: rows was 12, is 11; train_dataset: content changed;"),
         ("tokenizer", "tokenizer: tokens was 475, is 476"),
         (
             "model",
@@ -245,5 +245,5 @@ def test_another_stream_is_told_when_a_run_goes_on(
     run.rows, run.model = iter(rows), tiny_model(run.tokenizer)
     caplog.clear()
     run.train(**settings, resume_from_checkpoint=True)
-    told = "checkpoint-2 is resumed, but train_dataset: first rows differ: is it the same stream?"
+    told = "checkpoint-2 is resumed, but train_dataset: first rows changed: is it the same stream?"
     assert (told in caplog.text) == (change is not None)

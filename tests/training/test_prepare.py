@@ -332,6 +332,62 @@ def test_the_precision_of_the_environment_is_compared(
         run.train(save_strategy="epoch", resume_from_checkpoint=True)
 
 
+class Counted(torch.utils.data.IterableDataset[Any]):
+    """A stream of torch that knows how many rows it has."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def test_a_stream_with_a_length_is_a_stream(run: TinyRun, tmp_path: Path) -> None:
+    """It has no rows to look up; trained as any other, of which `max_steps` is wanted too."""
+    plain = TinyRun(tmp_path / "plain")
+    plain.rows = iter(plain.rows)
+    plain.train(max_steps=3)
+    run.rows = Counted(run.rows)
+    refuse(
+        run, ValueError, "train_dataset is a stream, max_steps is -1 and dataloader_num_workers 0"
+    )
+    run.train(max_steps=3)
+    assert equal(weights(run.model), weights(plain.model))
+
+
+@pytest.mark.parametrize("kind", ["arrow", "pandas"])
+def test_rows_train_and_evaluate_alike_in_every_format(
+    run: TinyRun, tmp_path: Path, kind: str
+) -> None:
+    """Also where a row is a table or a frame."""
+    plain = TinyRun(tmp_path / "plain")
+    plain.eval_rows = freeze(plain.rows[:4])
+    run.rows = Dataset.from_list(tiny_rows(run.tokenizer, 12)).with_format(kind)
+    frozen = Dataset.from_list([{name: list(row[name]) for name in row} for row in plain.eval_rows])
+    run.eval_rows = frozen.with_format(kind)
+    assert run.train().final == plain.train().final
+    assert equal(weights(run.model), weights(plain.model))
+    found = evaluate_mlm(run.model, run.eval_rows, tokenizer=run.tokenizer)
+    assert found == evaluate_mlm(run.model, plain.eval_rows, tokenizer=run.tokenizer)
+
+
+@pytest.mark.parametrize(("architecture", "limit"), [("bert", 512), ("roberta", 512)])
+def test_a_long_row_late_in_a_stream_is_named(run: TinyRun, architecture: str, limit: int) -> None:
+    """Behind the rows that are looked at before the first step; with the limit that holds."""
+    run.tokenizer = tiny_tokenizer("byte_bpe")
+    run.model = tiny_model(run.tokenizer, architecture=architecture)
+    run.collator = WholeWordMaskingCollator(run.tokenizer)
+    rows = [{"input_ids": [9] * size, "word_ids": [*range(size)]} for size in [8] * 104 + [513]]
+    rows.append({"input_ids": [9] * limit, "word_ids": [*range(limit)]})
+    run.rows = iter(rows)
+    message = f"^row 104 of train_dataset, a stream, has 513 tokens, the model has .* for {limit};"
+    with pytest.raises(ValueError, match=message):
+        run.train(max_steps=3, per_device_train_batch_size=52)
+
+
 class MapStyle:
     """Rows as `torch.utils.data.Dataset` has them, which never end when they are iterated."""
 

@@ -57,8 +57,9 @@ def as_rows(name: str, dataset: Any) -> Any:
         >>> as_rows("dataset", [{"input_ids": [7, 8]}])
         [{'input_ids': [7, 8]}]
     """
-    if is_dataset(dataset) and dataset.format["type"] in ("arrow", "pandas", "polars"):
-        dataset = dataset.with_format(None, columns=dataset.format["columns"])
+    if is_dataset(dataset):
+        is_plain = dataset.format["type"] not in ("arrow", "pandas", "polars")
+        return dataset if is_plain else dataset.with_format(None, columns=dataset.format["columns"])
     try:
         _ = {**dataset[0]} if len(dataset) else {}
     except (TypeError, KeyError, NotImplementedError) as error:

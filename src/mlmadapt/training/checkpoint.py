@@ -251,7 +251,7 @@ def _find_problem(checkpoint: Path, fingerprint: Mapping[str, Any]) -> str | Non
     if stored.get("format") != _FORMAT:
         return f"has format {stored.get('format')}, and this version of mlmadapt reads {_FORMAT}"
     differences = list_differences(stored["fingerprint"], fingerprint)
-    differences.sort(key=lambda difference: difference.endswith(" differ"))  # tells least
+    differences.sort(key=lambda difference: difference.endswith(" changed"))  # tells least
     if differences == [OTHER_STREAM]:
         text = "%s is resumed, but %s: is it the same stream? As many as were trained are left out"
         logger.warning(text, checkpoint.name, OTHER_STREAM)

@@ -33,7 +33,7 @@ _FREE |= {"per_device_train_batch_size", "per_device_eval_batch_size", "dataload
 _FREE |= {"gradient_accumulation_steps", "gradient_checkpointing", "torch_compile"}
 _ROWS_LOOKED_AT = 64
 # Told, not refused: a stream may be shuffled anew.
-OTHER_STREAM = "train_dataset: first rows differ"
+OTHER_STREAM = "train_dataset: first rows changed"
 # What the configuration of a model or an adapter says about where it came from and was saved.
 _ORIGINS = {"architectures", "dtype", "torch_dtype", "revision", "inference_mode"}
 
@@ -85,7 +85,7 @@ def list_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> l
             found += [f"{name}: {difference}" for difference in list_differences(was, now)]
         elif was != now:
             is_hash = " #" in str(now)
-            found.append(f"{name} differ" if is_hash else f"{name} was {was!r}, is {now!r}")
+            found.append(f"{name} changed" if is_hash else f"{name} was {was!r}, is {now!r}")
     return found
 
 
@@ -137,7 +137,7 @@ def _describe_rows(rows: Any) -> dict[str, Any]:
         return {"kind": kind, "parts": part and part[1], "first rows": first}
     # A sample spread over all rows: to read a whole large dataset would take longer than to resume.
     places = sorted({i * (len(rows) - 1) // _ROWS_LOOKED_AT for i in range(_ROWS_LOOKED_AT + 1)})
-    return {"rows": len(rows), "columns": [sorted(rows[place].items()) for place in places]}
+    return {"rows": len(rows), "content": [sorted(rows[place].items()) for place in places]}
 
 
 def _shorten(settings: Mapping[str, Any]) -> dict[str, Any]:

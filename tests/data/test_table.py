@@ -26,6 +26,7 @@ from mlmadapt.data.table import (
 )
 from mlmadapt.testing import tiny_tokenizer
 from tests.data.strategies import tables
+from tests.scripts.tiny_run import CountedStream
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -212,16 +213,6 @@ def test_lengths_and_ids_are_those_of_the_rows(kind: str | None) -> None:
 LISTED = [{"input_ids": [7, 8]}, {"input_ids": [9]}]
 
 
-class Lines(torch.utils.data.IterableDataset[Any]):
-    """A stream of torch that knows how long it is."""
-
-    def __iter__(self) -> Any:
-        return iter(LISTED)
-
-    def __len__(self) -> int:
-        return len(LISTED)
-
-
 @pytest.mark.parametrize("kind", ["arrow", "pandas", "polars", "numpy", "torch", None])
 def test_rows_are_dicts_whatever_their_format(kind: str | None) -> None:
     """Of the columns that the format shows; others than tables and frames are left alone."""
@@ -245,7 +236,7 @@ def test_rows_are_dicts_whatever_their_format(kind: str | None) -> None:
         (pd.DataFrame(LISTED), "DataFrame, "),
         (datasets.DatasetDict({"train": datasets.Dataset.from_list(LISTED)}), "DatasetDict, "),
         (datasets.Dataset.from_list(LISTED).to_iterable_dataset(), "IterableDataset, "),
-        (Lines(), "Lines, "),
+        (CountedStream(LISTED), "CountedStream, "),
         (["a film " * 999] * 10**4, r"list, \['a film a fil"),
         ([[7, 8], [9]], r"list, \[\[7, 8\], \[9\]\]"),
         ("imdb", "str, 'imdb'"),
@@ -264,7 +255,12 @@ def test_what_is_no_dataset_is_named(dataset: Any, kind: str) -> None:
 def test_what_comes_one_after_another_is_a_stream() -> None:
     """What can be looked up is none, even if it can be iterated, nor is a function."""
     listed = datasets.Dataset.from_list(LISTED)
-    for stream in (iter(LISTED), Lines(), listed.to_iterable_dataset(), (row for row in LISTED)):
+    for stream in (
+        iter(LISTED),
+        CountedStream(LISTED),
+        listed.to_iterable_dataset(),
+        (row for row in LISTED),
+    ):
         assert is_stream(stream)
     for other in (LISTED, listed, pd.DataFrame(LISTED), None, lambda: iter(LISTED), {"a": LISTED}):
         assert not is_stream(other)

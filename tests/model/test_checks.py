@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,6 @@ from mlmadapt.model.checks import (
     check_rows,
     check_tokenizer,
     check_weights,
-    find_not_finite,
     position_capacity,
     try_model,
     unwrap,
@@ -134,18 +134,12 @@ def test_models_of_another_kind_are_named(model: Any, reason: str) -> None:
             refuse(model)
 
 
-@pytest.mark.parametrize(
-    ("wrap", "place"),
-    [
-        (nn.DataParallel, r"is a DataParallel; pass its model\.module$"),
-        (nn.ModuleList, r"is a ModuleList; pass its model\[0\]$"),
-    ],
-)
-def test_a_model_in_a_wrapper_is_found(wrap: Any, place: str) -> None:
+def test_a_model_in_a_wrapper_is_found() -> None:
     """The message says by which name it is to be passed."""
-    model = BertForMaskedLM(TINY_BERT)
-    with pytest.raises(ValueError, match=f"^model {place}"):
-        check_model(wrap([model] if wrap is nn.ModuleList else model))
+    model: Any = BertForMaskedLM(TINY_BERT)
+    for wrapped, place in ((nn.DataParallel(model), ".module"), (nn.Sequential(model), "[0]")):
+        with pytest.raises(ValueError, match=re.escape(f"; pass model{place}")):
+            check_model(wrapped)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("make", [WholeWordMaskingCollator, DataCollatorForLanguageModeling])
@@ -219,28 +213,18 @@ def test_capacity_is_what_the_model_takes(architecture: str, capacity: int | Non
             run(capacity + 1)
 
 
-@pytest.mark.parametrize(
-    ("embeddings", "is_told"),
-    [(475, False), (1475, False), (1476, True)],
-)
+@pytest.mark.parametrize("embeddings", [475, 1475, 1476])
 def test_a_tokenizer_of_far_fewer_tokens_is_told(
     bert: PreTrainedModel,
     wordpiece: PreTrainedTokenizerFast,
     caplog: pytest.LogCaptureFixture,
     embeddings: int,
-    *,
-    is_told: bool,
 ) -> None:
-    """Up to a thousand, or a tenth of a large vocabulary, may have been added to round it up."""
+    """A thousand tokens, or a tenth of a large vocabulary, may have been added to round it up."""
     bert.resize_token_embeddings(embeddings, mean_resizing=False)
     check_tokenizer(wordpiece, bert)
     message = f"has 475 tokens, the model (BertForMaskedLM) embeddings for {embeddings}: is it th"
-    assert (message in caplog.text) == is_told
-    if is_told:
-        wordpiece.add_tokens([f"word{number}" for number in range(900)])
-        caplog.clear()
-        check_tokenizer(wordpiece, bert)
-        assert not caplog.records
+    assert (message in caplog.text) == (embeddings == 1476)
 
 
 @pytest.mark.parametrize(
@@ -279,19 +263,14 @@ def test_an_optimizer_of_some_weights_is_told(
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("is_trained", [True, False])
-def test_a_weight_that_is_not_finite_is_named(
-    bert: PreTrainedModel, value: float, *, is_trained: bool
-) -> None:
-    """Trained or not, in a row that no batch may use; -inf takes a token out of the vocabulary."""
+def test_a_weight_that_is_not_finite_is_named(bert: PreTrainedModel, value: float) -> None:
+    """Though it is frozen, and no batch may use it; -inf takes a token out of the vocabulary."""
     name = "bert.embeddings.position_embeddings.weight"
-    weight = bert.get_parameter(name)
-    weight.requires_grad = is_trained
+    weight = bert.get_parameter(name).requires_grad_(requires_grad=False)
     with torch.no_grad():
         bert.cls.predictions.bias[7] = -torch.inf
         check_weights(bert)
         weight[500, 3] = value
-    assert find_not_finite(bert) == name
     with pytest.raises(ValueError, match=rf"model has NaN or infinity in {name} before any step;"):
         check_weights(bert)
 

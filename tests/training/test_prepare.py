@@ -34,7 +34,7 @@ from mlmadapt.testing import tiny_model, tiny_rows, tiny_tokenizer
 from mlmadapt.training import prepare
 from mlmadapt.training.prepare import check_whole, make_optimizer, make_scheduler
 from tests.scripts.short_run import freeze
-from tests.scripts.tiny_run import TinyRun, equal, logged, weights
+from tests.scripts.tiny_run import CountedStream, TinyRun, equal, logged, weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,7 +137,7 @@ def test_quantised_weights_need_an_adapter(run: TinyRun) -> None:
     refuse(
         run,
         ValueError,
-        r"BertForMaskedLM is quantised, .* without quantization_config, or .* peft\.get_",
+        r"BertForMaskedLM is quantised, .* drop quantization_config, or .* peft\.get_",
     )
     run.adapt()
     assert run.train().global_step == 3
@@ -332,25 +332,12 @@ def test_the_precision_of_the_environment_is_compared(
         run.train(save_strategy="epoch", resume_from_checkpoint=True)
 
 
-class Counted(torch.utils.data.IterableDataset[Any]):
-    """A stream of torch that knows how many rows it has."""
-
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self.rows = rows
-
-    def __iter__(self) -> Any:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
 def test_a_stream_with_a_length_is_a_stream(run: TinyRun, tmp_path: Path) -> None:
     """It has no rows to look up; trained as any other, of which `max_steps` is wanted too."""
     plain = TinyRun(tmp_path / "plain")
     plain.rows = iter(plain.rows)
     plain.train(max_steps=3)
-    run.rows = Counted(run.rows)
+    run.rows = CountedStream(run.rows)
     refuse(
         run, ValueError, "train_dataset is a stream, max_steps is -1 and dataloader_num_workers 0"
     )

@@ -41,7 +41,7 @@ def check_model(model: Model, called: str = "model") -> None:
             if hasattr(part, "get_input_embeddings"):
                 inner = called + re.sub(r"\.(\d+)\b", r"[\1]", f".{path}")
                 check_model(part, inner)
-                raise ValueError(f"{called} is a {type(bare).__name__}; pass its {inner}")
+                raise ValueError(f"{called} is a {type(bare).__name__}; pass {inner}")
     elif any(weight.is_meta for weight in bare.parameters()):
         reason = "is on the device 'meta', where weights have no values"
     elif isinstance(bare, masked):
@@ -138,9 +138,7 @@ def check_weights(model: nn.Module) -> None:
     types = {weight.dtype for weight in model.parameters() if weight.requires_grad}
     if is_quantised or not types:
         seen = "quantised" if is_quantised else "frozen"
-        cure = (
-            "load it without quantization_config" if is_quantised else "call requires_grad_(True)"
-        )
+        cure = "drop quantization_config" if is_quantised else "call requires_grad_(True)"
         raise ValueError(
             f"model {type(model).__name__} is {seen}, and such weights cannot be trained; {cure}, "
             "or add an adapter by peft.get_peft_model"
@@ -184,7 +182,7 @@ def find_not_finite(model: nn.Module) -> str | None:
     All are looked at before the only wait for the device.
     """
     weights = dict(model.named_parameters())
-    are_finite = torch.stack([(values < math.inf).all() for values in weights.values()]).tolist()
+    are_finite = torch.stack([(values < math.inf).all() for values in weights.values()]).cpu()
     return next((name for name, is_so in zip(weights, are_finite, strict=True) if not is_so), None)
 
 

@@ -156,9 +156,9 @@ class BatchPlan:
 
 
 def plan_batches(
-    train_rows: Any, config: TrainingConfig, accelerator: Accelerator, **known: Any
+    train_rows: Any, config: TrainingConfig, accelerator: Accelerator, *, is_split: bool
 ) -> BatchPlan:
-    """Return which rows are trained when, with what else is `known`."""
+    """Return which rows are trained when."""
     return BatchPlan(
         rows=0 if isinstance(train_rows, OpenStream) else len(train_rows),
         batch_size=config.per_device_train_batch_size,
@@ -167,7 +167,7 @@ def plan_batches(
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         lengths=lengths_to_group_by(train_rows, config),
-        **known,
+        is_split=is_split,
     )
 
 

@@ -52,11 +52,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             f"{AcceleratorState().mixed_precision!r}, and a process has one; pass that here too, "
             "or train in a new process (restart the notebook)"
         )
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     # Before accelerate keeps it for the process.
-    if (
-        precision == "fp16"
-        and PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device.type == "cpu"
-    ):
+    if precision == "fp16" and PartialState(cpu=on_cpu).device.type == "cpu":
         raise ValueError("mixed_precision is 'fp16', which a CPU has not; pass 'bf16' or 'no'")
     accelerator = Accelerator(
         mixed_precision=precision,

@@ -75,10 +75,10 @@ def check_run(
         raise ValueError(
             "early_stopping_patience and load_best_model_at_end go by an eval_dataset; pass one"
         )
+    check_whole(model, accelerator)
     checks.check_weights(model)
     if optimizer is not None:
         checks.check_optimizer(optimizer, model)
-    check_whole(model, accelerator)
 
 
 @contextmanager
@@ -107,8 +107,8 @@ def prepare(
     started = time.perf_counter()
     # Where the model lies before anything is tried, and before an optimizer takes its weights.
     model.to(accelerator.device)
-    limit = checks.position_capacity(model)
-    plan = plan_batches(train_rows, config, accelerator, is_split=is_split, limit=limit)
+    plan = plan_batches(train_rows, config, accelerator, is_split=is_split)
+    plan = replace(plan, limit=checks.position_capacity(model))
     all_steps = math.ceil(config.num_train_epochs * plan.steps_per_epoch)
     total_steps = config.max_steps if config.max_steps >= 1 else all_steps
     first = first_batch(train_rows, plan, data_collator)

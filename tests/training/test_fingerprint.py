@@ -245,5 +245,5 @@ def test_another_stream_is_told_when_a_run_goes_on(
     run.rows, run.model = iter(rows), tiny_model(run.tokenizer)
     caplog.clear()
     run.train(**settings, resume_from_checkpoint=True)
-    told = "checkpoint-2 is resumed, but train_dataset: first rows changed: is it the same stream?"
+    told = "checkpoint-2 is resumed, but train_dataset: first rows changed: is it this stream?"
     assert (told in caplog.text) == (change is not None)

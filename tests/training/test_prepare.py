@@ -361,16 +361,15 @@ def test_rows_train_and_evaluate_alike_in_every_format(
     assert found == evaluate_mlm(run.model, plain.eval_rows, tokenizer=run.tokenizer)
 
 
-@pytest.mark.parametrize(("architecture", "limit"), [("bert", 512), ("roberta", 512)])
-def test_a_long_row_late_in_a_stream_is_named(run: TinyRun, architecture: str, limit: int) -> None:
+@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+def test_a_long_row_late_in_a_stream_is_named(run: TinyRun, architecture: str) -> None:
     """Behind the rows that are looked at before the first step; with the limit that holds."""
     run.tokenizer = tiny_tokenizer("byte_bpe")
     run.model = tiny_model(run.tokenizer, architecture=architecture)
     run.collator = WholeWordMaskingCollator(run.tokenizer)
     rows = [{"input_ids": [9] * size, "word_ids": [*range(size)]} for size in [8] * 104 + [513]]
-    rows.append({"input_ids": [9] * limit, "word_ids": [*range(limit)]})
     run.rows = iter(rows)
-    message = f"^row 104 of train_dataset, a stream, has 513 tokens, the model has .* for {limit};"
+    message = "^row 104 of train_dataset, a stream, has 513 tokens, the model has .* for 512;"
     with pytest.raises(ValueError, match=message):
         run.train(max_steps=3, per_device_train_batch_size=52)
 

@@ -253,8 +253,7 @@ def _find_problem(checkpoint: Path, fingerprint: Mapping[str, Any]) -> str | Non
     differences = list_differences(stored["fingerprint"], fingerprint)
     differences.sort(key=lambda difference: difference.endswith(" changed"))  # tells least
     if differences == [OTHER_STREAM]:
-        text = "%s is resumed, but %s: is it the same stream? As many as were trained are left out"
-        logger.warning(text, checkpoint.name, OTHER_STREAM)
+        logger.warning("%s is resumed, but %s: is it this stream?", checkpoint.name, OTHER_STREAM)
         return None
     more = f"; {len(differences) - 3} more" if len(differences) > 3 else ""
     return f"is of another run: {'; '.join(differences[:3])}{more}" if differences else None

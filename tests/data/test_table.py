@@ -6,21 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 from datasets.distributed import split_dataset_by_node
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlmadapt.data.rows import join_rows
 from mlmadapt.data.table import (
+    as_rows,
     dataset_lengths,
     is_dataset,
+    is_stream,
     measure_rows,
     split_part,
     table_reader,
 )
+from mlmadapt.testing import tiny_tokenizer
 from tests.data.strategies import tables
+from tests.scripts.tiny_run import CountedStream
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -202,3 +208,69 @@ def test_lengths_and_ids_are_those_of_the_rows(kind: str | None) -> None:
     assert not is_dataset(list(whole))
     with pytest.raises(ValueError, match=r"eval has \['text'\], without 'input_ids'; tokenize the"):
         measure_rows("eval", datasets.Dataset.from_dict({"text": ["a"]}))
+
+
+LISTED = [{"input_ids": [7, 8]}, {"input_ids": [9]}]
+
+
+@pytest.mark.parametrize("kind", ["arrow", "pandas", "polars", "numpy", "torch", None])
+def test_rows_are_dicts_whatever_their_format(kind: str | None) -> None:
+    """Of the columns that the format shows; others than tables and frames are left alone."""
+    if kind == "polars":
+        pytest.importorskip("polars")
+    whole = datasets.Dataset.from_list([{**row, "text": "a"} for row in LISTED])
+    shown = whole.with_format(kind, columns=["input_ids"])
+    rows = as_rows("dataset", shown)
+    assert [
+        {name: list(row[name]) for name in row} for row in map(rows.__getitem__, (0, 1))
+    ] == LISTED
+    assert (rows is shown) == (kind in ("numpy", "torch", None))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "kind"),
+    [
+        (None, "NoneType, None"),
+        (lambda: iter(LISTED), "function, <function"),
+        (torch.utils.data.DataLoader(LISTED), "DataLoader, <torch"),  # type: ignore[arg-type]
+        (pd.DataFrame(LISTED), "DataFrame, "),
+        (datasets.DatasetDict({"train": datasets.Dataset.from_list(LISTED)}), "DatasetDict, "),
+        (datasets.Dataset.from_list(LISTED).to_iterable_dataset(), "IterableDataset, "),
+        (CountedStream(LISTED), "CountedStream, "),
+        (["a film " * 999] * 10**4, r"list, \['a film a fil"),
+        ([[7, 8], [9]], r"list, \[\[7, 8\], \[9\]\]"),
+        ("imdb", "str, 'imdb'"),
+        (np.zeros((2, 3), int), "ndarray, "),
+        (tiny_tokenizer()(["a film", "story"]), "BatchEncoding, "),
+    ],
+)
+def test_what_is_no_dataset_is_named(dataset: Any, kind: str) -> None:
+    """With its class, what it holds, and what makes a dataset of it, in 200 characters."""
+    message = f"train_dataset is a {kind}.*; it must be a Dataset or a list of dicts: D"
+    with pytest.raises(TypeError, match=f"(?s){message}") as raised:
+        as_rows("train_dataset", dataset)
+    assert len(str(raised.value)) <= (200 if isinstance(dataset, list) else 220)
+
+
+def test_what_comes_one_after_another_is_a_stream() -> None:
+    """What can be looked up is none, even if it can be iterated, nor is a function."""
+    listed = datasets.Dataset.from_list(LISTED)
+    for stream in (
+        iter(LISTED),
+        CountedStream(LISTED),
+        listed.to_iterable_dataset(),
+        (row for row in LISTED),
+    ):
+        assert is_stream(stream)
+    for other in (LISTED, listed, pd.DataFrame(LISTED), None, lambda: iter(LISTED), {"a": LISTED}):
+        assert not is_stream(other)
+
+
+@pytest.mark.parametrize("column", ["input_ids", "masked_input_ids"])
+@pytest.mark.parametrize("nest", [list, torch.tensor, np.array])
+def test_rows_of_rows_are_refused(column: str, nest: Any) -> None:
+    """As a tokenizer returns them that is told to return tensors of one text."""
+    rows = [{column: nest([[7, 8]])}, {column: nest([[9]])}]
+    message = rf"eval has rows of '{column}' whose shape is not \(tokens,\), .*7, 8\]\]"
+    with pytest.raises(ValueError, match=message):
+        measure_rows("eval", rows)

@@ -135,6 +135,7 @@ def test_frozen_sets_have_the_rate_of_the_end() -> None:
         ({0.0: 0.3, 80: 0.15}, r"wwm_probability has a step at 80; it must be in \[0, 1\]"),
         ({"0.0": 0.3}, r"wwm_probability has a step at '0\.0'; it must be in \[0, 1\]"),
         ([0.3, 0.15], r"wwm_probability is \[0\.3, 0\.15\]; it must be a probability in \[0, 1\]"),
+        (True, r"wwm_probability is True; it must be a probability in \[0, 1\]"),
         (float("nan"), r"wwm_probability is nan; it must be a probability in \[0, 1\]"),
     ],
 )

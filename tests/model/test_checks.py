@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,11 @@ from mlmadapt import (
 from mlmadapt.model.checks import (
     check_collator,
     check_model,
+    check_optimizer,
     check_rows,
     check_ties,
+    check_tokenizer,
+    check_weights,
     position_capacity,
     try_model,
     unwrap,
@@ -73,7 +77,7 @@ def test_rows_that_do_not_fit(
 ) -> None:
     """A row too long and an id too high, in lists, tables and selections of them."""
     with pytest.raises(ValueError, match=message):
-        check_rows("train_dataset", make(rows), model=bert, tokenizer=wordpiece)
+        check_rows("train_dataset", make(rows), model=bert)
 
 
 @pytest.mark.parametrize("make", [list, datasets.Dataset.from_list, as_indexed])
@@ -84,34 +88,27 @@ def test_rows_that_fit(
     rows = [*ROWS, {"input_ids": [474] * 512}, {"input_ids": []}]
     frozen = [{f"masked_{name}": values for name, values in row.items()} for row in rows]
     for fitting in (make(rows), frozen, datasets.Dataset.from_list(frozen)):
-        check_rows("train_dataset", fitting, model=bert, tokenizer=wordpiece)
+        check_rows("train_dataset", fitting, model=bert)
     tensors = datasets.Dataset.from_list(ROWS).with_format("torch")
-    check_rows("train_dataset", tensors, model=bert, tokenizer=wordpiece)
-    check_rows("train_dataset", list(tensors), model=bert, tokenizer=wordpiece)
+    check_rows("train_dataset", tensors, model=bert)
+    check_rows("train_dataset", list(tensors), model=bert)
 
 
 def test_other_mistakes(bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast) -> None:
-    """No rows, no tokens, several sets at once, a stream, and a tokenizer that has grown."""
+    """No rows, no tokens, and a tokenizer that has grown."""
     with pytest.raises(ValueError, match=r"^eval has no rows; group_texts drops"):
-        check_rows("eval", [], model=bert, tokenizer=wordpiece)
+        check_rows("eval", [], model=bert)
     for raw in ([{"text": "a film"}], datasets.Dataset.from_list([{"text": "a film"}])):
         with pytest.raises(
             ValueError, match=r"^eval has \['text'\], without 'input_ids'; tokenize"
         ):
-            check_rows("eval", raw, model=bert, tokenizer=wordpiece)
-    sets = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
-    for name, rows in (
-        ("DatasetDict", sets),
-        ("IterableDataset", sets["train"].to_iterable_dataset()),
-    ):
-        with pytest.raises(TypeError, match=f"^eval is a {name}; it must be one dataset"):
-            check_rows("eval", rows, model=bert, tokenizer=wordpiece)  # type: ignore[arg-type]
+            check_rows("eval", raw, model=bert)
     wordpiece.add_tokens(["neuroblastoma"])
     message = r"has 476 tokens, .* for 475; load .* own .* added, call model\..*embeddings\(476\)"
     with pytest.raises(ValueError, match=message):
-        check_rows("train", ROWS, model=bert, tokenizer=wordpiece)
+        check_tokenizer(wordpiece, bert)
     bert.resize_token_embeddings(476)
-    check_rows("train", ROWS, model=bert, tokenizer=wordpiece)
+    check_tokenizer(wordpiece, bert)
 
 
 class HeadOverNothing(GPT2LMHeadModel):
@@ -127,6 +124,15 @@ class Untabled(BertForMaskedLM):
 
 
 TINY_PERCEIVER = PerceiverConfig(vocab_size=9, num_latents=4, d_latents=8, d_model=8)
+
+
+def holder(model: nn.Module) -> nn.Module:
+    """Hold a model as its `auto_model`."""
+    module = nn.Module()
+    module.auto_model = model
+    return module
+
+
 TINY_BERT = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
 TINY_GPT2 = GPT2Config(vocab_size=9, n_embd=16, n_layer=1, n_head=1, bos_token_id=1, eos_token_id=1)
 
@@ -134,16 +140,16 @@ TINY_GPT2 = GPT2Config(vocab_size=9, n_embd=16, n_layer=1, n_head=1, bos_token_i
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (GPT2LMHeadModel(TINY_GPT2), "GPT2LMHeadModel is a causal language model, which shifts"),
-        (HeadOverNothing(TINY_GPT2), "HeadOverNothing is a causal language model, which shifts"),
-        (nn.DataParallel(GPT2LMHeadModel(TINY_GPT2)), r"DataParallel is not .* \.module\)"),
-        (nn.Linear(1, 1), "Linear is not one of transformers"),
-        (BertModel(TINY_BERT), "BertModel has no prediction head, as AutoModel loads it"),
-        (
-            PerceiverForMaskedLM(TINY_PERCEIVER),
-            "PerceiverForMaskedLM has no table of token embeddings",
-        ),
-        (Untabled(TINY_BERT), "Untabled has no table of token embeddings"),
+        (GPT2LMHeadModel(TINY_GPT2), " GPT2LMHeadModel is a causal language model, which shifts"),
+        (HeadOverNothing(TINY_GPT2), " HeadOverNothing is a causal language model, which shifts"),
+        (nn.DataParallel(GPT2LMHeadModel(TINY_GPT2)), r".module GPT2LMHeadModel is a causal"),
+        (nn.Linear(1, 1), " Linear is not one of transformers"),
+        (BertModel(TINY_BERT), " BertModel has no prediction head, as AutoModel loads it"),
+        # As a SentenceTransformer holds one.
+        (nn.Sequential(holder(BertModel(TINY_BERT))), r"\[0\].auto_model BertModel has no predict"),
+        (BertForMaskedLM(TINY_BERT).to("meta"), " BertForMaskedLM is on the device 'meta', where"),
+        (PerceiverForMaskedLM(TINY_PERCEIVER), " PerceiverForMaskedLM has no table of token embed"),
+        (Untabled(TINY_BERT), " Untabled has no table of token embeddings"),
     ],
 )
 def test_models_of_another_kind_are_named(model: Any, reason: str) -> None:
@@ -151,8 +157,16 @@ def test_models_of_another_kind_are_named(model: Any, reason: str) -> None:
     evaluate = partial(evaluate_mlm, dataset=[], tokenizer=tiny_tokenizer())
     extend = partial(extend_vocabulary, tiny_tokenizer(), words=["scorer"])
     for refuse in (check_model, sparse_prediction, isolate_documents, evaluate, extend):
-        with pytest.raises(ValueError, match=f"model {reason}.*; load one by AutoModelForMaskedLM"):
+        with pytest.raises(ValueError, match=f"model{reason}.*; load one by AutoModelForMaskedLM"):
             refuse(model)
+
+
+def test_a_model_in_a_wrapper_is_found() -> None:
+    """The message says by which name it is to be passed."""
+    model: Any = BertForMaskedLM(TINY_BERT)
+    for wrapped, place in ((nn.DataParallel(model), ".module"), (nn.Sequential(model), "[0]")):
+        with pytest.raises(ValueError, match=re.escape(f"; pass model{place}")):
+            check_model(wrapped)  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -208,7 +222,10 @@ def test_a_collator_of_another_tokenizer_is_named(
     with pytest.raises(ValueError, match=message):
         check_collator(make(tiny_tokenizer("byte_bpe")), wordpiece)
     check_collator(make(tiny_tokenizer()), wordpiece)
-    check_collator(dict, wordpiece)
+    check_collator(lambda rows: {}, wordpiece)
+    for kind in (make, None):
+        with pytest.raises(TypeError, match=r"data_collator is (<class|None).*; it must be an obj"):
+            check_collator(kind, wordpiece)
 
 
 def test_without_adapters_no_tie_is_looked_for(wordpiece: PreTrainedTokenizerFast) -> None:
@@ -235,7 +252,7 @@ def test_rows_are_read_by_their_number(
         def __iter__(self) -> Any:
             raise AssertionError("iterated")
 
-    check_rows("eval", MapStyle(ROWS), model=bert, tokenizer=wordpiece)
+    check_rows("eval", MapStyle(ROWS), model=bert)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +287,78 @@ def test_capacity_is_what_the_model_takes(architecture: str, capacity: int | Non
     if capacity:
         with pytest.raises((IndexError, RuntimeError)):
             run(capacity + 1)
+
+
+@pytest.mark.parametrize("embeddings", [475, 1475, 1476])
+def test_a_tokenizer_of_far_fewer_tokens_is_told(
+    bert: PreTrainedModel,
+    wordpiece: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
+    embeddings: int,
+) -> None:
+    """A thousand tokens, or a tenth of a large vocabulary, may have been added to round it up."""
+    bert.resize_token_embeddings(embeddings, mean_resizing=False)
+    check_tokenizer(wordpiece, bert)
+    message = f"has 475 tokens, the model (BertForMaskedLM) embeddings for {embeddings}: is it th"
+    assert (message in caplog.text) == (embeddings == 1476)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda model: torch.optim.AdamW, ValueError, r"is <class.*AdamW'>, with 0 of the 42 weig"),
+        (
+            lambda model: torch.optim.AdamW(tiny_model(tiny_tokenizer()).parameters()),
+            ValueError,
+            r"is AdamW, with 0 of the 42 .* \(extend_vocabulary and get_peft_model ret",
+        ),
+        (lambda model: torch.optim.LBFGS(model.parameters()), TypeError, "LBFGS, whose step needs"),
+        (lambda model: 3e-5, ValueError, "optimizer is 3e-05, with 0 of the 42 weights"),
+    ],
+)
+def test_an_optimizer_of_other_weights_is_refused(
+    bert: PreTrainedModel, change: Any, error: type[Exception], message: str
+) -> None:
+    """It would train nothing; a class has no weights, and a closure is never passed."""
+    with pytest.raises(error, match=message):
+        check_optimizer(change(bert), bert)
+
+
+def test_an_optimizer_of_some_weights_is_told(
+    bert: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that are frozen need not be there, and may be."""
+    weights = [*bert.parameters()]
+    check_optimizer(torch.optim.SGD(weights[:3]), bert)
+    assert "optimizer is SGD, with 3 of the 42 weights of the model" in caplog.text
+    caplog.clear()
+    weights[0].requires_grad = False
+    for held in (weights, weights[1:]):
+        check_optimizer(torch.optim.SGD(held), bert)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_named(bert: PreTrainedModel, value: float) -> None:
+    """Though it is frozen, and no batch may use it; -inf takes a token out of the vocabulary."""
+    name = "bert.embeddings.position_embeddings.weight"
+    weight = bert.get_parameter(name).requires_grad_(requires_grad=False)
+    with torch.no_grad():
+        bert.cls.predictions.bias[7] = -torch.inf
+        check_weights(bert)
+        weight[500, 3] = value
+    with pytest.raises(ValueError, match=rf"model has NaN or infinity in {name} before any step;"):
+        check_weights(bert)
+
+
+def test_a_frozen_model_is_refused(bert: PreTrainedModel) -> None:
+    """One weight is enough."""
+    bert.requires_grad_(requires_grad=False)
+    message = r"model BertForMaskedLM is frozen, .*; call requires_grad_\(True\), or add an adap"
+    with pytest.raises(ValueError, match=message):
+        check_weights(bert)
+    bert.cls.predictions.bias.requires_grad = True
+    check_weights(bert)
 
 
 def test_a_trial_gives_what_the_model_gives(bert: PreTrainedModel) -> None:

@@ -269,8 +269,13 @@ FROZEN = {"input_ids": [2, 4, 3], "labels": [-100, 9, -100]}
             ValueError,
             "no masked token .*insert_random_mask",
         ),
-        ({"test": [FROZEN]}, TypeError, "is a dict; it must be one dataset"),
-        (iter([FROZEN]), TypeError, "is a list_iterator; it must be one dataset"),
+        ({"test": [FROZEN]}, TypeError, "dataset is a dict, .*; it must be a Dataset or a list"),
+        (iter([FROZEN]), TypeError, "dataset is a list_iterator, .*; it must be a Dataset or a"),
+        (
+            [{"input_ids": [2, 9], "labels": [-100, -100]}] * 9,
+            ValueError,
+            "not frozen: .*, without a label other than -100 and its token",
+        ),
         ([{**FROZEN, "text": "a film"}], ValueError, "'text' is not a column of tokens"),
         ([{**FROZEN, "input_ids": [2, 4, 10**6]}], ValueError, "dataset has token id 1000000"),
         (

@@ -27,6 +27,19 @@ SETTINGS = {
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
 
+class CountedStream(torch.utils.data.IterableDataset[Any]):
+    """A stream of torch that knows how many rows it has."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
 class TinyRun:
     """What `accelerate_train` takes."""
 
@@ -64,7 +77,7 @@ class TinyRun:
             tokenizer=self.tokenizer,
             data_collator=self.collator,
             replaced={},
-            datasets={"train_dataset": self.rows, "eval": self.eval_rows},
+            datasets={"train_dataset": self.rows, "eval": self.eval_rows or self.rows[:1]},
             rows_per_step=4,
         )
 

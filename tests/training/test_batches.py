@@ -21,7 +21,13 @@ from transformers import DataCollatorForLanguageModeling
 
 from mlmadapt import WholeWordMaskingCollator
 from mlmadapt.testing import tiny_rows, tiny_tokenizer
-from mlmadapt.training.batches import BatchPlan, OpenStream, open_rows, training_batches
+from mlmadapt.training.batches import (
+    BatchPlan,
+    OpenStream,
+    first_batch,
+    open_rows,
+    training_batches,
+)
 from tests.masking.reference_masking import reference_key, reference_mask
 from tests.scripts.short_run import global_states, yield_rows
 
@@ -616,3 +622,36 @@ def test_a_stream_goes_on_with_the_rows_that_follow(
     for start in (1, 2, len(whole) - 1):
         assert steps(start) == whole[start:]
         assert f"read from its start, and {3 * start} rows are passed over" in caplog.text
+
+
+@pytest.mark.parametrize("collate", [COLLATOR, DataCollatorForLanguageModeling(TOKENIZER)])
+@pytest.mark.parametrize(("rank", "long"), [(0, 12), (1, 13)])
+def test_a_row_of_a_stream_that_is_too_long_is_named(collate: Any, rank: int, long: int) -> None:
+    """By its number in the stream, on the process that has it, when its step comes; not before."""
+    rows = [{"input_ids": [7] * 5, "word_ids": [0, 1, 2, 3, 4]} for _ in range(20)]
+    rows[long] = {"input_ids": [7] * 9, "word_ids": [*range(9)]}
+    plan = BatchPlan(rows=0, batch_size=2, world=2, rank=rank, limit=8)
+    batches = training_batches(open_rows(iter(rows)), plan, collate, epoch=0)
+    assert [len(next(batches)[0]) for _ in range(3)] == [1, 1, 1]
+    message = (
+        f"^row {long} of train_dataset, a stream, has 9 tokens, the model has positions for 8;"
+    )
+    with pytest.raises(ValueError, match=message):
+        next(batches)
+    for free in (replace(plan, limit=9), replace(plan, limit=None)):
+        assert len([*training_batches(open_rows(iter(rows)), free, collate, epoch=0)]) == 5
+
+
+@pytest.mark.parametrize("make", [list, iter])
+def test_the_first_batch_has_a_target(make: Any) -> None:
+    """The first of the first step, if it has one; else whichever comes first that has."""
+    rows = [{"input_ids": [2, 30 + place, 3], "word_ids": [-1, 0, -1]} for place in range(9)]
+    plan = BatchPlan(rows=9 if make is list else 0, batch_size=2, accumulation=2)
+    (expected, *_), _ = next(training_batches(open_rows(make(rows)), plan, COLLATOR, epoch=0))
+    first = first_batch(open_rows(make(rows)), plan, COLLATOR)
+    assert flatten([([first], True)]) == flatten([([expected], True)])
+    *empty, last = plan.order(0).tolist() if make is list else range(9)
+    for place in empty:
+        rows[place]["word_ids"] = [-1, -1, -1]
+    first = first_batch(open_rows(make(rows)), plan, COLLATOR)
+    assert first["labels"].tolist() == [[-100, 30 + last, -100]]

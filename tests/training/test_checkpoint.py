@@ -7,12 +7,13 @@ import logging
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from filelock import FileLock
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -117,12 +118,12 @@ def change_state(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -
             r"is damaged: optimizer.pt has \d+ bytes, \d+ were written",
         ),
         (
-            lambda path: change_state(path, lambda state: state.update(format=2)),
-            "has format 2, and this version of mlmadapt reads 1",
+            lambda path: change_state(path, lambda state: state.update(format=1)),
+            "has format 1, and this version of mlmadapt reads 2",
         ),
         (
             lambda path: change_state(path, lambda state: state.pop("format")),
-            "has format None, and this version of mlmadapt reads 1",
+            "has format None, and this version of mlmadapt reads 2",
         ),
         (
             lambda path: change_state(path, lambda state: state["fingerprint"].update(seed=7)),
@@ -196,8 +197,8 @@ def test_a_count_that_an_older_checkpoint_lacks_has_its_default(
 def test_a_checkpoint_that_is_not_there_is_said_to_be_so(run: TinyRun) -> None:
     """And what there is in its place."""
     path = run.folder / "checkpoint-9"
-    message = "resume_from_checkpoint is '.*-9', which is not there; .* which holds "
-    with pytest.raises(FileNotFoundError, match=f"{message}no checkpoint"):
+    message = r"resume_from_checkpoint is '.*-9', which is not there \("
+    with pytest.raises(FileNotFoundError, match=f"{message}nothing is"):
         run.train(resume_from_checkpoint=str(path))
     run.train(**SAVING, overwrite=True)
     with pytest.raises(FileNotFoundError, match=f"{message}checkpoint-3, checkpoint-2"):
@@ -496,13 +497,41 @@ def test_adapters_with_names_are_saved_again_and_again(run: TinyRun) -> None:
         torch.testing.assert_close(values, trained[name.replace(".default", ".films")])
 
 
+@pytest.mark.parametrize("others", [[], ["checkpoint-3 00000000"], ["checkpoint-2 00000000"]])
+@pytest.mark.parametrize("wanted", ["true", "named"])
 def test_processes_that_read_another_checkpoint_are_told(
-    again: TinyRun, monkeypatch: pytest.MonkeyPatch
+    again: TinyRun, monkeypatch: pytest.MonkeyPatch, others: list[str], wanted: str
 ) -> None:
-    """On machines without a folder that they share, the second has none, or that of another run."""
-    checkpoint, accelerator = again.folder / "checkpoint-3", Accelerator()
-    checkpoints.check_same_checkpoint(checkpoint, accelerator)
-    for other in (None, "another digest"):
-        monkeypatch.setattr(checkpoints, "gather_object", lambda mine, other=other: [*mine, other])
-        with pytest.raises(ValueError, match=r"checkpoint-3 is not the same .* that they share"):
-            checkpoints.check_same_checkpoint(checkpoint, accelerator)
+    """On machines without a folder that they share, the second has none, or that of another run.
+
+    Whichever of them is the first: nothing of the others is passed over, or to be removed.
+    """
+    wanted = str(again.folder / "checkpoint-3") if wanted == "named" else wanted
+    find = partial(checkpoints.find_wanted, again.folder, wanted)
+    assert find()[0] == again.folder / "checkpoint-3"
+    for place in (0, 1):
+        monkeypatch.setattr(
+            checkpoints,
+            "gather_object",
+            lambda mine, place=place: [others, *mine] if place else [*mine, others],
+        )
+        message = (
+            rf"^process {1 - place} sees other checkpoints \(.* an output_dir that they share;"
+        )
+        with pytest.raises(ValueError, match=message) as raised:
+            find()
+        assert "overwrite" not in str(raised.value)
+        best: Any = SimpleNamespace(folder=again.folder, saved_step=3)
+        with pytest.raises(ValueError, match="sees other checkpoints"):
+            checkpoints.load_best(best)
+
+
+def test_a_folder_that_machines_do_not_share_is_told(
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As soon as it is made, and not when a checkpoint is looked for."""
+    monkeypatch.setattr(checkpoints, "gather_object", lambda mine: [*mine, False])
+    run.train()
+    assert (
+        f"output_dir is {str(run.folder)!r}, which not all machines share; name one" in caplog.text
+    )

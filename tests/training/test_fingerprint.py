@@ -13,6 +13,7 @@ from torch import nn
 
 from mlmadapt import WholeWordMaskingCollator
 from mlmadapt.testing import tiny_model, tiny_rows
+from mlmadapt.training.fingerprint import list_differences
 from tests.scripts.tiny_run import SAVING, TinyRun
 
 if TYPE_CHECKING:
@@ -59,13 +60,17 @@ def swap(run: TinyRun, what: str) -> None:
         ({"num_train_epochs": 2}, "num_train_epochs was 1, is 2"),
         ({"per_device_train_batch_size": 2}, r"rows per step .* was 4, is 2"),
         ({"gradient_accumulation_steps": 2}, r"rows per step .* was 4, is 8"),
-        ("rows", r"train_dataset was '12 rows \w+', is '12 rows \w+'"),
-        ("fewer rows", r"train_dataset was '12 rows \w+', is '11 rows \w+'"),
-        ("tokenizer", r"tokenizer was '475 tokens \w+', is '476 tokens \w+'"),
-        ("model", r"model was 'BertForMaskedLM \w+', is 'DistilBertForMaskedLM \w+'"),
-        ("collator", r"data_collator was '.*0\.2.*', is '.*0\.3"),
+        ({"num_train_epochs": 2}, ".*overwrite=True, or train on from its model in another output"),
+        ("rows", "train_dataset: content changed;"),
+        ("fewer rows", "train_dataset: rows was 12, is 11; train_dataset: content changed;"),
+        ("tokenizer", "tokenizer: tokens was 475, is 476"),
+        (
+            "model",
+            "model: class was 'BertForMaskedLM', is 'DistilBertForMaskedLM'; .*; [0-9]+ more;",
+        ),
+        ("collator", "data_collator: wwm_probability was 0.2, is 0.3;"),
         ("optimizer", "optimizer was None, is 'SGD'"),
-        ("evaluation rows", r"eval was '4 rows \w+', is '5 rows \w+'"),
+        ("evaluation rows", "eval_dataset: rows was 4, is 5;"),
     ],
 )
 def test_another_run_is_refused_by_name_and_values(
@@ -79,8 +84,10 @@ def test_another_run_is_refused_by_name_and_values(
         settings |= change
     else:
         swap(run, change)
-    with pytest.raises(ValueError, match=rf"checkpoint-3 is of another run: .*{expected}"):
+    message = rf"checkpoint-3 is of another run: .*{expected}"
+    with pytest.raises(ValueError, match=message) as raised:
         run.train(**settings)
+    assert len(str(raised.value)) <= 300
     assert {path: path.read_bytes() for path in finished.rglob("*.safetensors")} == files
 
 
@@ -152,7 +159,7 @@ CHANGES: dict[str, tuple[Any, Any, str]] = {
         "model",
     ),
     "type": (None, lambda run: run.model.to(torch.bfloat16), "model"),
-    "evaluation rows": (None, change_labels, "eval"),
+    "evaluation rows": (None, change_labels, "eval_dataset"),
     "words": (None, change_words, "train_dataset"),
     "weights": (
         ours("word_weights", np.ones(475)),
@@ -195,7 +202,7 @@ def test_another_run_has_another_fingerprint(tmp_path: Path, what: str) -> None:
             change(run)
         fingerprints.append(run.fingerprint())
     first, second, again = fingerprints
-    assert [key for key in first if first[key] != second[key]] == [name]
+    assert {difference.split(":")[0] for difference in list_differences(first, second)} == {name}
     assert again == second
 
 
@@ -209,3 +216,34 @@ def test_the_same_run_has_the_same_fingerprint(run: TinyRun) -> None:
     run.rows = [{name: torch.as_tensor(row[name]) for name in sorted(row)} for row in run.rows]
     assert run.fingerprint() == before
     assert json.loads(json.dumps(before)) == before
+
+
+def test_what_differs_is_named_by_its_place(run: TinyRun) -> None:
+    """A setting of the model's or the collator's, with both values, and not a hash of all."""
+    before = run.fingerprint()
+    run.model.config.hidden_dropout_prob = 0.25
+    run.collator = WholeWordMaskingCollator(run.tokenizer, mask_replace_prob=0.8, seed=3)
+    assert list_differences(before, run.fingerprint()) == [
+        "model_settings: hidden_dropout_prob was 0.1, is 0.25",
+        "data_collator: mask_replace_prob was 1.0, is 0.8",
+        "data_collator: seed was None, is 3",
+    ]
+
+
+@pytest.mark.parametrize("change", [None, 0, 11, "fewer"])
+def test_another_stream_is_told_when_a_run_goes_on(
+    run: TinyRun, caplog: pytest.LogCaptureFixture, change: Any
+) -> None:
+    """By all rows that are looked at before the first step; the same one is not."""
+    rows = list(run.rows)
+    run.rows = iter(rows)
+    settings = {**SAVING, "max_steps": 2}
+    run.train(**settings)
+    if change is not None:
+        place = 0 if change == "fewer" else change
+        rows[place : place + 1] = [] if change == "fewer" else [rows[place - 1]]
+    run.rows, run.model = iter(rows), tiny_model(run.tokenizer)
+    caplog.clear()
+    run.train(**settings, resume_from_checkpoint=True)
+    told = "checkpoint-2 is resumed, but train_dataset: first rows changed: is it this stream?"
+    assert (told in caplog.text) == (change is not None)

@@ -23,6 +23,7 @@ from mlmadapt import TrainingConfig, WholeWordMaskingCollator, evaluate_mlm, ext
 from mlmadapt.model.checks import try_model
 from mlmadapt.model.evaluation import collate_frozen
 from mlmadapt.testing import tiny_model, tiny_rows, tiny_tokenizer
+from mlmadapt.training.batches import BatchPlan
 from mlmadapt.training.loop import collate_unfrozen
 from tests.scripts.short_run import drop_nothing, freeze, global_states
 from tests.scripts.tiny_run import SAVING, TinyRun, equal, logged, weights
@@ -32,23 +33,20 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def mask_nothing(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Collate rows of one length without a target."""
-    ids = torch.tensor([row["input_ids"][:3] for row in features])
-    return {"input_ids": ids, "labels": torch.full_like(ids, -100)}
-
-
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler:UserWarning")
 def test_a_step_without_targets_changes_nothing(
     run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Weights and moments stay, where a mean over no token would be NaN and AdamW would decay."""
-    run.collator = mask_nothing
+    last = int(BatchPlan(rows=13, batch_size=4, seed=42).order(0)[-1])
+    run.rows = [{"input_ids": [7, 8], "word_ids": [-1, -1]} for _ in range(13)]
+    run.rows[last]["word_ids"] = [0, 1]  # or it would be refused
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=0.1, weight_decay=0.1)
     run.objects["optimizer"] = optimizer
     before = weights(run.model)
-    result = run.train()
+    result = run.train(max_steps=3)
     assert equal(weights(run.model), before)
+    assert logged(result, "loss") == []
     assert optimizer.state_dict()["state"] == {}
     assert result.masked_tokens_seen == 0
     assert "has no masked token on any process; nothing is updated" in caplog.text
@@ -271,7 +269,7 @@ def test_a_stream_is_trained(run: TinyRun) -> None:
         yield from rows
 
     run.rows = IterableDataset.from_generator(read)
-    with pytest.raises(ValueError, match=r"stream without a length, max_steps is -1"):
+    with pytest.raises(ValueError, match=r"train_dataset is a stream, max_steps is -1"):
         run.train()
     opened.clear()
     result = run.train(max_steps=7, overwrite=True)

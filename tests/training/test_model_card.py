@@ -105,6 +105,7 @@ def test_the_card_tells_what_the_result_says(run: Run) -> None:
     assert training["weight_decay"] == "0.25"
     assert training["learning_rate"] == "0.01"
     assert training["mixed_precision"] == "no"
+    assert training["train_dataset"].startswith(f"rows {len(run.rows)}, content list ")
     assert training["rows per step (processes x batch x accumulation)"] == "4"
     assert f"{result.global_step} steps, {result.tokens_seen:,} tokens" in run.card.text
     assert run.card.settings("Versions")["torch"] == version("torch")

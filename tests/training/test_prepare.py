@@ -29,12 +29,12 @@ from transformers import (
     get_scheduler,
 )
 
-from mlmadapt import TrainingConfig, WholeWordMaskingCollator, evaluate_mlm
+from mlmadapt import TrainingConfig, WholeWordMaskingCollator, accelerate_train, evaluate_mlm
 from mlmadapt.testing import tiny_model, tiny_rows, tiny_tokenizer
 from mlmadapt.training import prepare
 from mlmadapt.training.prepare import check_whole, make_optimizer, make_scheduler
 from tests.scripts.short_run import freeze
-from tests.scripts.tiny_run import TinyRun, equal, logged, weights
+from tests.scripts.tiny_run import CountedStream, TinyRun, equal, logged, weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,7 +77,9 @@ def test_rows_that_do_not_fit_are_named(run: TinyRun) -> None:
     run.rows = []
     refused("train_dataset has no rows; group_texts drops")
     run.rows, run.eval_rows = rows, {"domain": rows, "general": []}
-    refused("eval_general has no rows; group_texts drops")
+    refused(r"^eval_dataset\['general'\] has no rows; group_texts drops")
+    run.rows, run.eval_rows = rows, []
+    refused("^eval_dataset has no rows; group_texts drops")
     run.eval_rows = None
     run.rows = [{name: values * 200 for name, values in row.items()} for row in rows]
     length = max(len(row["input_ids"]) for row in run.rows)
@@ -85,17 +87,16 @@ def test_rows_that_do_not_fit_are_named(run: TinyRun) -> None:
     run.rows = [{"input_ids": [2, 900, 3], "word_ids": [-1, 0, -1]}]
     refused("token id 900, the model's embedding 475")
     without = [{name: row[name] for name in row if name != "word_ids"} for row in rows]
-    for which in ("train_dataset", "eval"):
-        run.rows, run.eval_rows = (without, None) if which == "train_dataset" else (rows, without)
-        message = rf"^{which} has \[.*\], without 'word_ids', .* rows with tokenize_with_word_ids$"
-        refused(message)
+    for run.rows, run.eval_rows in ((without, None), (rows, without)):
+        with pytest.raises(ValueError, match=r"has no 'word_ids', .* with tokenize_with_word_ids"):
+            run.train()
 
 
 def test_what_goes_by_an_evaluation_needs_one(run: TinyRun) -> None:
     """There is no best model without an evaluation set."""
     for setting in ({"early_stopping_patience": 1}, {"load_best_model_at_end": True}):
         settings = {"save_strategy": "epoch", **setting}
-        message = "go by an evaluation, but eval_dataset is None"
+        message = "load_best_model_at_end go by an eval_dataset; pass one"
         refuse(run, ValueError, message, **settings)
 
 
@@ -133,7 +134,11 @@ def test_an_adapter_that_transformers_added_is_trained(run: TinyRun) -> None:
 def test_quantised_weights_need_an_adapter(run: TinyRun) -> None:
     """As `BitsAndBytesConfig` and others leave them."""
     run.model.is_quantized = True
-    refuse(run, ValueError, r"BertForMaskedLM is quantised, .* peft\.get_")
+    refuse(
+        run,
+        ValueError,
+        r"BertForMaskedLM is quantised, .* drop quantization_config, or .* peft\.get_",
+    )
     run.adapt()
     assert run.train().global_step == 3
 
@@ -146,18 +151,22 @@ def headless(kind: Any) -> Any:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (partial(headless, BertModel), "BertModel has no prediction head, as AutoModel loads it"),
-        (partial(headless, BertForPreTraining), "BertForPreTraining does not predict a token"),
+        (partial(headless, BertModel), " BertModel has no prediction head, as AutoModel loads it"),
+        (partial(headless, BertForPreTraining), " BertForPreTraining does not predict a token"),
         (
             partial(headless, BertForTokenClassification),
-            r"BertForTokenClassification does not predict .* shape \(\d+, \d+, 2\)",
+            r" BertForTokenClassification does not predict .* shape \(\d+, \d+, 2\)",
         ),
         (
             lambda: GPT2LMHeadModel(GPT2Config(vocab_size=475, n_embd=16, n_layer=1, n_head=1)),
-            "GPT2LMHeadModel is a causal language model, which shifts its labels",
+            " GPT2LMHeadModel is a causal language model, which shifts its labels",
         ),
-        (lambda: nn.DataParallel(headless(BertModel)), r"DataParallel is not .* \.module\)"),
-        (lambda: nn.Linear(1, 1), "Linear is not one of transformers"),
+        (lambda: nn.DataParallel(headless(BertModel)), r"\.module BertModel has no prediction"),
+        (lambda: nn.Linear(1, 1), " Linear is not one of transformers"),
+        (
+            lambda: tiny_model(tiny_tokenizer()).to("meta"),
+            " BertForMaskedLM is on the device 'meta'",
+        ),
     ],
 )
 def test_a_model_that_does_not_predict_masks_is_named(
@@ -165,7 +174,7 @@ def test_a_model_that_does_not_predict_masks_is_named(
 ) -> None:
     """With its class and the cure, in training and evaluation alike."""
     run.model = make()
-    message = f"model {message}.*AutoModelForMaskedLM"
+    message = f"model{message}.*AutoModelForMaskedLM"
     with pytest.raises(ValueError, match=message):
         run.train()
     assert not list(run.folder.glob("[!.]*"))
@@ -196,11 +205,57 @@ def test_a_tracker_that_is_not_installed_is_refused(run: TinyRun) -> None:
 
 
 def test_weights_that_are_not_finite_are_named(run: TinyRun) -> None:
-    """Not as a head that does not work position by position."""
+    """Before the first step, and not as a learning rate that is too high."""
     with torch.no_grad():
         run.model.bert.embeddings.word_embeddings.weight[7:] = torch.nan
-    with pytest.raises(ValueError, match="BertForMaskedLM predicts NaN or infinity: its weights"):
+    with pytest.raises(ValueError, match=r"in bert\..*\.word_embeddings\.weight before any step"):
         run.train()
+    assert not run.folder.exists()
+
+
+def test_an_optimizer_of_another_model_is_refused(
+    run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one that was made before the model had new words; of a part of it, it is told."""
+    optimizer = torch.optim.AdamW(tiny_model(run.tokenizer).parameters())
+    run.objects["optimizer"] = optimizer
+    refuse(run, ValueError, "optimizer is AdamW, with 0 of the 42 weights")
+    run.objects["optimizer"] = torch.optim.AdamW(run.model.cls.parameters(), lr=1e-3)
+    run.train()
+    assert "with 6 of the 42 weights of the model that are to be trained" in caplog.text
+
+
+@pytest.mark.parametrize("config", [{"max_steps": 1}, SimpleNamespace(max_steps=1)])
+def test_settings_of_another_kind_are_refused(run: TinyRun, config: Any) -> None:
+    """A dict, or the `TrainingArguments` of a script for `Trainer`."""
+    message = f"config is a {type(config).__name__}; it must be a TrainingConfig, whose settings"
+    with pytest.raises(TypeError, match=message):
+        accelerate_train(
+            run.model, run.rows, tokenizer=run.tokenizer, data_collator=run.collator, config=config
+        )
+
+
+def words_of(*words: int) -> dict[str, list[int]]:
+    """Make a row of three tokens that belong to these words."""
+    return {"input_ids": [7, 8, 9], "word_ids": list(words)}
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("make", [list, Dataset.from_list, iter])
+def test_rows_without_a_word_are_refused(run: TinyRun, make: Any, batch_size: int) -> None:
+    """As of a script that the vocabulary does not know; one word anywhere is enough."""
+    settings = {"max_steps": 2, "per_device_train_batch_size": batch_size, "overwrite": True}
+    empty = [words_of(-1, -1, -1)] * 7
+    run.rows = make(empty)
+    message = "train_dataset has no row with a word, so that nothing is to be predicted; tokenize"
+    with pytest.raises(ValueError, match=message):
+        run.train(**settings)
+    run.rows = make([*empty, words_of(-1, 0, 1)])
+    result = run.train(**settings)
+    logs = [entry for entry in result.history if "grad_norm" in entry]
+    masked = [step for step, entry in enumerate(logs) if entry["grad_norm"]]
+    assert [step for step, entry in enumerate(logs) if "loss" in entry] == masked
+    assert len(logs) == 2
 
 
 @pytest.mark.parametrize(
@@ -249,7 +304,18 @@ def test_a_precision_that_would_not_be_the_settings_is_refused(
     run.objects.clear()
     AcceleratorState._reset_state()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    refuse(run, ValueError, "mixed_precision is 'fp16', which a CPU has not; pass 'bf16' or 'no'")
+    run.objects["accelerator"] = Accelerator()
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     refuse(run, ValueError, r"accelerator's 'fp16' on 'cpu'; .* 'bf16' or 'no'")
+
+
+@pytest.mark.usefixtures("_one_precision")
+@pytest.mark.parametrize("after", ["bf16", "no"])
+def test_a_refused_precision_leaves_the_process_as_it_was(run: TinyRun, after: str) -> None:
+    """The next run may have another."""
+    refuse(run, ValueError, "'fp16', which a CPU has not", mixed_precision="fp16")
+    run.train(mixed_precision=after)
 
 
 @pytest.mark.usefixtures("_one_precision")
@@ -264,6 +330,48 @@ def test_the_precision_of_the_environment_is_compared(
     run.model = tiny_model(run.tokenizer)
     with pytest.raises(ValueError, match="mixed_precision was 'bf16', is 'no'"):
         run.train(save_strategy="epoch", resume_from_checkpoint=True)
+
+
+def test_a_stream_with_a_length_is_a_stream(run: TinyRun, tmp_path: Path) -> None:
+    """It has no rows to look up; trained as any other, of which `max_steps` is wanted too."""
+    plain = TinyRun(tmp_path / "plain")
+    plain.rows = iter(plain.rows)
+    plain.train(max_steps=3)
+    run.rows = CountedStream(run.rows)
+    refuse(
+        run, ValueError, "train_dataset is a stream, max_steps is -1 and dataloader_num_workers 0"
+    )
+    run.train(max_steps=3)
+    assert equal(weights(run.model), weights(plain.model))
+
+
+@pytest.mark.parametrize("kind", ["arrow", "pandas"])
+def test_rows_train_and_evaluate_alike_in_every_format(
+    run: TinyRun, tmp_path: Path, kind: str
+) -> None:
+    """Also where a row is a table or a frame."""
+    plain = TinyRun(tmp_path / "plain")
+    plain.eval_rows = freeze(plain.rows[:4])
+    run.rows = Dataset.from_list(tiny_rows(run.tokenizer, 12)).with_format(kind)
+    frozen = Dataset.from_list([{name: list(row[name]) for name in row} for row in plain.eval_rows])
+    run.eval_rows = frozen.with_format(kind)
+    assert run.train().final == plain.train().final
+    assert equal(weights(run.model), weights(plain.model))
+    found = evaluate_mlm(run.model, run.eval_rows, tokenizer=run.tokenizer)
+    assert found == evaluate_mlm(run.model, plain.eval_rows, tokenizer=run.tokenizer)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+def test_a_long_row_late_in_a_stream_is_named(run: TinyRun, architecture: str) -> None:
+    """Behind the rows that are looked at before the first step; with the limit that holds."""
+    run.tokenizer = tiny_tokenizer("byte_bpe")
+    run.model = tiny_model(run.tokenizer, architecture=architecture)
+    run.collator = WholeWordMaskingCollator(run.tokenizer)
+    rows = [{"input_ids": [9] * size, "word_ids": [*range(size)]} for size in [8] * 104 + [513]]
+    run.rows = iter(rows)
+    message = "^row 104 of train_dataset, a stream, has 513 tokens, the model has .* for 512;"
+    with pytest.raises(ValueError, match=message):
+        run.train(max_steps=3, per_device_train_batch_size=52)
 
 
 class MapStyle:
@@ -290,7 +398,7 @@ def test_a_map_style_dataset_is_read_by_its_length(run: TinyRun) -> None:
 def test_rows_of_unknown_lengths_cannot_be_grouped(run: TinyRun) -> None:
     """Of a stream, and of a dataset whose rows are made when they are read."""
     settings = {"max_steps": 3, "train_sampling_strategy": "group_by_length"}
-    rows, message = run.rows, "'group_by_length', but the lengths of a .* are not known before its"
+    rows, message = run.rows, "'group_by_length', but the lengths of train_dataset are not known"
     run.rows = Dataset.from_list(rows).to_iterable_dataset()
     with pytest.raises(ValueError, match=message):
         run.train(**settings)

@@ -7,12 +7,14 @@ row is cut out by two offsets, and its tokens are copied once, to where the coll
 Lengths and token ids of all rows are read from the table too, whatever a format makes of the rows.
 """
 
+import reprlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import pyarrow as pa
+from torch.utils.data import IterableDataset
 
 from mlmadapt._types import Ints, Rows
 from mlmadapt.data.rows import JoinedRows, check_tokens, common_lengths, join_column, row_lengths
@@ -30,6 +32,43 @@ def is_dataset(rows: Any) -> "TypeGuard[Dataset]":
     """
     loaded = sys.modules.get("datasets")
     return loaded is not None and isinstance(rows, loaded.Dataset)
+
+
+def is_stream(dataset: Any) -> bool:
+    """Tell whether rows come one after another; such a dataset of torch may have a length.
+
+    Examples:
+        >>> is_stream(iter([{"input_ids": [7, 8]}])), is_stream([{"input_ids": [7, 8]}])
+        (True, False)
+    """
+    is_counted = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+    return hasattr(dataset, "__iter__") and not is_counted
+
+
+def as_rows(name: str, dataset: Any) -> Any:
+    """Return a dataset as rows that can be counted and looked up, and that are dicts.
+
+    Of a `Dataset` whose format makes tables or frames of its rows, that is taken off.
+
+    Raises:
+        TypeError: If it is nothing of that kind; the error calls it `name`.
+
+    Examples:
+        >>> as_rows("dataset", [{"input_ids": [7, 8]}])
+        [{'input_ids': [7, 8]}]
+    """
+    if is_dataset(dataset):
+        is_plain = dataset.format["type"] not in ("arrow", "pandas", "polars")
+        return dataset if is_plain else dataset.with_format(None, columns=dataset.format["columns"])
+    try:
+        _ = {**dataset[0]} if len(dataset) else {}
+    except (TypeError, KeyError, NotImplementedError) as error:
+        raise TypeError(
+            f"{name} is a {type(dataset).__name__}, {reprlib.repr(dataset):.25}; it must be a "
+            "Dataset or a list of dicts: Dataset.from_dict({'text': texts}), .from_pandas or "
+            ".from_generator, mapped by tokenize_with_word_ids"
+        ) from error
+    return dataset
 
 
 def split_part(stream: Any) -> tuple[int, int] | None:
@@ -69,7 +108,8 @@ def measure_rows(name: str, dataset: Rows) -> tuple[int, int]:
     """Return the longest row in tokens and the highest token id of rows.
 
     Raises:
-        ValueError: If they have no ``input_ids``; the error calls them `name`.
+        ValueError: If they have no ``input_ids``, or those of a row are rows themselves; the error
+            calls them `name`.
 
     Examples:
         >>> measure_rows("eval_dataset", [{"input_ids": [7, 8]}, {"input_ids": [9]}])
@@ -81,6 +121,12 @@ def measure_rows(name: str, dataset: Rows) -> tuple[int, int]:
     column = _token_column(columns)
     if column not in columns:
         check_tokens(name, columns)
+    tokens = dataset[0][column]
+    if len(tokens) and np.ndim(tokens[0]):
+        raise ValueError(
+            f"{name} has rows of {column!r} whose shape is not (tokens,), {reprlib.repr(tokens)}; "
+            "tokenize without return_tensors"
+        )
     # A transform may make the column when a row is read.
     if not is_dataset(dataset) or column not in dataset.column_names:
         rows = [dataset[place][column] for place in range(len(dataset))]

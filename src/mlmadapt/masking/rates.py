@@ -21,7 +21,8 @@ def is_share(value: Any) -> bool:
         >>> is_share(0.2), is_share("0.2")
         (True, False)
     """
-    return isinstance(value, (int, float, np.floating)) and bool(0 <= value <= 1)
+    is_number = isinstance(value, (int, float, np.floating)) and not isinstance(value, bool)
+    return is_number and bool(0 <= value <= 1)
 
 
 def check_probability(name: str, value: Any, when: str = "") -> float:

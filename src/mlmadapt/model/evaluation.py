@@ -8,6 +8,7 @@ summed by word and by byte compares models of different vocabularies.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,8 +20,8 @@ from torch.utils.data import DataLoader
 
 from mlmadapt._types import Batch, Model, Row, Rows, Tokenizer
 from mlmadapt.data.rows import is_frozen, pad_frozen, to_columns
-from mlmadapt.data.table import dataset_lengths
-from mlmadapt.model.checks import check_model, check_rows, evaluation_mode
+from mlmadapt.data.table import as_rows, dataset_lengths
+from mlmadapt.model.checks import check_model, check_rows, check_tokenizer, evaluation_mode
 from mlmadapt.model.forward import MaskedForward, masked_forward
 
 if TYPE_CHECKING:
@@ -222,11 +223,13 @@ def _sum_frozen(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
     check_model(model)
-    check_rows("dataset", dataset, model=model, tokenizer=tokenizer)
+    check_tokenizer(tokenizer, model)
+    dataset = as_rows("dataset", dataset)
+    check_rows("dataset", dataset, model=model)
     if not is_frozen(dataset):
         raise ValueError(
-            f"dataset is not frozen: its rows have {list(dataset[0])}, without labels that differ "
-            "from the tokens or the prefix 'masked_'; mask it with dataset.map(insert_random_mask, "
+            f"dataset is not frozen: its rows have {list(dataset[0])}, without a label other than "
+            "-100 and its token, or the prefix 'masked_'; use dataset.map(insert_random_mask, "
             "batched=True, fn_kwargs={'data_collator': ...}, remove_columns=dataset.column_names)"
         )
     if with_words and "word_ids" not in dataset[0]:
@@ -366,10 +369,24 @@ def as_log(metrics: MaskedLMMetrics, name: str) -> Mapping[str, float]:
 def name_sets(eval_dataset: Any) -> dict[str, Any]:
     """Name the evaluation sets of a run as `Trainer` does.
 
+    Raises:
+        TypeError: If one is not of rows that can be counted.
+
     Examples:
         >>> list(name_sets({"domain": [], "general": []})), list(name_sets([]))
         (['eval_domain', 'eval_general'], ['eval'])
     """
-    if isinstance(eval_dataset, Mapping):
-        return {f"eval_{name}": rows for name, rows in eval_dataset.items()}
-    return {} if eval_dataset is None else {"eval": eval_dataset}
+    sets = {"eval": eval_dataset}
+    if eval_dataset is None or isinstance(eval_dataset, Mapping):
+        sets = {f"eval_{name}": rows for name, rows in (eval_dataset or {}).items()}
+    return {name: as_rows(argument_of(name), rows) for name, rows in sets.items()}
+
+
+def argument_of(name: str) -> str:
+    """Return what a set that is called so in logs is to the caller.
+
+    Examples:
+        >>> argument_of("eval"), argument_of("eval_domain"), argument_of("train_dataset")
+        ('eval_dataset', "eval_dataset['domain']", 'train_dataset')
+    """
+    return "eval_dataset" if name == "eval" else re.sub("^eval_(.*)", r"eval_dataset['\1']", name)

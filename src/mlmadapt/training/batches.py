@@ -24,11 +24,12 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from mlmadapt._types import Batch, DataCollator, Rows
 from mlmadapt.data.rows import JoinedRows
-from mlmadapt.data.table import dataset_lengths, table_reader
+from mlmadapt.data.table import as_rows, dataset_lengths, is_stream, table_reader
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.frozen_masks import collate_seeded, purify
 from mlmadapt.masking.selection import derive_key, key_rows
@@ -42,6 +43,8 @@ Dealt = TypeVar("Dealt")
 Pick: TypeAlias = tuple[float, int, bool]
 Picked: TypeAlias = tuple[list[Pick], Any]
 
+PEEKED = 100
+"""The rows of a stream that are looked at before the first step."""
 _SORTED_STEPS = 50  # as transformers has it; 97 % of a batch of single sentences is text
 
 
@@ -58,6 +61,7 @@ class BatchPlan:
         world: All processes.
         lengths: Tokens of each row, to group rows by; None for rows in random order.
         is_split: Whether each process reads a part of a stream that is its own.
+        limit: Tokens that the model has positions for, by which rows of a stream are checked.
     """
 
     rows: int
@@ -68,6 +72,7 @@ class BatchPlan:
     world: int = 1
     lengths: torch.Tensor | None = field(default=None, repr=False, compare=False)
     is_split: bool = False
+    limit: int | None = None
 
     @property
     def rows_per_step(self) -> int:
@@ -161,7 +166,7 @@ def plan_batches(
         seed=config.seed,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
-        lengths=lengths_to_group_by(unopened(train_rows), config),
+        lengths=lengths_to_group_by(train_rows, config),
         is_split=is_split,
     )
 
@@ -182,9 +187,9 @@ def lengths_to_group_by(train_dataset: Any, config: TrainingConfig) -> torch.Ten
     lengths = dataset_lengths(train_dataset)
     if lengths is None:
         raise ValueError(
-            f"train_sampling_strategy is {config.train_sampling_strategy!r}, but the lengths of a "
-            f"{type(train_dataset).__name__} are not known before its rows are read; pass "
-            "train_dataset as a Dataset with input_ids or a list of rows, or leave it at 'random'"
+            f"train_sampling_strategy is {config.train_sampling_strategy!r}, but the lengths of "
+            "train_dataset are not known before its rows are read; pass it as a Dataset with "
+            "input_ids or a list of rows, or leave it at 'random'"
         )
     return torch.from_numpy(lengths) if (lengths != lengths[0]).any() else None
 
@@ -209,7 +214,8 @@ def training_batches(
     rate from the share of steps that are `done` before theirs, of `total_steps`.
 
     Raises:
-        ValueError: If a stream has no rows, or none that a resumed run has not had.
+        ValueError: If a stream has no rows, or none that a resumed run has not had, or one with
+            more tokens than its limit.
     """
     collator = purify(data_collator)
     collate = partial(_collate, data_collator=collator, seed=plan.seed, epoch=epoch)
@@ -271,14 +277,18 @@ def _stream_batches(
         passes = plan.deal(step)
         if first is not None and plan.is_split:  # as many as the others make
             passes += [[(first, False)]] * (plan.accumulation - len(passes))
-        batches = (
-            (
-                [(share, index, counts) for (index, _), counts in batch],
-                [row for (_, row), _ in batch],
-            )
-            for batch in passes
-        )
-        yield [collate(batch) for batch in batches], not following
+        batches = []
+        for dealt in passes:
+            picks = [(share, index, counts) for (index, _), counts in dealt]
+            batches.append(collate((picks, [row for (_, row), _ in dealt])))
+            # Of the first rows all is known.
+            if plan.limit is not None and batches[-1]["labels"].shape[1] > plan.limit:
+                tokens, number = max((len(row["input_ids"]), number) for (number, row), _ in dealt)
+                raise ValueError(
+                    f"row {number} of train_dataset, a stream, has {tokens} tokens, the model has "
+                    f"positions for {plan.limit}; shorten it, as group_texts does"
+                )
+        yield batches, not following
         step = following
 
 
@@ -313,13 +323,32 @@ class OpenStream:
 
 
 def open_rows(dataset: Any) -> Any:
-    """Return rows that can be counted as they are, and others as a stream."""
-    return dataset if hasattr(dataset, "__len__") else OpenStream(dataset)
+    """Return a dataset as rows that can be counted, or as a stream.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    return OpenStream(dataset) if is_stream(dataset) else as_rows("train_dataset", dataset)
 
 
-def unopened(rows: Any) -> Any:
-    """Return what `open_rows` was given."""
-    return rows.dataset if isinstance(rows, OpenStream) else rows
+def first_batch(train_rows: Any, plan: BatchPlan, data_collator: DataCollator) -> Batch:
+    """Return the first batch that has a target, to try things by, or at the worst another.
+
+    Raises:
+        ValueError: If no process has a target.
+    """
+    if isinstance(train_rows, OpenStream):
+        train_rows = OpenStream(train_rows.peek(max(plan.rows_per_step, PEEKED)))
+    for step, ends in training_batches(train_rows, plan, data_collator, epoch=0):
+        batches = [batch for batch in step if (batch["labels"] != -100).any()]
+        if batches or ends:
+            break
+    if not any(gather_object([bool(batches)])):
+        raise ValueError(
+            "train_dataset has no row with a word, so that nothing is to be predicted; tokenize it "
+            "with a tokenizer that knows its text (the unknown token is no word)"
+        )
+    return (batches or step)[0]
 
 
 def _ignore_signals(worker: int) -> None:  # noqa: ARG001  # as DataLoader calls it

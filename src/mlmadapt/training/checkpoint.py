@@ -29,15 +29,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from safetensors.torch import save_model as save_weights
 
+from mlmadapt.model.checks import find_not_finite
 from mlmadapt.model.evaluation import MaskedLMMetrics
 from mlmadapt.training.config import TrainingConfig
 from mlmadapt.training.distributed import on_main_process
-from mlmadapt.training.fingerprint import list_differences
+from mlmadapt.training.fingerprint import OTHER_STREAM, list_differences
 from mlmadapt.training.state import TrainingRun, TrainState
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # of `state.json`; a new count or metric needs no new number
+_FORMAT = 2  # of `state.json`; a new count or metric needs no new number
 _PREFIX = "checkpoint-"
 _MANIFEST = "manifest.json"
 _WEIGHTS = "model.safetensors"
@@ -56,14 +57,12 @@ def write_run(run: TrainingRun, *, loss_sums: list[float]) -> None:
         OSError: As `whole_folder`.
         FloatingPointError: If a weight is not finite; older checkpoints are left alone.
     """
-    for name, values in run.model.named_parameters():
-        # -inf takes a token out of the vocabulary.
-        if not (values < math.inf).all():
-            raise FloatingPointError(
-                f"after step {run.state.step}, {name} is not finite, though loss and gradient "
-                "were: the update was too large. Resume from an earlier checkpoint with a lower "
-                f"learning_rate than {run.config.learning_rate}"
-            )
+    if name := find_not_finite(run.model):
+        raise FloatingPointError(
+            f"after step {run.state.step}, {name} is not finite, though loss and gradient were: "
+            "the update was too large. Resume from an earlier checkpoint with a lower "
+            f"learning_rate than {run.config.learning_rate}"
+        )
     state = {
         "format": _FORMAT,
         "fingerprint": run.fingerprint,
@@ -120,9 +119,9 @@ def load_best(run: TrainingRun) -> None:
     """Give the model the weights of its best checkpoint.
 
     Raises:
-        ValueError: If that is damaged, on all processes.
+        ValueError: If that is damaged, or not all processes see it; on all of them.
     """
-    best = run.folder / f"{_PREFIX}{run.saved_step}"
+    (best,) = find_wanted(run.folder, str(run.folder / f"{_PREFIX}{run.saved_step}"))
 
     def check() -> None:
         if damage := find_damage(best):
@@ -193,28 +192,43 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(paths, key=_step_of, reverse=True)
 
 
-def choose(
-    output_dir: Path, wanted: str | Literal[True], fingerprint: Mapping[str, Any]
-) -> Path | None:
-    """Return the checkpoint that ``resume_from_checkpoint`` asks for; None if there is none yet.
-
-    The newest that is whole and of this run is taken, and a warning names each that is passed over.
+def find_wanted(output_dir: Path, wanted: str | Literal[True]) -> list[Path]:
+    """Return the checkpoints that ``resume_from_checkpoint`` may mean, the best one first.
 
     Raises:
-        FileNotFoundError: If it names a directory that is not there.
+        ValueError: If processes see others, on all of them: machines may have disks of their own.
+    """
+    is_named = wanted is not True and wanted.lower() != "true"  # as a command line says it
+    paths = [Path(str(wanted))] if is_named else find_checkpoints(output_dir)
+    manifests = [path / _MANIFEST for path in paths]
+    seen = [f"{path.parent.name} {_hash(path)[:8]}" for path in manifests if path.exists()]
+    for rank, others in enumerate(gather_object([seen])):
+        if others != seen:
+            raise ValueError(
+                f"process {rank} sees other checkpoints ({', '.join(others[:2]) or 'none'}) than "
+                f"another ({', '.join(seen[:2]) or 'none'}): several machines need an output_dir "
+                "that they share; name one, or copy what one machine has to the others"
+            )
+    return paths
+
+
+def choose(paths: list[Path], fingerprint: Mapping[str, Any]) -> Path | None:
+    """Return the first checkpoint that can be resumed; None if there is none yet.
+
+    That is one which is whole and of this run; a warning names each that is passed over.
+
+    Raises:
+        FileNotFoundError: If one is not there.
         ValueError: If there are checkpoints, and none can be resumed.
     """
-    paths = find_checkpoints(output_dir)
-    if wanted is not True and wanted.lower() != "true":  # as a command line says it
-        if not Path(wanted).is_dir():
-            names = ", ".join(path.name for path in paths) or "no checkpoint"
-            raise FileNotFoundError(
-                f"resume_from_checkpoint is {wanted!r}, which is not there; name a checkpoint's "
-                f"directory, or pass True for the newest in output_dir, which holds {names}"
-            )
-        paths = [Path(wanted)]
     newest: dict[str, str] = {}  # by what is wrong with it
     for path in paths:
+        if not path.is_dir():
+            beside = ", ".join(other.name for other in find_checkpoints(path.parent)) or "nothing"
+            raise FileNotFoundError(
+                f"resume_from_checkpoint is {str(path)!r}, which is not there ({beside} is); name "
+                "a checkpoint's directory, or pass True for the newest in output_dir"
+            )
         problem = _find_problem(path, fingerprint)
         if problem is None:
             return path
@@ -222,25 +236,11 @@ def choose(
         newest.setdefault(problem, path.name)
     if newest:
         problems = "; ".join(f"{name} {problem}" for problem, name in newest.items())
+        longer = ", or train on from its model in another output_dir" * ("_epochs was" in problems)
         raise ValueError(
-            f"{problems}; resume with the same settings, or start anew with overwrite=True"
+            f"{problems}; resume with the same settings, or start anew with overwrite=True{longer}"
         )
     return None
-
-
-def check_same_checkpoint(checkpoint: Path, accelerator: Accelerator) -> None:
-    """Check that all processes read the same checkpoint: several machines may have disks of theirs.
-
-    Raises:
-        ValueError: If not, on all of them.
-    """
-    manifest = checkpoint / _MANIFEST
-    digests = gather_object([_hash(manifest) if manifest.exists() else None])
-    if len(set(digests)) > 1:
-        raise ValueError(
-            f"{checkpoint.name} is not the same on all {accelerator.num_processes} processes; "
-            "several machines need an output_dir that they share"
-        )
 
 
 def _find_problem(checkpoint: Path, fingerprint: Mapping[str, Any]) -> str | None:
@@ -251,7 +251,12 @@ def _find_problem(checkpoint: Path, fingerprint: Mapping[str, Any]) -> str | Non
     if stored.get("format") != _FORMAT:
         return f"has format {stored.get('format')}, and this version of mlmadapt reads {_FORMAT}"
     differences = list_differences(stored["fingerprint"], fingerprint)
-    return f"is of another run: {'; '.join(differences)}" if differences else None
+    differences.sort(key=lambda difference: difference.endswith(" changed"))  # tells least
+    if differences == [OTHER_STREAM]:
+        logger.warning("%s is resumed, but %s: is it this stream?", checkpoint.name, OTHER_STREAM)
+        return None
+    more = f"; {len(differences) - 3} more" if len(differences) > 3 else ""
+    return f"is of another run: {'; '.join(differences[:3])}{more}" if differences else None
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -322,10 +327,9 @@ def hold_output_dir(accelerator: Accelerator, config: TrainingConfig) -> Iterato
     """
     folder = Path(config.output_dir)
     lock = FileLock(folder / ".lock")
-    resumes = bool(config.resume_from_checkpoint)
+    resumes, text = bool(config.resume_from_checkpoint), f"output_dir is {str(folder)!r}"
 
     def take() -> None:
-        text = f"output_dir is {str(folder)!r}"
         if folder.is_file():
             raise NotADirectoryError(f"{text}, which is a file; name a folder")
         try:
@@ -353,6 +357,9 @@ def hold_output_dir(accelerator: Accelerator, config: TrainingConfig) -> Iterato
 
     on_main_process(accelerator, take)
     try:
+        if not all(gather_object([Path(lock.lock_file).exists()])):
+            more = "which not all machines share; name one that they do, to resume or load the best"
+            logger.warning("%s, %s", text, more)
         yield
     finally:
         lock.release()

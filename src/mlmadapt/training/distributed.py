@@ -14,14 +14,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.state import AcceleratorState, PartialState, is_initialized
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -52,6 +52,10 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             f"{AcceleratorState().mixed_precision!r}, and a process has one; pass that here too, "
             "or train in a new process (restart the notebook)"
         )
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    # Before accelerate keeps it for the process.
+    if precision == "fp16" and PartialState(cpu=on_cpu).device.type == "cpu":
+        raise ValueError("mixed_precision is 'fp16', which a CPU has not; pass 'bf16' or 'no'")
     accelerator = Accelerator(
         mixed_precision=precision,
         log_with=trackers or None,
@@ -82,8 +86,7 @@ def join_group(accelerator: Accelerator) -> None:
             f"the launcher started {asked} processes (WORLD_SIZE), but each trains alone; on a "
             "machine without an accelerator set ACCELERATE_USE_CPU=1"
         )
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    if on_cpu and "MASTER_ADDR" in os.environ:
+    if parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:
         logger.warning(
             "one process trains alone: 'accelerate launch --cpu' starts one, whatever "
             "--num_processes says; use ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N"
@@ -124,21 +127,6 @@ def check_whole(model: nn.Module, accelerator: Accelerator) -> None:
             "model as it was before, under torchrun or accelerate's MULTI_GPU: each process then "
             "holds all of it. gradient_checkpointing and mixed_precision='bf16' save memory"
         )
-
-
-def check_same_everywhere(settings: Mapping[str, Any]) -> None:
-    """Check that all processes were given the same, or they would wait for each other for ever.
-
-    Raises:
-        ValueError: If not, on all processes.
-    """
-    for rank, others in enumerate(gather_object([settings])):
-        for name, value in others.items():
-            if value != settings.get(name):
-                raise ValueError(
-                    f"{name} is {value!r} on process {rank}, but {settings.get(name)!r} on "
-                    "another; give all processes the same rows and settings"
-                )
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], Outcome]) -> Outcome:

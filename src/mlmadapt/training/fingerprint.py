@@ -13,10 +13,14 @@ from dataclasses import asdict, fields, is_dataclass
 from functools import partial
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from mlmadapt._types import Model, Tokenizer
 from mlmadapt.data.table import split_part
 from mlmadapt.masking.rates import sample_rates
 from mlmadapt.model.checks import unwrap
+from mlmadapt.model.evaluation import argument_of
+from mlmadapt.training.batches import PEEKED, OpenStream
 from mlmadapt.training.config import TrainingConfig
 
 # Settings that may differ: where things are written, what is shown, and how rows are cut into
@@ -28,6 +32,8 @@ _FREE |= {"push_to_hub", "hub_model_id", "hub_private_repo"}
 _FREE |= {"per_device_train_batch_size", "per_device_eval_batch_size", "dataloader_num_workers"}
 _FREE |= {"gradient_accumulation_steps", "gradient_checkpointing", "torch_compile"}
 _ROWS_LOOKED_AT = 64
+# Told, not refused: a stream may be shuffled anew.
+OTHER_STREAM = "train_dataset: first rows changed"
 # What the configuration of a model or an adapter says about where it came from and was saved.
 _ORIGINS = {"architectures", "dtype", "torch_dtype", "revision", "inference_mode"}
 
@@ -49,77 +55,100 @@ def describe_run(
     state = model.state_dict(keep_vars=True).items()
     weights = [(name, list(x.shape), str(x.dtype), x.requires_grad) for name, x in state]
     bare = unwrap(model)
-    configs = [bare.config, *getattr(model, "peft_config", {}).values()]
+    adapters = [*map(_without_origins, getattr(model, "peft_config", {}).values())]
     # Both, since dropout may have been set in the modules, whose text does not tell their heads.
-    modules = re.sub(" at 0x[0-9a-f]+", "", repr(bare))
-    settings = [modules, *(_describe_config(config.to_dict()) for config in configs)]
+    settings = {"modules": [re.sub(" at 0x[0-9a-f]+", "", repr(bare))], "adapters": adapters}
+    vocabulary = sorted(tokenizer.get_vocab().items())
     return {
         **{name: value for name, value in asdict(config).items() if name not in _FREE},
         "rows per step (processes x batch x accumulation)": rows_per_step,
-        "model": f"{type(bare).__name__} {_digest(weights)}",
-        "model_settings": f"configuration and modules {_digest(settings)}",
-        "tokenizer": f"{len(tokenizer)} tokens {_digest(sorted(tokenizer.get_vocab().items()))}",
-        "data_collator": _describe_collator(data_collator),
+        "model": _shorten({"class": type(bare).__name__, "weights": weights}),
+        "model_settings": _shorten({**settings, **_without_origins(bare.config)}),
+        "tokenizer": _shorten({"tokens": len(tokenizer), "vocabulary": vocabulary}),
+        "data_collator": _shorten(_describe_collator(data_collator)),
         **replaced,
-        **{name: _describe_rows(rows) for name, rows in datasets.items()},
+        **{argument_of(name): _shorten(_describe_rows(rows)) for name, rows in datasets.items()},
     }
 
 
 def list_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Return each field in which two fingerprints differ, with both values.
+    """Return each field in which two fingerprints differ, with both values unless they are hashes.
 
     Examples:
         >>> list_differences({"seed": 1, "max_steps": 9}, {"seed": 2, "max_steps": 9})
         ['seed was 1, is 2']
     """
-    return [
-        f"{name} was {stored.get(name)!r}, is {current.get(name)!r}"
-        for name in {**current, **stored}
-        if stored.get(name) != current.get(name)
-    ]
+    found = []
+    for name in {**current, **stored}:
+        was, now = stored.get(name), current.get(name)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            found += [f"{name}: {difference}" for difference in list_differences(was, now)]
+        elif was != now:
+            is_hash = " #" in str(now)
+            found.append(f"{name} changed" if is_hash else f"{name} was {was!r}, is {now!r}")
+    return found
 
 
-def _describe_config(config: Mapping[str, Any]) -> list[Any]:
-    return sorted(
-        (name, value)
-        for name, value in config.items()
+def check_same_everywhere(settings: Mapping[str, Any]) -> None:
+    """Check that all processes were given the same, or they would wait for each other for ever.
+
+    Raises:
+        ValueError: If not, on all processes.
+    """
+    for rank, others in enumerate(gather_object([settings])):
+        differences = [text for text in list_differences(settings, others) if text != OTHER_STREAM]
+        if differences:
+            raise ValueError(
+                f"process {rank} trains otherwise than another ({'; '.join(differences)[:200]}); "
+                "give all processes the same rows and settings"
+            )
+
+
+def _without_origins(config: Any) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in config.to_dict().items()
         if name not in _ORIGINS and not name.endswith(("name_or_path", "_version"))
-    )
+    }
 
 
-def _describe_collator(data_collator: Any) -> str:
-    name = getattr(data_collator, "__qualname__", type(data_collator).__qualname__)
-    if not is_dataclass(data_collator):
-        attributes = getattr(data_collator, "__dict__", {}).items()
-        public = [item for item in attributes if not item[0].startswith("_")]  # the rest may change
-        if isinstance(data_collator, partial):
-            public = [data_collator.func, data_collator.args, *data_collator.keywords.items()]
-        return f"{name} {json.dumps({'settings': _digest(public)})}" if public else str(name)
-    settings = {field.name: getattr(data_collator, field.name) for field in fields(data_collator)}
-    settings.pop("tokenizer", None)
+def _describe_collator(data_collator: Any) -> dict[str, Any]:
+    settings = getattr(data_collator, "__dict__", {})
+    if is_dataclass(data_collator):
+        names = [field.name for field in fields(data_collator) if field.name != "tokenizer"]
+        settings = {name: getattr(data_collator, name) for name in names}
+    elif isinstance(data_collator, partial):
+        settings = {"function": [data_collator.func, data_collator.args], **data_collator.keywords}
+    settings = {name: settings[name] for name in settings if name[:1] != "_"}  # those may change
     schedule = settings.get("wwm_probability")
     if isinstance(schedule, Mapping):
         settings["wwm_probability"] = str(dict(schedule))
     elif callable(schedule):  # by its rates, since all lambdas have one name
-        settings["wwm_probability"] = f"{_in_json(schedule)} {_digest(sample_rates(schedule))}"
-    for setting, value in settings.items():
-        if not isinstance(value, int | float | str | None):
-            settings[setting] = f"{type(value).__name__} {_digest(value)}"
-    return f"{name} {json.dumps(settings, sort_keys=True)}"
+        settings["rates"] = sample_rates(schedule)
+    name = getattr(data_collator, "__qualname__", type(data_collator).__qualname__)
+    return {"class": name, **settings}
 
 
-def _describe_rows(dataset: Any) -> str:
-    if not hasattr(dataset, "__len__"):
-        part = split_part(dataset)
-        return f"a stream, {type(dataset).__name__}" + (f", in {part[1]} parts" if part else "")
+def _describe_rows(rows: Any) -> dict[str, Any]:
+    if isinstance(rows, OpenStream):
+        part = split_part(rows.dataset)
+        kind = f"a stream, {type(rows.dataset).__name__}"
+        first = [sorted(row.items()) for row in rows.peek(PEEKED)]
+        return {"kind": kind, "parts": part and part[1], "first rows": first}
     # A sample spread over all rows: to read a whole large dataset would take longer than to resume.
-    places = sorted({i * (len(dataset) - 1) // _ROWS_LOOKED_AT for i in range(_ROWS_LOOKED_AT + 1)})
-    return f"{len(dataset)} rows {_digest([sorted(dataset[place].items()) for place in places])}"
+    places = sorted({i * (len(rows) - 1) // _ROWS_LOOKED_AT for i in range(_ROWS_LOOKED_AT + 1)})
+    return {"rows": len(rows), "content": [sorted(rows[place].items()) for place in places]}
 
 
-def _digest(value: Any) -> str:
-    text = json.dumps(value, skipkeys=True, default=_in_json)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+def _shorten(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a hash in the place of all that is no number, word or None."""
+    short = dict(settings)
+    for name, value in settings.items():
+        if not isinstance(value, int | float | str | None):
+            text = json.dumps(value, skipkeys=True, default=_in_json)
+            digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+            short[name] = f"{type(value).__name__} #{digest}"
+    return short
 
 
 def _in_json(value: Any) -> Any:

@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 _MOST_SKIPS = 20
 
 
-def accelerate_train(  # noqa: C901  # the whole story on one screen
+def accelerate_train(  # noqa: C901, PLR0912  # the whole story on one screen
     model: Model,
     train_dataset: "Rows | Stream",
     eval_dataset: "Rows | Mapping[str, Rows] | None" = None,
@@ -100,7 +100,8 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
     Raises:
         ValueError: If rows, tokenizer and model do not fit together, a checkpoint is of another
             run, or `push_to_hub` lacks a token.
-        TypeError: If a dataset is a dict of splits, or an evaluation set has no length.
+        TypeError: If an argument is of another kind, such as a dict of splits, or an evaluation set
+            has no length.
         OSError: If `output_dir` cannot be used, is in use, or a checkpoint cannot be written or is
             not there; if the hub refuses, before the first step or when all is saved.
         RuntimeError: If a launcher started several processes and each trains alone.
@@ -126,7 +127,12 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
         >>> result.global_step, result.masked_tokens_seen
         (2, 4)
     """
-    config = config or TrainingConfig()
+    config = TrainingConfig() if config is None else config
+    if not isinstance(config, TrainingConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}; it must be a TrainingConfig, whose settings are "
+            "called as those of TrainingArguments: TrainingConfig(output_dir=...)"
+        )
     accelerator = accelerator or make_accelerator(config)
     join_group(accelerator)
     train_dataset, is_split = split_stream(train_dataset, accelerator)
@@ -139,7 +145,7 @@ def accelerate_train(  # noqa: C901  # the whole story on one screen
         "config": config,
         "accelerator": accelerator,
     }
-    check_run(**arguments)
+    check_run(**arguments, optimizer=optimizer)
     check_sentences(config.fill_mask or [], tokenizer, model)
     if config.push_to_hub:
         on_main_process(accelerator, partial(make_repository, config))
@@ -193,13 +199,11 @@ def resume(run: TrainingRun) -> bool:
     wanted = run.config.resume_from_checkpoint
     if not wanted:
         return False
-    chosen = on_main_process(
-        run.accelerator, partial(checkpoint.choose, run.folder, wanted, run.fingerprint)
-    )
+    paths = checkpoint.find_wanted(run.folder, wanted)
+    chosen = on_main_process(run.accelerator, partial(checkpoint.choose, paths, run.fingerprint))
     if chosen is None:
         logger.warning("%s holds no checkpoint; training starts from the beginning", run.folder)
         return False
-    checkpoint.check_same_checkpoint(chosen, run.accelerator)
     checkpoint.read_run(chosen, run)
     if run.config.load_best_model_at_end:
         on_main_process(run.accelerator, partial(checkpoint.bring_best, chosen, run))

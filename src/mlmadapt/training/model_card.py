@@ -6,7 +6,6 @@ card if the caller gave it or the hub knows it; a path of this machine never is.
 """
 
 import copy
-import json
 import logging
 import os
 import re
@@ -75,7 +74,7 @@ def write_model_card(run: TrainingRun, *, filled: Mapping[str, str]) -> None:
         ],
     )
     settings = {**run.fingerprint, "mixed_precision": run.accelerator.mixed_precision}
-    collator, _, masking = settings["data_collator"].partition(" ")
+    masking = dict(settings["data_collator"])
     unused = {"data_collator", "model", "model_settings", "tokenizer"}.union(
         *(_REPLACED.get(setting, ()) for setting in settings),
         ["num_train_epochs" if run.config.max_steps > 0 else "max_steps"],
@@ -92,8 +91,8 @@ def write_model_card(run: TrainingRun, *, filled: Mapping[str, str]) -> None:
         evaluations=evaluations,
         has_curves=_save_curves(result, run.folder),
         filled=filled,
-        collator=collator,
-        masking=json.loads(masking or "{}"),
+        collator=masking.pop("class"),
+        masking=masking,
         training=[item for item in settings.items() if item[0] not in unused],
         versions=[(package, _version(package)) for package in _PACKAGES],
     ).save(run.folder / "README.md")
@@ -153,7 +152,7 @@ def check_sentences(sentences: Sequence[str], tokenizer: Tokenizer, model: Model
     if texts:
         reader = copy.deepcopy(tokenizer)  # which calls would leave without its truncation
         rows = [{"input_ids": reader(text)["input_ids"]} for text in texts]
-        check_rows("fill_mask", rows, model=model, tokenizer=tokenizer)
+        check_rows("fill_mask", rows, model=model)
 
 
 def fill_masks(model: Model, sentences: Sequence[str], *, tokenizer: Tokenizer) -> dict[str, str]:

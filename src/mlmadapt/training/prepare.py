@@ -21,15 +21,16 @@ from torch import nn
 from transformers import get_scheduler
 
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
-from mlmadapt.data.rows import is_frozen
+from mlmadapt.data.table import as_rows
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.frozen_masks import check_masks
-from mlmadapt.model.checks import check_collator, check_model, check_rows, check_ties
+from mlmadapt.model import checks
+from mlmadapt.model.evaluation import argument_of
 from mlmadapt.model.forward import MaskedForward, masked_forward
-from mlmadapt.training.batches import OpenStream, plan_batches, training_batches, unopened
+from mlmadapt.training.batches import PEEKED, OpenStream, first_batch, plan_batches
 from mlmadapt.training.config import TrainingConfig
-from mlmadapt.training.distributed import check_same_everywhere, check_whole
-from mlmadapt.training.fingerprint import describe_run
+from mlmadapt.training.distributed import check_whole
+from mlmadapt.training.fingerprint import check_same_everywhere, describe_run
 from mlmadapt.training.state import TrainingRun, waits_for_metric
 
 logger = logging.getLogger(__name__)
@@ -44,11 +45,13 @@ def check_run(
     data_collator: DataCollator,
     config: TrainingConfig,
     accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer | None,
 ) -> None:
-    """Check that rows, model, tokenizer and settings fit together.
+    """Check that rows, model, tokenizer, optimizer and settings fit together.
 
     Raises:
         ValueError: If they do not.
+        TypeError: If one is of another kind.
     """
     precision, device = accelerator.mixed_precision, accelerator.device.type
     if config.mixed_precision not in (None, precision) or (precision, device) == ("fp16", "cpu"):
@@ -56,55 +59,27 @@ def check_run(
             f"mixed_precision is {config.mixed_precision!r} and the accelerator's {precision!r} on "
             f"{device!r}; leave it at None or make both equal, on a CPU to 'bf16' or 'no'"
         )
-    check_model(model)
-    check_collator(data_collator, tokenizer)
+    checks.check_model(model)
+    checks.check_collator(data_collator, tokenizer)
+    checks.check_tokenizer(tokenizer, model)
     if isinstance(train_rows, OpenStream):
         if config.max_steps < 1 or config.dataloader_num_workers:
             raise ValueError(
-                f"train_dataset is a stream without a length, max_steps is {config.max_steps} and "
-                f"dataloader_num_workers {config.dataloader_num_workers}; give max_steps, and 0 "
-                "workers"
+                f"train_dataset is a stream, max_steps is {config.max_steps} and dataloader_num_"
+                f"workers {config.dataloader_num_workers}; give max_steps, and 0 workers"
             )
-        train_rows = train_rows.peek(100)
+        train_rows = as_rows("train_dataset", train_rows.peek(PEEKED))
     for name, rows in {**eval_sets, "train_dataset": train_rows}.items():
-        check_rows(name, rows, model=model, tokenizer=tokenizer)
-        has_masks = name in eval_sets and is_frozen(rows)
-        needs_words = isinstance(data_collator, WholeWordMaskingCollator) and not has_masks
-        if needs_words and "word_ids" not in rows[0]:
-            raise ValueError(
-                f"{name} has {list(rows[0])}, without 'word_ids', which WholeWordMaskingCollator "
-                "goes by; make the rows with tokenize_with_word_ids"
-            )
+        checks.check_rows(argument_of(name), rows, model=model)
     if (config.early_stopping_patience or config.load_best_model_at_end) and not eval_sets:
         raise ValueError(
-            "early_stopping_patience and load_best_model_at_end go by an evaluation, but "
-            "eval_dataset is None; pass one"
+            "early_stopping_patience and load_best_model_at_end go by an eval_dataset; pass one"
         )
-    check_weights(model)
-    check_ties(model)
     check_whole(model, accelerator)
-
-
-def check_weights(model: nn.Module) -> None:
-    """Check that the weights to be trained are of a type that small updates do not vanish in.
-
-    transformers loads the type that a model was stored in. On one run of 32 bits from perplexity
-    239 to 170, weights in bfloat16 came to 217, and those in float16 to infinity.
-
-    Raises:
-        ValueError: If some are in float16, or all are quantised, without adapters.
-    """
-    if getattr(model, "is_quantized", False) and not hasattr(model, "peft_config"):
-        raise ValueError(
-            f"model {type(model).__name__} is quantised, and such weights cannot be trained; add "
-            "an adapter by peft.get_peft_model, or load the model without quantization_config"
-        )
-    types = {weight.dtype for weight in model.parameters() if weight.requires_grad}
-    cure = "call model.float() before training, and set mixed_precision for speed"
-    if torch.float16 in types:
-        raise ValueError(f"model has weights in float16, in which training overflows; {cure}")
-    if torch.bfloat16 in types:
-        logger.warning("model has weights in bfloat16, in which most updates are lost; %s", cure)
+    checks.check_ties(model)
+    checks.check_weights(model)
+    if optimizer is not None:
+        checks.check_optimizer(optimizer, model)
 
 
 @contextmanager
@@ -127,20 +102,17 @@ def prepare(
 
     Raises:
         ValueError: If there are no rows, their lengths are not known though they are to be grouped,
-            the collator does not mask, the model cannot be compiled, or the schedule would have no
-            effect.
+            no row has a target, the collator does not mask, the model cannot be compiled, or the
+            schedule would have no effect.
     """
     started = time.perf_counter()
     # Where the model lies before anything is tried, and before an optimizer takes its weights.
     model.to(accelerator.device)
     plan = plan_batches(train_rows, config, accelerator, is_split=is_split)
+    plan = replace(plan, limit=checks.position_capacity(model))
     all_steps = math.ceil(config.num_train_epochs * plan.steps_per_epoch)
     total_steps = config.max_steps if config.max_steps >= 1 else all_steps
-    # A real batch, by which everything is tried.
-    ahead = train_rows
-    if isinstance(train_rows, OpenStream):
-        ahead = OpenStream(train_rows.peek(plan.rows_per_step))
-    (first, *_), _ = next(training_batches(ahead, plan, data_collator, epoch=0))
+    first = first_batch(train_rows, plan, data_collator)
     if not isinstance(data_collator, WholeWordMaskingCollator):
         is_target = first["labels"] != -100
         is_hidden = is_target & (first["labels"] != first["input_ids"])
@@ -154,7 +126,7 @@ def prepare(
         tokenizer=tokenizer,
         data_collator=data_collator,
         replaced={name: type(made).__name__ for name, made in passed.items() if made is not None},
-        datasets={"train_dataset": unopened(train_rows), **eval_sets},
+        datasets={"train_dataset": train_rows, **eval_sets},
         rows_per_step=plan.rows_per_step,
     )
     # Before the first pass in which the processes meet.

@@ -44,11 +44,11 @@ def log(run: TrainingRun, entry: Mapping[str, float]) -> None:
 
 
 def log_loss(run: TrainingRun) -> None:
-    """Log the mean loss per masked token since the last entry."""
+    """Log the mean loss per masked token since the last entry, if there was any."""
     state = run.state
-    loss = sum(gather_object([state.loss_sum])) / max(state.loss_tokens, 1)
-    lr = float(run.scheduler.get_last_lr()[0])
-    log(run, {"loss": loss, "grad_norm": state.grad_norm, "learning_rate": lr})
+    total, lr = sum(gather_object([state.loss_sum])), float(run.scheduler.get_last_lr()[0])
+    loss = {"loss": total / state.loss_tokens} if state.loss_tokens else {}
+    log(run, {**loss, "grad_norm": state.grad_norm, "learning_rate": lr})
     state.loss_sum, state.loss_tokens = 0.0, 0
 
 

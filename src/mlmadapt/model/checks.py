@@ -82,6 +82,11 @@ def check_rows(
     if not len(dataset):
         raise ValueError(f"{name} has no rows; group_texts drops rows shorter than chunk_size")
     embedding: Any = model.get_input_embeddings()
+    if not hasattr(embedding, "weight"):
+        raise ValueError(
+            f"model {type(unwrap(model)).__name__} has no table of tokens, but a "
+            f"{type(embedding).__name__}; load one such as BERT by AutoModelForMaskedLM"
+        )
     embeddings = len(embedding.weight)
     if len(tokenizer) > embeddings:
         raise ValueError(
@@ -139,6 +144,43 @@ def position_table(model: Model) -> Any:
     return None
 
 
+def attention_window(model: Model) -> int:
+    """Return how many tokens to each side a layer sees that does not see all, 0 if there is none.
+
+    Examples:
+        >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
+        >>> attention_window(tiny_model(tiny_tokenizer(), architecture="modernbert"))
+        64
+    """
+    config: Any = model.config.get_text_config()
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    # Before transformers 5.23, ModernBERT had another name for it.
+    windows = [
+        getattr(each, "sliding_window", getattr(each, "local_attention", 0)) for each in layers
+    ]
+    return max(window or 0 for window in windows)
+
+
+def check_attention(model: Model) -> None:
+    """Check that forward passes leave a model as it was.
+
+    Raises:
+        ValueError: If it is BigBird with sparse attention, which a short batch takes from it.
+    """
+    if getattr(model.config, "attention_type", None) == "block_sparse":
+        raise ValueError(
+            f"model {type(unwrap(model)).__name__} has attention_type 'block_sparse', which its "
+            "first short batch switches off for good: figures would depend on the batches, and a "
+            "resumed run would differ. Load it with attention_type='original_full'"
+        )
+
+
+def rounding(model: Model) -> float:
+    """Return how far logits may be off, as a share of them, for no other reason than rounding."""
+    is_exact = torch.get_float32_matmul_precision() == "highest"
+    return 1e-4 if is_exact and model.dtype == torch.float32 else 0.05
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch off dropout and gradients inside the block; each module gets its own mode back."""
@@ -173,7 +215,8 @@ def try_model(
 
     Raises:
         ValueError: If the model fails, whatever its own error is, does not predict a token at each
-            place, or predicts NaN.
+            place, predicts NaN, or would not be as before: BigBird's ``block_sparse``, which its
+            first short batch switches off for good.
 
     Examples:
         >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
@@ -182,6 +225,7 @@ def try_model(
         (1, 3, 475)
     """
     name = type(unwrap(model)).__name__
+    check_attention(model)
     plain_code = torch.compiler.set_stance("force_eager")
     with plain_code, evaluation_mode(model), within or nullcontext():
         try:
@@ -192,7 +236,8 @@ def try_model(
             raise
         except Exception as error:
             raise ValueError(
-                f"model {name} fails on a batch of {list(inputs)} ({type(error).__name__}: {error})"
+                f"model {name} fails on a batch of {list(inputs)} ({type(error).__name__}: "
+                f"{error!s:.150})"
             ) from error
     logits: Any = output.get("logits") if isinstance(output, Mapping) else output[0]
     shape = None if logits is None else tuple(logits.shape)

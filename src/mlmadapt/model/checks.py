@@ -21,7 +21,8 @@ def check_model(model: Model) -> None:
     """Check that `model` predicts each token at its own place.
 
     Raises:
-        ValueError: If it is a causal model, has no head, or is wrapped for several devices.
+        ValueError: If it is a causal model, has no head or no token embeddings, or is wrapped for
+            several devices.
     """
     import transformers  # noqa: PLC0415  # a second to load
 
@@ -30,10 +31,12 @@ def check_model(model: Model) -> None:
     base: Any = transformers.MODEL_MAPPING.get(config, ())  # some types have several
     causal: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(config, ())
     masked: Any = transformers.MODEL_FOR_MASKED_LM_MAPPING.get(config, ())
-    if isinstance(bare, masked):
-        return
     if not hasattr(bare, "get_input_embeddings"):
         reason = "is not one of transformers (of one that is wrapped, pass its .module)"
+    elif not hasattr(bare.get_input_embeddings(), "weight"):
+        reason = "has no table of token embeddings"
+    elif isinstance(bare, masked):
+        return
     elif isinstance(bare, causal):
         reason = "is a causal language model, which shifts its labels"
     elif type(bare) in np.atleast_1d(base):
@@ -82,11 +85,6 @@ def check_rows(
     if not len(dataset):
         raise ValueError(f"{name} has no rows; group_texts drops rows shorter than chunk_size")
     embedding: Any = model.get_input_embeddings()
-    if not hasattr(embedding, "weight"):
-        raise ValueError(
-            f"model {type(unwrap(model)).__name__} has no table of tokens, but a "
-            f"{type(embedding).__name__}; load one such as BERT by AutoModelForMaskedLM"
-        )
     embeddings = len(embedding.weight)
     if len(tokenizer) > embeddings:
         raise ValueError(
@@ -154,25 +152,8 @@ def attention_window(model: Model) -> int:
     """
     config: Any = model.config.get_text_config()
     layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
-    # Before transformers 5.23, ModernBERT had another name for it.
-    windows = [
-        getattr(each, "sliding_window", getattr(each, "local_attention", 0)) for each in layers
-    ]
-    return max(window or 0 for window in windows)
-
-
-def check_attention(model: Model) -> None:
-    """Check that forward passes leave a model as it was.
-
-    Raises:
-        ValueError: If it is BigBird with sparse attention, which a short batch takes from it.
-    """
-    if getattr(model.config, "attention_type", None) == "block_sparse":
-        raise ValueError(
-            f"model {type(unwrap(model)).__name__} has attention_type 'block_sparse', which its "
-            "first short batch switches off for good: figures would depend on the batches, and a "
-            "resumed run would differ. Load it with attention_type='original_full'"
-        )
+    name, older = "sliding_window", "local_attention"  # before transformers 5.23
+    return max(getattr(each, name, getattr(each, older, 0)) or 0 for each in layers)
 
 
 def rounding(model: Model) -> float:
@@ -225,7 +206,11 @@ def try_model(
         (1, 3, 475)
     """
     name = type(unwrap(model)).__name__
-    check_attention(model)
+    if getattr(model.config, "attention_type", None) == "block_sparse":
+        raise ValueError(
+            f"model {name} has attention_type 'block_sparse', which a short batch switches off for "
+            "good, so that what follows depends on it; load it with attention_type='original_full'"
+        )
     plain_code = torch.compiler.set_stance("force_eager")
     with plain_code, evaluation_mode(model), within or nullcontext():
         try:
@@ -262,10 +247,3 @@ def unwrap(model: Any) -> Any:
     """Return the model of transformers below `torch.compile` and PEFT's adapters."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def reset_compiled(model: nn.Module) -> None:
-    """Forget what was compiled without a model's new hooks, and would go on without them."""
-    # torch has no public name for what it compiled in place, or around a module.
-    if any(hasattr(part, "_orig_mod") or part._compiled_call_impl for part in model.modules()):  # noqa: SLF001
-        torch.compiler.reset()

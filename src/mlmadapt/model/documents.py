@@ -23,7 +23,6 @@ from mlmadapt._types import Model
 from mlmadapt.data.rows import document_bounds
 from mlmadapt.model.checks import (
     attention_window,
-    check_attention,
     check_model,
     first_position,
     rounding,
@@ -75,7 +74,6 @@ def isolate_documents(model: Model) -> "DocumentIsolation":
         True
     """
     check_model(model)
-    torch.compiler.reset()  # code without the hooks may be anyone's: compiled, and held elsewhere
     return DocumentIsolation(model)
 
 
@@ -91,14 +89,14 @@ class DocumentIsolation(AbstractContextManager["DocumentIsolation"]):
         self._parameters = list(inspect.signature(encoder.forward).parameters)
         self._first_position = first_position(model)
         # Per thread, since `DataParallel` calls replicas with the same hooks at the same time.
-        self._documents: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._unused: set[int] = set()
+        self._documents: dict[int, tuple[torch.Tensor, torch.Tensor, bool]] = {}
         self._hooks = [
             model.register_forward_pre_hook(self._take_documents, with_kwargs=True),
             # Runs after a failed forward pass too, so that it leaves nothing behind.
             model.register_forward_hook(self._finish, always_call=True),
             encoder.register_forward_pre_hook(self._isolate, with_kwargs=True),
         ]
+        torch.compiler.reset()  # whoever holds code that was compiled without the hooks
         try:
             _check_isolation(model)
         except BaseException:
@@ -131,16 +129,15 @@ class DocumentIsolation(AbstractContextManager["DocumentIsolation"]):
         seen = _read_documents(documents, inputs, mask)
         # Of all that lies there: what attention does not see keeps its position.
         positions = _count_positions(documents, ids, self._first_position)
-        self._documents[get_ident()] = (seen, positions)
-        self._unused.add(get_ident())
+        self._documents[get_ident()] = (seen, positions, False)
         return args, kwargs
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _isolate(self, encoder: Model, args: Any, kwargs: dict[str, Any]) -> Any:
-        self._unused.discard(get_ident())
         if get_ident() not in self._documents:
             return None
-        documents, positions = self._documents[get_ident()]
+        documents, positions, _ = self._documents[get_ident()]
+        self._documents[get_ident()] = (documents, positions, True)
         named = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         device = documents.device.type
         is_mixed = torch.is_autocast_enabled(device)
@@ -152,14 +149,11 @@ class DocumentIsolation(AbstractContextManager["DocumentIsolation"]):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _finish(self, model: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002  # torch's signature
-        self._documents.pop(get_ident(), None)
-        is_unused = get_ident() in self._unused
-        self._unused.discard(get_ident())
-        if is_unused and output is not None:
+        *_, is_used = self._documents.pop(get_ident(), (True,))
+        if not is_used and output is not None:
             raise ValueError(
-                f"model {type(model).__name__} has run code that was compiled before "
-                "isolate_documents, and would let documents of a row see each other; call "
-                "torch.compiler.reset() after isolate_documents, or compile the model then"
+                f"model {type(model).__name__} ran code compiled without isolate_documents, which "
+                "lets documents see each other; call torch.compiler.reset() after isolate_documents"
             )
 
     def _make_masks(
@@ -220,46 +214,47 @@ def _check_isolation(model: Model) -> None:
     Raises:
         ValueError: If not.
     """
-    check_attention(model)
     bare = unwrap(model)
     attention = getattr(bare.config, "_attn_implementation", None)
+    if attention == "flex_attention":
+        raise ValueError(
+            f"model {type(bare).__name__} has attention 'flex_attention', which can abort on masks "
+            "of documents; load it with attn_implementation='sdpa'"
+        )
+    config = bare.config.get_text_config()
+    pad_id = getattr(config, "pad_token_id", None)
+    # Long enough to reach out of the window of sliding attention; two are padded to each other.
+    sizes = [6, 2 * min(attention_window(model), 512) + 7, 8]
+    documents = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(config.vocab_size, (2, sum(sizes)), generator=generator)
+    if pad_id is not None:  # some models see it without a mask
+        drawn[drawn == pad_id] = (pad_id + 1) % config.vocab_size
+    middle = documents == 1
+    row, others = drawn[:1], torch.where(middle, drawn[:1], drawn[1:])
+    parts = list(torch.split(drawn[0], sizes))
+    padded = pad_sequence(parts, batch_first=True, padding_value=pad_id or 0)
+    is_token = pad_sequence([torch.ones_like(part) for part in parts], batch_first=True)
+    # What fails here would without documents.
+    alone = try_model(model, {"input_ids": padded, "attention_mask": is_token})[is_token == 1]
+    reason = None
     try:
-        # Which would end the process at some lengths.
-        reason = "it takes no such mask" if attention == "flex_attention" else _find_leak(model)
-    except (AttributeError, ValueError) as error:  # of a model that takes no such mask
-        reason = str(error)
+        together, in_other_company = (
+            try_model(model, {"input_ids": tokens, "document_ids": documents[None]})[0]
+            for tokens in (row, others)
+        )
+    except ValueError as error:  # of a model that takes no such mask
+        reason = f"{error!s:.110}"
+    else:
+        if not torch.equal(together[middle], in_other_company[middle]):
+            reason = "a document's logits depend on the others in its row"
+        elif not (together - alone).norm() <= rounding(model) * alone.norm():
+            reason = "a document's logits are not those that it has alone"
     if reason is not None:
         cure = "use rows without 'document_ids': padded ones of one document each, or group_texts"
         if attention not in ("eager", "sdpa"):
             cure = "load it with attn_implementation='sdpa' or 'eager'"
         raise ValueError(
             f"model {type(bare).__name__} with attention {attention!r} does not keep the documents "
-            f"of packed rows apart: {reason:.110}; {cure}"
+            f"of packed rows apart: {reason}; {cure}"
         )
-
-
-def _find_leak(model: Model) -> str | None:
-    """Tell how a document's logits differ from those that it has alone; None if they do not."""
-    config = unwrap(model).config.get_text_config()
-    # Long enough to reach out of the window of sliding attention; two are padded to each other.
-    sizes = [6, 2 * min(attention_window(model), 512) + 7, 8]
-    documents = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(config.vocab_size, (2, sum(sizes)), generator=generator)
-    if config.pad_token_id is not None:  # some models see it without a mask
-        drawn[drawn == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
-    middle = documents == 1
-    row, others = drawn[:1], torch.where(middle, drawn[:1], drawn[1:])
-    parts = list(torch.split(drawn[0], sizes))
-    padded = pad_sequence(parts, batch_first=True, padding_value=config.pad_token_id or 0)
-    is_token = pad_sequence([torch.ones_like(part) for part in parts], batch_first=True)
-    together, in_other_company = (
-        try_model(model, {"input_ids": tokens, "document_ids": documents[None]})[0]
-        for tokens in (row, others)
-    )
-    alone = try_model(model, {"input_ids": padded, "attention_mask": is_token})[is_token == 1]
-    if not torch.equal(together[middle], in_other_company[middle]):
-        return "a document's logits depend on the others in its row"
-    if not (together - alone).norm() <= rounding(model) * alone.norm():
-        return "a document's logits are not those that it has alone"
-    return None

@@ -274,11 +274,11 @@ def sum_rows(
     device = model.device
     # The longest first: little is padded, and what memory does not hold shows at once.
     lengths = dataset_lengths(dataset)
-    if lengths is None:  # in their order, as if each were longer than the next
-        lengths = np.arange(len(dataset), 0, -1)
+    # Of unknown lengths, in their order, as if each were longer than the next.
+    lengths = np.arange(len(dataset), 0, -1) if lengths is None else lengths
     order = np.argsort(-lengths, kind="stable")
-    ends = [] if forward.is_inert else np.flatnonzero(np.diff(lengths[order])) + 1
-    runs = [torch.from_numpy(rows) for rows in np.split(order, ends)]
+    ends = np.flatnonzero(np.diff(lengths[order]) * (not forward.is_inert)) + 1
+    runs = torch.from_numpy(order).tensor_split(ends.tolist())
     batches = [rows for run in runs for rows in torch.split(run, batch_size)][rank::world]
     loader = DataLoader(
         dataset,  # type: ignore[arg-type]

@@ -74,7 +74,6 @@ def sparse_prediction(model: Model) -> "SparsePrediction":
     """
     check_model(model)
     check_encoder(model)
-    torch.compiler.reset()  # code without the hooks may be anyone's: compiled, and held elsewhere
     return SparsePrediction(model)
 
 
@@ -160,13 +159,13 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
         # Per thread, since `DataParallel` calls replicas with the same hooks at the same time.
         self._masked: dict[int, MaskedPositions] = {}
         self._asked: MaskedPositions | None = None
-        self._warned = False
         self._hooks = [
             model.register_forward_pre_hook(self._take_labels, with_kwargs=True),
             # Runs after a failed forward pass too, so that it leaves nothing behind.
             model.register_forward_hook(self._finish, always_call=True),
             unwrap(model).base_model.register_forward_hook(self._gather),
         ]
+        torch.compiler.reset()  # whoever holds code that was compiled without the hooks
 
     def remove(self) -> None:
         """Give the model its full head back.
@@ -215,12 +214,10 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
         self._masked.pop(get_ident(), None)
         labels = kwargs.get("labels")
         if labels is None or not model.training:
-            if labels is not None and torch.is_grad_enabled() and not self._warned:
-                self._warned = True
+            if labels is not None and torch.is_grad_enabled():
                 warnings.warn(
-                    "the model is in evaluation mode, in which sparse_prediction does nothing and "
-                    "dropout is off; call model.train() before the training loop, and evaluate "
-                    "under torch.no_grad()",
+                    "the model is in evaluation mode, without dropout or sparse_prediction; call "
+                    "model.train() before the training loop, and evaluate under torch.no_grad()",
                     stacklevel=2,
                 )
             return None
@@ -256,14 +253,10 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
         if masked is None or output is None:
             return None
         is_tuple = isinstance(output, tuple)
-        values: Any = list(output) if is_tuple else output
-        # A tuple has its losses first, if it has any.
-        loss: Any = 0 if is_tuple else "loss"
-        if is_tuple:
-            logits: Any = next(place for place, each in enumerate(output) if each.dim())
-        else:
-            logits = next(name for name in output if name.endswith("logits"))
-        if values[logits].dim() == 2:  # of ModernBERT's own sparse head, without those to cut off
+        values: Any = dict(enumerate(output)) if is_tuple else output
+        # Losses, if there are any, come first.
+        loss, logits = next(iter(values)), next(name for name in values if values[name].dim())
+        if values[logits].dim() == 2:  # of ModernBERT's own sparse head, already without the rest
             values[logits] = values[logits][None]
         elif len(masked.indices) > masked.number:
             # A view; gradients go around it where the model computes its loss itself.
@@ -271,7 +264,7 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
         if labeled is not None and labeled.num_items is not None:
             mean = values[loss] if labeled.number else values[loss].nan_to_num(nan=0.0)
             values[loss] = mean * labeled.number / count_items(labeled.num_items, mean.device)
-        return tuple(values) if is_tuple else output
+        return tuple(values.values()) if is_tuple else output
 
 
 def masked_logits(outputs: Any, positions: torch.Tensor | MaskedPositions) -> torch.Tensor:

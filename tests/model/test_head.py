@@ -185,7 +185,8 @@ def test_hidden_states_of_another_shape_are_told(model: PreTrainedModel) -> None
     with pytest.raises(ValueError, match=r"BertModel returned .*\(3, 12, 32\) .* \(3, 24\)"):
         model(**make_batch())
     hook.remove()
-    assert model.eval()(**make_batch()).logits.shape[:2] == (3, 24)
+    with torch.no_grad():
+        assert model.eval()(**make_batch()).logits.shape[:2] == (3, 24)
     assert not handle._masked
 
 
@@ -195,7 +196,8 @@ def test_evaluation_and_prediction_are_unchanged(model: PreTrainedModel) -> None
     unlabelled = {name: values for name, values in batch.items() if name != "labels"}
     expected = model.eval()(**batch)
     with sparse_prediction(model):
-        outputs = model(**batch, num_items_in_batch=3)
+        with torch.no_grad():
+            outputs = model(**batch, num_items_in_batch=3)
         torch.testing.assert_close(outputs.to_tuple(), expected.to_tuple(), rtol=0, atol=0)
         assert model.train()(**unlabelled).logits.shape == expected.logits.shape
 
@@ -403,7 +405,8 @@ def test_trainer_evaluation(
     rows = make_batch(rows=8)
     sparse_prediction(model)
     trainer, _, _ = train(model, rows, tmp_path, 1, compute_loss_func=loss_func)
-    expected = model.eval()(**rows).loss.item()
+    with torch.no_grad():
+        expected = model.eval()(**rows).loss.item()
     logged = trainer.evaluate(eval_dataset=trainer.train_dataset)
     assert logged["eval_loss"] == pytest.approx(expected, rel=1e-5)
 

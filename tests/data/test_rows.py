@@ -26,18 +26,18 @@ rows = st.lists(st.lists(st.integers(0, 400), max_size=9), min_size=1, max_size=
 
 
 @given(rows, st.sampled_from([None, 1, 4, 8]), st.sampled_from(["left", "right"]))
-def test_padding_is_that_of_the_tokenizer(
+def test_padding_is_that_of_the_tokenizer_on_the_right(
     ids: list[list[int]], multiple: int | None, side: str
 ) -> None:
-    """As `tokenizer.pad` does, and besides it labels and other columns of any length."""
-    left = tiny_tokenizer("wordpiece")
-    left.padding_side = side
+    """As `tokenizer.pad` does, whatever its side, and labels and other columns of any length."""
+    tokenizer = tiny_tokenizer("wordpiece")
+    tokenizer.padding_side = side
     features: list[dict[str, Any]] = [
         {"input_ids": row, "token_type_ids": [1] * len(row)} for row in ids
     ]
     columns = to_columns([{**feature, "labels": feature["input_ids"]} for feature in features])
-    batch = pad_rows(*join_rows(columns), left, pad_to_multiple_of=multiple)
-    expected = left.pad(features, pad_to_multiple_of=multiple)
+    batch = pad_rows(*join_rows(columns), tokenizer, pad_to_multiple_of=multiple)
+    expected = tokenizer.pad(features, pad_to_multiple_of=multiple, padding_side="right")
     for name in ("input_ids", "token_type_ids", "attention_mask"):
         assert batch[name].tolist() == expected[name]
     labels = np.where(batch["attention_mask"] == 1, batch["input_ids"], -100)

@@ -173,7 +173,7 @@ def reference_mask(
 def reference_collate(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, **settings: Any
 ) -> dict[str, list[list[int]]]:
-    """Return a batch padded to its longest row, on the tokenizer's side."""
+    """Return a batch padded to its longest row, on the right."""
     width = max(len(row["input_ids"]) for row in rows)
     fills = {"input_ids": tokenizer.pad_token_id, "labels": -100}
     batch: dict[str, list[list[int]]] = {}
@@ -183,6 +183,5 @@ def reference_collate(
         columns.setdefault("attention_mask", [1] * len(row["input_ids"]))
         for name, values in columns.items():
             padding = [fills.get(name, 0)] * (width - len(values))
-            left = tokenizer.padding_side == "left"
-            batch.setdefault(name, []).append(padding + values if left else values + padding)
+            batch.setdefault(name, []).append(values + padding)
     return batch

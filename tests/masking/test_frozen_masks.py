@@ -27,7 +27,7 @@ from mlmadapt import (
     insert_random_mask,
     tokenize_with_word_ids,
 )
-from mlmadapt.masking.frozen_masks import seeded
+from mlmadapt.masking.frozen_masks import collate_seeded, purify, seeded
 from mlmadapt.testing import tiny_corpus, tiny_tokenizer
 from tests.masking.reference_masking import reference_key, reference_mask
 
@@ -478,3 +478,33 @@ def test_keys_that_are_none() -> None:
         insert_random_mask(columns, others, key_column="id")
     with pytest.raises(TypeError):
         insert_random_mask({**columns, "id": [1.5]}, OURS, key_column="id")
+
+
+class TheirOwn:
+    """A collator as people write them, around a tokenizer."""
+
+    def __init__(self, own_tokenizer: Any) -> None:
+        self.tokenizer = own_tokenizer
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        """Pad on the tokenizer's side."""
+        batch = self.tokenizer.pad([{"input_ids": row["input_ids"]} for row in rows])
+        return {**batch, "labels": batch["input_ids"]}
+
+
+@pytest.mark.parametrize("make", [DataCollatorForLanguageModeling, TheirOwn])
+def test_collators_of_others_pad_on_the_right(make: Any) -> None:
+    """Where a run calls them; the caller's collator and tokenizer keep their side."""
+    batches = []
+    for side in ("right", "left"):
+        own = tiny_tokenizer()
+        own.padding_side = side
+        collator = make(own)
+        rows: Any = [{"input_ids": [9] * n} for n in (5, 2)]
+        batches.append(collate_seeded(purify(collator), rows, key=1))
+        assert collator.tokenizer is own
+        assert own.padding_side == side
+    right, left = ({n: np.asarray(a).tolist() for n, a in batch.items()} for batch in batches)
+    assert left == right
+    assert left["attention_mask"][1] == [1, 1, 0, 0, 0]
+    assert purify(OURS) is OURS

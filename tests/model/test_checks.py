@@ -34,6 +34,7 @@ from mlmadapt import (
     sparse_prediction,
 )
 from mlmadapt.model.checks import (
+    attention_window,
     check_collator,
     check_model,
     check_optimizer,
@@ -46,8 +47,11 @@ from mlmadapt.model.checks import (
     unwrap,
 )
 from mlmadapt.testing import tiny_model, tiny_tokenizer
+from tests.scripts.tiny_run import TinyRun
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 ROWS = [{"input_ids": [2, 9, 8, 3]}, {"input_ids": [2, 7, 3]}]
@@ -426,3 +430,70 @@ def test_want_of_memory_is_no_fault_of_the_model(
     monkeypatch.setattr(bert.cls, "forward", fail)
     with pytest.raises(torch.OutOfMemoryError):
         try_model(bert, {"input_ids": torch.tensor([[2, 9, 3]])})
+
+
+SPARSELY: dict[str, Any] = {
+    "isolate_documents": lambda model, tokenizer: isolate_documents(model),
+    "evaluate_mlm": lambda model, tokenizer: evaluate_mlm(
+        model, [{"input_ids": [7, 4], "labels": [-100, 9]}], tokenizer=tokenizer
+    ),
+    "extend_vocabulary": lambda model, tokenizer: extend_vocabulary(tokenizer, model, ["scorer"]),
+}
+
+
+@pytest.mark.parametrize("name", [*SPARSELY, "accelerate_train"])
+def test_attention_that_a_short_batch_switches_off_is_refused(
+    wordpiece: PreTrainedTokenizerFast, tmp_path: Path, name: str
+) -> None:
+    """Before it is; with the attention that the error names, all goes on."""
+    model: Any = tiny_model(wordpiece, architecture="big_bird")
+    run = TinyRun(tmp_path)
+    run.model = model
+    call = SPARSELY.get(name, lambda *_: run.train(max_steps=1))
+    message = r"BigBirdForMaskedLM has attention_type 'block_sparse', .*attention_type='original_f"
+    with pytest.raises(ValueError, match=message) as raised:
+        call(model, wordpiece)
+    assert len(str(raised.value)) <= 300
+    assert model.bert.attention_type == "block_sparse"
+    model.bert.set_attention_type("original_full")
+    model.config.attention_type = "original_full"
+    call(model, wordpiece)
+
+
+def test_windows_of_layers_that_differ() -> None:
+    """The widest counts; of ModernBERT it is half of what it calls local attention."""
+    model = tiny_model(tiny_tokenizer(), architecture="modernbert")
+    assert attention_window(model) == model.config.local_attention // 2
+    assert attention_window(tiny_model(tiny_tokenizer())) == 0
+
+    class Layered:
+        is_heterogeneous = True
+        per_layer_config = [type("Layer", (), {"sliding_window": n}) for n in (None, 256, 1024)]  # noqa: RUF012
+
+        def get_text_config(self) -> Any:
+            return self
+
+    layered: Any = type("Model", (), {"config": Layered()})
+    assert attention_window(layered) == 1024
+
+
+def test_a_model_without_token_embeddings_is_named() -> None:
+    """Perceiver has latents in their place."""
+    model: Any = tiny_model(tiny_tokenizer())
+    model.get_input_embeddings = lambda: nn.Parameter(torch.zeros(8, 32))
+    with pytest.raises(ValueError, match="BertForMaskedLM has no table of token embeddings; load"):
+        isolate_documents(model)
+
+
+def test_the_error_of_a_model_is_cut(
+    bert: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the whole can be read."""
+
+    def fail(hidden: torch.Tensor) -> None:
+        raise RuntimeError("no " * 300)
+
+    monkeypatch.setattr(bert.cls, "forward", fail)
+    with pytest.raises(ValueError, match=r"fails on a batch of .*RuntimeError: no no") as raised:
+        try_model(bert, {"input_ids": torch.tensor([[2, 9, 3]])})
+    assert len(str(raised.value)) <= 300

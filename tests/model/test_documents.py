@@ -129,25 +129,24 @@ def test_positions_that_do_not_begin_anew_are_noticed(
     """The check notices documents at other positions than they have alone."""
     count = isolation._count_positions
 
-    def misplace(documents: torch.Tensor) -> torch.Tensor:
+    def misplace(documents: torch.Tensor, *others: Any) -> torch.Tensor:
         all_places = torch.arange(documents.shape[1]).expand_as(documents)
-        return all_places if wrong == "none" else count(documents) + 1
+        return all_places if wrong == "none" else count(documents, *others) + 1
 
     monkeypatch.setattr(isolation, "_count_positions", misplace)
     with pytest.raises(ValueError, match="not those that it has alone"):
         isolate_documents(build(architecture))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
     "architecture", sorted({"albert", "bert", "modernbert", "roberta"} - LATER)
 )
-def test_loss_and_gradients_are_those_of_single_rows(architecture: str, side: str) -> None:
+def test_loss_and_gradients_are_those_of_single_rows(architecture: str) -> None:
     """Masks, loss and gradients of packed rows equal those of rows of one document each."""
     model = build(architecture)
     with isolate_documents(model):
-        loss, gradient = loss_and_gradients(model, PACKED, side=side)
-        expected_loss, expected = loss_and_gradients(model, ALONE, side=side)
+        loss, gradient = loss_and_gradients(model, PACKED)
+        expected_loss, expected = loss_and_gradients(model, ALONE)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert (gradient - expected).norm() <= 1e-4 * expected.norm()
 
@@ -346,3 +345,76 @@ def test_global_randomness_stays() -> None:
     before = torch.get_rng_state()
     isolate_documents(model)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("what", ["a hole", "a hole at the start", "padding", "padding at the end"])
+@pytest.mark.parametrize("architecture", ["bert", "distilbert", "roberta", "xlm-roberta"])
+def test_what_is_no_text_has_the_position_that_it_has_alone(architecture: str, what: str) -> None:
+    """Places that attention does not see, and padding tokens that are written out, shift nothing.
+
+    RoBERTa and its relatives do not count padding tokens, wherever they stand.
+    """
+    model = build(architecture)
+    ids, documents = torch.arange(7, 19)[None], torch.tensor([[0] * 5 + [1] * 7])
+    mask = torch.ones_like(ids)
+    if what.startswith("a hole"):
+        mask[0, {"a hole": [2, 8, 9], "a hole at the start": [0, 5]}[what]] = 0
+    else:
+        ids[0, {"padding": [1, 7, 8], "padding at the end": [4, 11]}[what]] = TOKENIZER.pad_token_id
+    with torch.no_grad(), isolate_documents(model):
+        together = model(input_ids=ids, attention_mask=mask, document_ids=documents).logits[0]
+        for document in (0, 1):
+            own = documents == document
+            inputs = {"input_ids": ids[own][None], "attention_mask": mask[own][None]}
+            seen = mask[own] == 1
+            alone = model(**inputs).logits[0]
+            torch.testing.assert_close(together[own[0]][seen], alone[seen], rtol=0, atol=1e-5)
+
+
+def test_embeddings_in_place_of_tokens_have_positions() -> None:
+    """Of which none is padding; positions begin anew, from where the model's do."""
+    model = build("roberta")
+    documents = torch.tensor([[0, 0, 1, 1, 1]])
+    vectors = torch.rand(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), isolate_documents(model):
+        together = model(inputs_embeds=vectors, document_ids=documents).logits[:, 2:]
+        alone = model(inputs_embeds=vectors[:, 2:]).logits
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "modernbert"])
+def test_attention_that_can_end_the_process_is_refused_untried(architecture: str) -> None:
+    """By name, with the cure, and without hooks."""
+    model: Any = tiny_model(TOKENIZER, architecture=architecture)
+    model.config._attn_implementation = "flex_attention"
+    model.forward = None  # not called
+    message = r"has attention 'flex_attention', which can .*; load it with attn_implementation='sd"
+    with pytest.raises(ValueError, match=message):
+        isolate_documents(model)
+    assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_an_encoder_that_does_not_take_the_documents_is_told(
+    monkeypatch: pytest.MonkeyPatch, *, is_padded: bool
+) -> None:
+    """As in code that was compiled without its hook; and the next forward pass is as before."""
+    model: Any = build("bert")
+    ids, documents = torch.tensor([[7, 8, 9, 7]]), torch.tensor([[0, 0, 1, -1 if is_padded else 1]])
+    mask = (documents >= 0).long()
+    with torch.no_grad(), isolate_documents(model):
+        expected = model(input_ids=ids, attention_mask=mask, document_ids=documents).logits
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model.bert), "__call__", type(model.bert).forward)
+            with pytest.raises(ValueError, match=r"BertForMaskedLM ran code .*compiler\.res"):
+                model(input_ids=ids, attention_mask=mask, document_ids=documents)
+            model(input_ids=ids)
+        again = model(input_ids=ids, attention_mask=mask, document_ids=documents).logits
+    assert torch.equal(again, expected)
+
+
+def test_reasons_are_short() -> None:
+    """Whatever a model's own error is."""
+    with pytest.raises(ValueError, match="does not keep the documents") as raised:
+        isolate_documents(tiny_model(TOKENIZER, architecture="deberta-v2"))
+    assert len(str(raised.value)) <= 300

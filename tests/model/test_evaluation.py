@@ -212,7 +212,7 @@ def test_never_all_logits_at_once(
         seen.clear()
         metrics = evaluate_mlm(bert, rows, tokenizer=wordpiece, batch_size=35)
         assert_same(metrics, expected)
-        passes = seen[3:]  # behind those on a few rows
+        passes = seen[4:]  # behind those on a few rows
         masked = sum(label != -100 for row in rows for label in row["labels"])
         # In multiples of 32.
         assert masked <= sum(passes) < masked + 32 * len(passes)
@@ -445,7 +445,7 @@ def test_words_are_those_of_the_reference(kind: str, prefix: str) -> None:
         dataset: Any = Dataset.from_list(rows) if batch_size == 64 else rows
         metrics = evaluate_words(model, dataset, tokenizer=tokenizer, batch_size=batch_size)
         assert asdict(metrics) == pytest.approx(asdict(expected), rel=1e-6)
-    tokenizer.padding_side = "left"  # which moves this model's positions, and no word
+    tokenizer.padding_side = "left"  # which moves nothing
     by_word, by_token = (
         measure(model, rows, tokenizer=tokenizer) for measure in (evaluate_words, evaluate_mlm)
     )
@@ -503,3 +503,89 @@ def test_rows_that_do_not_know_their_words(bert: PreTrainedModel) -> None:
         evaluate([{"input_ids": [2, 7, 3], "word_ids": [-1, 0, -1]}])
     with pytest.raises(ValueError, match=r"batch_size is 0"):
         evaluate_words(bert, rows, tokenizer=tokenizer, batch_size=0)
+
+
+# All that `tiny_model` builds small.
+SEES_PADDING = {"convbert", "fnet", "nystromformer", "yoso"}
+REFUSED = {
+    "big_bird": "BigBirdForMaskedLM has attention_type 'block_sparse', which",
+    "tapas": "TapasForMaskedLM fails on a batch of",
+    "xmod": "XmodForMaskedLM fails on a batch of",
+}
+BUILT = """
+    albert bart bert big_bird camembert convbert data2vec-text deberta deberta-v2 distilbert electra
+    ernie esm esmc eurobert flaubert fnet gte ibert jina_embeddings_v3 layoutlm longformer mbart
+    megatron-bert mobilebert modernbert mpnet mra mvp nomic_bert nystromformer rembert roberta
+    roberta-prelayernorm roc_bert roformer tapas ultrabert xlm-roberta xmod yoso
+""".split()  # noqa: SIM905 (a line each would take the page)
+
+
+def state_of(model: PreTrainedModel) -> dict[str, Any]:
+    """All that modules hold beside weights and hooks, as far as it can be compared."""
+    buffers = {name: buffer.tolist() for name, buffer in model.named_buffers()}
+    plain = (bool, int, float, str, type(None))
+    parts = {
+        f"{path}.{name}": value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, plain)
+    }
+    return buffers | parts
+
+
+@pytest.mark.parametrize("architecture", BUILT)
+def test_a_row_is_alone_in_every_batch(architecture: str, caplog: pytest.LogCaptureFixture) -> None:
+    """One figure for each batch size and padding side, that of rows without padding; or refused.
+
+    What sees padding is named, and the model is left as it was.
+    """
+    tokenizer = tiny_tokenizer()
+    try:
+        model = tiny_model(tokenizer, architecture=architecture)
+    except ValueError:
+        pytest.skip(f"{architecture} is not in this version of transformers")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3 if weight.ndim > 1 else 1)
+    rows = [
+        {name: row[name][:40] for name in row} for row in freeze_words(tokenizer, prefix="")[:7]
+    ]
+    before = state_of(model)
+    if architecture in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[architecture]):
+            evaluate_mlm(model, rows, tokenizer=tokenizer)
+        assert state_of(model) == before
+        return
+    total, count = 0.0, 0
+    for row in rows:
+        labels = torch.tensor([row["labels"]])
+        ids = {name: torch.tensor([row[name]]) for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            logits = model(**ids).logits[labels != -100]
+        total += nn.functional.cross_entropy(logits, labels[labels != -100], reduction="sum").item()
+        count += len(logits)
+    for side, size in (("right", 5), ("left", 1), ("left", 3), ("left", 5)):
+        tokenizer.padding_side = side
+        loss = evaluate_mlm(model, rows, tokenizer=tokenizer, batch_size=size).loss
+        assert loss == pytest.approx(total / count, rel=1e-5)
+    assert state_of(model) == before
+    is_named = f"{type(model).__name__} sees padding" in caplog.text
+    assert is_named == (architecture in SEES_PADDING)
+
+
+def test_rows_of_unknown_length_of_a_model_that_sees_padding(
+    wordpiece: PreTrainedTokenizerFast, rows: Rows
+) -> None:
+    """Each is a batch of its own, and the figure is the same."""
+
+    class Unknown:
+        def __len__(self) -> int:
+            return 20
+
+        def __getitem__(self, place: int) -> dict[str, Any]:
+            return rows[range(20)[place]]
+
+    model = tiny_model(wordpiece, architecture="fnet")
+    known = evaluate_mlm(model, rows[:20], tokenizer=wordpiece)
+    unknown: Any = Unknown()
+    assert evaluate_mlm(model, unknown, tokenizer=wordpiece).loss == pytest.approx(known.loss)

@@ -34,10 +34,9 @@ ARCHITECTURES = (
 )
 
 
-def make_batch(count: int = 4, *, side: str = "right", is_full: bool = False) -> Batch:
+def make_batch(count: int = 4, *, is_full: bool = False) -> Batch:
     """Make a padded batch of rows of mixed lengths, or 10 tokens of each, none of them padding."""
     tokenizer = tiny_tokenizer()
-    tokenizer.padding_side = side
     rows = freeze(make_rows(count))
     if is_full:
         rows = [{name: row[name][2:12] for name in row} for row in rows]
@@ -60,15 +59,14 @@ def hooks_of(model: PreTrainedModel) -> list[Any]:
     return [hook for part in parts for hook in (*part._forward_hooks, *part._forward_pre_hooks)]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_logits_are_those_of_the_plain_mask(architecture: str, attention: str, side: str) -> None:
+def test_logits_are_those_of_the_plain_mask(architecture: str, attention: str) -> None:
     """To the bit, with padding and without, where none is sent; and the sparse head is used."""
     model = tiny_model(tiny_tokenizer(), architecture=architecture)
     if architecture != "deberta-v2":
         model.set_attn_implementation(attention)
-    padded, full = make_batch(side=side), make_batch(is_full=True)
+    padded, full = make_batch(), make_batch(is_full=True)
     masks = masks_sent(model)
     with masked_forward(model, padded) as forward, evaluation_mode(model):
         assert forward.sparse is not None
@@ -197,6 +195,32 @@ def test_an_error_of_the_model_is_not_one_of_its_head(
     with pytest.raises(ValueError, match=message), masked_forward(bert, make_batch()):
         pass
     assert not hooks_of(bert)
+
+
+@pytest.mark.parametrize("width", [3, 509, 512])
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "fnet"])
+def test_padding_is_tried_within_the_model_s_positions(
+    caplog: pytest.LogCaptureFixture, architecture: str, width: int
+) -> None:
+    """Rows that leave no room for padding are cut for the trial, which then tells the same."""
+    model = tiny_model(tiny_tokenizer("byte_bpe"), architecture=architecture)
+    ids = torch.arange(width)[None] % 400 + 5
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    with masked_forward(model, batch) as forward:
+        assert forward.is_inert == (architecture != "fnet")
+    assert ("FNetForMaskedLM sees padding: rows have" in caplog.text) == (architecture == "fnet")
+
+
+@pytest.mark.parametrize("noise", ["random", "by the batch"])
+def test_other_differences_are_not_taken_for_padding(
+    bert: PreTrainedModel, caplog: pytest.LogCaptureFixture, noise: str
+) -> None:
+    """Of logits that are random, or differ with the number of rows, nothing is said."""
+    add = {"random": torch.rand_like, "by the batch": lambda logits: logits * len(logits)}[noise]
+    bert.cls.register_forward_hook(lambda _, args, logits: logits + add(logits))
+    with masked_forward(bert, make_batch()) as forward:
+        assert forward.is_inert
+    assert "padding" not in caplog.text
 
 
 def test_without_trials_all_is_sent(bert: PreTrainedModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,11 +13,15 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
+    AutoModelForMaskedLM,
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
     BertForPreTraining,
     GPT2Config,
     GPT2LMHeadModel,
+    LukeConfig,
+    ModernBertConfig,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -185,7 +190,8 @@ def test_hidden_states_of_another_shape_are_told(model: PreTrainedModel) -> None
     with pytest.raises(ValueError, match=r"BertModel returned .*\(3, 12, 32\) .* \(3, 24\)"):
         model(**make_batch())
     hook.remove()
-    assert model.eval()(**make_batch()).logits.shape[:2] == (3, 24)
+    with torch.no_grad():
+        assert model.eval()(**make_batch()).logits.shape[:2] == (3, 24)
     assert not handle._masked
 
 
@@ -195,7 +201,8 @@ def test_evaluation_and_prediction_are_unchanged(model: PreTrainedModel) -> None
     unlabelled = {name: values for name, values in batch.items() if name != "labels"}
     expected = model.eval()(**batch)
     with sparse_prediction(model):
-        outputs = model(**batch, num_items_in_batch=3)
+        with torch.no_grad():
+            outputs = model(**batch, num_items_in_batch=3)
         torch.testing.assert_close(outputs.to_tuple(), expected.to_tuple(), rtol=0, atol=0)
         assert model.train()(**unlabelled).logits.shape == expected.logits.shape
 
@@ -403,7 +410,8 @@ def test_trainer_evaluation(
     rows = make_batch(rows=8)
     sparse_prediction(model)
     trainer, _, _ = train(model, rows, tmp_path, 1, compute_loss_func=loss_func)
-    expected = model.eval()(**rows).loss.item()
+    with torch.no_grad():
+        expected = model.eval()(**rows).loss.item()
     logged = trainer.evaluate(eval_dataset=trainer.train_dataset)
     assert logged["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
@@ -498,3 +506,55 @@ def test_what_is_not_finite_shows(value: float) -> None:
         expected = nn.functional.cross_entropy(logits, labels, reduction="sum")
         loss = summed_cross_entropy(logits, labels)
         assert torch.equal(loss.isfinite(), expected.isfinite())
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+OWN_SPARSE = ModernBertConfig(**SIZES, cls_token_id=1, sep_token_id=2, sparse_prediction=True)
+LUKE = LukeConfig(**SIZES, entity_vocab_size=20, entity_emb_size=16)
+BERT = BertConfig(**SIZES)
+
+
+@pytest.mark.parametrize("is_tuple", [False, True])
+@pytest.mark.parametrize("num_items", [None, 5])
+@pytest.mark.parametrize("config", [OWN_SPARSE, LUKE, BERT], ids=lambda c: c.model_type)
+def test_outputs_of_every_shape(config: Any, num_items: int | None, *, is_tuple: bool) -> None:
+    """A sparse head of the model's own, losses of several kinds, tuples: logits as promised."""
+    torch.manual_seed(0)
+    model = drop_nothing(AutoModelForMaskedLM.from_config(config)).train()
+    batch = make_batch()
+    labels = batch["labels"]
+    full = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    picked = full[labels != -100]
+    summed = nn.functional.cross_entropy(picked, labels[labels != -100], reduction="sum")
+    with sparse_prediction(model):
+        outputs = model(**batch, return_dict=not is_tuple, num_items_in_batch=num_items)
+    assert isinstance(outputs, tuple) == is_tuple
+    values = list(outputs if is_tuple else outputs.values())
+    torch.testing.assert_close(values[0], summed / (num_items or len(picked)))
+    (logits,) = (value for value in values if value.dim() > 1)
+    torch.testing.assert_close(logits, picked[None], rtol=1e-5, atol=1e-5)
+
+
+def test_a_loop_that_forgets_to_train_is_told(model: PreTrainedModel) -> None:
+    """As under Lightning and Fabric; evaluation without gradients, and prediction, are not."""
+    batch = make_batch()
+    sparse_prediction(model.eval())
+    with pytest.warns(UserWarning, match=r"is in evaluation mode, .* call model\.train\(\) before"):
+        model(**batch)
+    with torch.no_grad():
+        model(**batch)
+    model(input_ids=batch["input_ids"])
+    model.train()(**batch)
+
+
+def test_a_loop_that_forgets_to_train_is_told_once(model: PreTrainedModel) -> None:
+    """By the filter of warnings that Python has."""
+    sparse_prediction(model.eval())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            model(**make_batch())
+    assert len(caught) == 1

@@ -80,6 +80,25 @@ def test_what_was_compiled_before_gets_the_hooks(
         assert compiled(**batch).logits.shape[0] == 1
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("is_labelled", [False, True])
+def test_code_that_someone_else_holds_gets_the_hooks(
+    model: PreTrainedModel, *, dynamic: bool | None, is_labelled: bool
+) -> None:
+    """The handle is asked of the bare model; what was compiled around it before follows."""
+    compiled: Any = torch.compile(model, backend="eager", dynamic=dynamic)
+    alone, packed = BATCHES[0], COLLATOR(PACKED[:2])
+    for batch in (alone, BATCHES[1]):
+        step(compiled, batch)
+    with isolate_documents(model), sparse_prediction(model):
+        expected = [step(model, packed), step(model, alone)]
+        assert_same([step(compiled, packed), step(compiled, alone)], expected)
+        if is_labelled:
+            assert compiled(**packed).logits.shape[0] == 1
+    if not is_labelled:
+        assert compiled(**alone).logits.shape[:2] == alone["labels"].shape
+
+
 def test_a_trial_runs_no_compiled_code(model: PreTrainedModel) -> None:
     """Rows to try are of other shapes than those to train on, and compiling takes long."""
     graphs: list[torch.fx.GraphModule] = []

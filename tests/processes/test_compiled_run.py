@@ -89,6 +89,25 @@ def test_packed_rows_train_and_resume_by_compiled_code(
     assert histories[1] == [pytest.approx(entry, rel=1e-5) for entry in histories[0]]
 
 
+@pytest.mark.usefixtures("no_curves", "backend")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_model_that_was_compiled_before_is_isolated(
+    tmp_path: Path, *, dynamic: bool | None
+) -> None:
+    """By the caller, and used, with code that would let documents see each other."""
+    histories = []
+    for name in ("fresh", "used"):
+        run = make_run(tmp_path / name, packed=True)
+        drop_nothing(run.model)
+        if name == "used":
+            compiled: Any = torch.compile(run.model.train(), dynamic=dynamic)
+            for count in (4, 5):
+                compiled(input_ids=torch.full((count, 8), 7)).logits.sum().backward()
+            run.model.zero_grad()
+        histories.append(run.train(torch_compile=True).history)
+    assert histories[1] == histories[0]
+
+
 @pytest.mark.usefixtures("no_curves")
 def test_what_cannot_be_compiled_is_told_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -46,13 +46,9 @@ def build(architecture: str, attention: str = "sdpa") -> PreTrainedModel:
     return built.eval()
 
 
-def loss_and_gradients(
-    model: PreTrainedModel, rows: Rows, *, side: str = "right"
-) -> tuple[float, torch.Tensor]:
+def loss_and_gradients(model: PreTrainedModel, rows: Rows) -> tuple[float, torch.Tensor]:
     """Sum the loss over rows in evaluation mode, and its gradient of all weights in one line."""
-    tokenizer = copy.deepcopy(TOKENIZER)
-    tokenizer.padding_side = side
-    batch = WholeWordMaskingCollator(tokenizer, seed=3)(rows)
+    batch = WholeWordMaskingCollator(TOKENIZER, seed=3)(rows)
     batch.setdefault("document_ids", torch.zeros_like(batch["input_ids"]))
     model.zero_grad()
     labels = batch.pop("labels")

@@ -284,14 +284,15 @@ def pad_rows(
 ) -> dict[str, Ints]:
     """Lay joined rows out as arrays of shape ``(batch, sequence)``.
 
-    Padding goes to the tokenizer's side: its padding token into ``input_ids``, its padding type
-    into ``token_type_ids``, -100 into ``labels``, -1 into ``document_ids``, 0 into all else. An
-    ``attention_mask`` is made where there is none.
+    Padding goes to the right, whatever side the tokenizer has: encoders count positions from the
+    left, and a row's would depend on the longest one of its batch. The tokenizer's padding token
+    goes into ``input_ids``, its padding type into ``token_type_ids``, -100 into ``labels``, -1 into
+    ``document_ids``, 0 into all else. An ``attention_mask`` is made where there is none.
 
     Args:
         joined: Columns as `join_rows` returns them.
         lengths: Tokens of each row.
-        tokenizer: Gives the padding token and side.
+        tokenizer: Gives the padding token.
         pad_to_multiple_of: Make ``sequence`` a multiple of this, in tokens.
 
     Raises:
@@ -323,8 +324,6 @@ def pad_rows(
         "token_type_ids": tokenizer.pad_token_type_id,
     }
     is_filled = np.arange(width) < lengths[:, None]
-    if tokenizer.padding_side == "left":
-        is_filled = is_filled[:, ::-1]
     batch = {name: np.full(is_filled.shape, fills.get(name, 0), np.int64) for name in joined}
     for name, values in joined.items():
         batch[name][is_filled] = values
@@ -434,7 +433,7 @@ def pad_frozen(
 
     Args:
         columns: The columns of the rows, with the prefix, which leaves others out, or without.
-        tokenizer: Gives the padding token and side.
+        tokenizer: Gives the padding token.
         with_words: Keep ``word_ids``, padded by 0.
 
     Raises:

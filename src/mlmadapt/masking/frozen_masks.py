@@ -183,13 +183,20 @@ def purify(data_collator: DataCollator) -> DataCollator:
     """Return a collator without random state of its own, so that `seeded` decides what it draws.
 
     transformers' collators keep a generator once they have a seed; and they fail on ``word_ids``,
-    and on ``labels`` of unequal length, both of which they would not use.
+    and on ``labels`` of unequal length, both of which they would not use. Whoever's it is, it pads
+    on the right, as `pad_rows` does.
     """
     from transformers import DataCollatorForLanguageModeling  # noqa: PLC0415  # a second to load
 
-    if not isinstance(data_collator, DataCollatorForLanguageModeling):
-        return data_collator
-    stateless: Any = copy(data_collator)
+    pure: Any = data_collator
+    pads_left = getattr(getattr(pure, "tokenizer", None), "padding_side", None) == "left"
+    if pads_left and not isinstance(pure, WholeWordMaskingCollator):
+        pure = copy(pure)
+        pure.tokenizer = copy(pure.tokenizer)
+        pure.tokenizer.padding_side = "right"
+    if not isinstance(pure, DataCollatorForLanguageModeling):
+        return pure  # type: ignore[no-any-return]
+    stateless: Any = copy(pure)
     stateless.seed = stateless.generator = None
     return partial(_call_without_extras, data_collator=stateless)
 

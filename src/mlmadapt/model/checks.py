@@ -242,6 +242,26 @@ def position_table(model: Model) -> Any:
     return None
 
 
+def attention_window(model: Model) -> int:
+    """Return how many tokens to each side a layer sees that does not see all, 0 if there is none.
+
+    Examples:
+        >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
+        >>> attention_window(tiny_model(tiny_tokenizer(), architecture="modernbert"))
+        64
+    """
+    config: Any = model.config.get_text_config()
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    name, older = "sliding_window", "local_attention"  # before transformers 5.23
+    return max(getattr(each, name, getattr(each, older, 0)) or 0 for each in layers)
+
+
+def rounding(model: Model) -> float:
+    """Return how far logits may be off, as a share of them, for no other reason than rounding."""
+    is_exact = torch.get_float32_matmul_precision() == "highest"
+    return 1e-4 if is_exact and model.dtype == torch.float32 else 0.05
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch off dropout and gradients inside the block; each module gets its own mode back."""
@@ -276,7 +296,8 @@ def try_model(
 
     Raises:
         ValueError: If the model fails, whatever its own error is, does not predict a token at each
-            place, or predicts NaN.
+            place, predicts NaN, or would not be as before: BigBird's ``block_sparse``, which its
+            first short batch switches off for good.
 
     Examples:
         >>> from mlmadapt.testing import tiny_model, tiny_tokenizer
@@ -285,6 +306,11 @@ def try_model(
         (1, 3, 475)
     """
     name = type(unwrap(model)).__name__
+    if getattr(model.config, "attention_type", None) == "block_sparse":
+        raise ValueError(
+            f"model {name} has attention_type 'block_sparse', which a short batch switches off for "
+            "good, so that what follows depends on it; load it with attention_type='original_full'"
+        )
     plain_code = torch.compiler.set_stance("force_eager")
     with plain_code, evaluation_mode(model), within or nullcontext():
         try:
@@ -295,7 +321,8 @@ def try_model(
             raise
         except Exception as error:
             raise ValueError(
-                f"model {name} fails on a batch of {list(inputs)} ({type(error).__name__}: {error})"
+                f"model {name} fails on a batch of {list(inputs)} ({type(error).__name__}: "
+                f"{error!s:.150})"
             ) from error
     logits: Any = output.get("logits") if isinstance(output, Mapping) else output[0]
     shape = None if logits is None else tuple(logits.shape)
@@ -320,10 +347,3 @@ def unwrap(model: Any) -> Any:
     """Return the model of transformers below `torch.compile` and PEFT's adapters."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def reset_compiled(model: nn.Module) -> None:
-    """Forget what was compiled without a model's new hooks, and would go on without them."""
-    # torch has no public name for what it compiled in place, or around a module.
-    if any(hasattr(part, "_orig_mod") or part._compiled_call_impl for part in model.modules()):  # noqa: SLF001
-        torch.compiler.reset()

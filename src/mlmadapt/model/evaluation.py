@@ -126,7 +126,8 @@ def evaluate_mlm(
     The batch size changes the speed and never the figures (beyond the last bits of 32-bit logits:
     1e-6 of the loss). Among equal logits, the lower token id counts as the earlier guess. Logits
     are computed for masked positions only, and a large batch is split so that they take about half
-    a gigabyte at a time. Rows of a `Dataset` or a list are sorted by length, to pad few of them.
+    a gigabyte at a time. Rows of a `Dataset` or a list are sorted by length, to pad few of them; of
+    a model that sees padding (FNet), only rows of one length share a batch.
 
     Args:
         model: A masked language model; its mode and device are left as they are.
@@ -276,8 +277,12 @@ def sum_rows(
     device = model.device
     # The longest first: little is padded, and what memory does not hold shows at once.
     lengths = dataset_lengths(dataset)
-    order = np.arange(len(dataset)) if lengths is None else np.argsort(-lengths, kind="stable")
-    batches = torch.split(torch.from_numpy(order), batch_size)[rank::world]
+    # Of unknown lengths, in their order, as if each were longer than the next.
+    lengths = np.arange(len(dataset), 0, -1) if lengths is None else lengths
+    order = np.argsort(-lengths, kind="stable")
+    ends = np.flatnonzero(np.diff(lengths[order]) * (not forward.is_inert)) + 1
+    runs = torch.from_numpy(order).tensor_split(ends.tolist())
+    batches = [rows for run in runs for rows in torch.split(run, batch_size)][rank::world]
     loader = DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=[rows.tolist() for rows in batches],

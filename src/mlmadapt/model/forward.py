@@ -4,7 +4,8 @@ A host that asks the device for a value waits for all that it was told to do bef
 are masked, how many, and whether rows are padded is known on the host, where the collator laid the
 batch out; it is read there, and copies do not block. What a model allows is tried on a batch
 beforehand: its head on masked positions only, and no attention mask where nothing is padded, of
-which transformers would ask the device whether it hides anything.
+which transformers would ask the device whether it hides anything. What a model does not allow is
+tried too: FNet and others see padding, and their figures would depend on who shares a batch.
 """
 
 import logging
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from mlmadapt._types import Batch, Model
-from mlmadapt.model.checks import try_model
+from mlmadapt.model.checks import attention_window, position_capacity, rounding, try_model
 from mlmadapt.model.documents import DocumentIsolation
 from mlmadapt.model.head import MaskedPositions, SparsePrediction, check_encoder, masked_logits
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Columns of a batch that are not the model's.
 _TARGETS = ("labels", "word_ids")
+_PADDING = 8  # tokens by which a row is padded, to see what a model makes of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +36,13 @@ class MaskedForward:
         device: Where the model is.
         sparse: Its sparse head, or None where its full head runs.
         is_free: Whether it needs no attention mask where nothing is padded.
+        is_inert: Whether padding leaves the logits of a row as they are.
     """
 
     device: torch.device
     sparse: SparsePrediction | None = None
     is_free: bool = False
+    is_inert: bool = True
 
     def __call__(
         self, model: nn.Module, batch: Batch, *, rounded: bool = False
@@ -88,7 +92,7 @@ def masked_forward(
     """Set a model up for the time of a ``with`` block, by what it does with a few rows.
 
     Documents are kept apart, if rows are packed, and masked positions only are predicted, if that
-    gives the same.
+    gives the same. A warning names a model that sees padding.
 
     Args:
         model: The model, bare or with adapters.
@@ -106,28 +110,51 @@ def masked_forward(
         # The same places whatever is masked, which may be nothing; not the first, which heads that
         # mix positions look at.
         places = torch.arange(labels.shape[1])
-        positions = (places % 8 == places[:5][-1]).expand_as(labels)
+        is_tried = places % 8 == places[:5][-1]
+        positions = (is_tried | (places == places[-1])).expand_as(labels)
         full = masked_logits((try_model(model, inputs, labels=labels),), positions)
         sparse = try_sparse(model, inputs, positions, full)
         undo.enter_context(sparse or nullcontext())
+        is_inert = _is_inert(model, inputs, positions, full)
         del inputs["attention_mask"]
         is_free = False
         with suppress(ValueError):  # of a model that wants a mask
             is_free = full.equal(masked_logits((try_model(model, inputs),), positions))
-        yield MaskedForward(device=model.device, sparse=sparse, is_free=is_free)
+        yield MaskedForward(device=model.device, sparse=sparse, is_free=is_free, is_inert=is_inert)
 
 
 def _cut(model: Model, probe: Batch) -> tuple[Batch, torch.Tensor]:
     """Return a few rows, of which nothing is padding to the model, and their labels."""
-    config = model.config.get_text_config()
-    is_sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    # Rows within the window of some layers would not show it. Its name before transformers 5.23:
-    older = getattr(config, "local_attention", 0)
-    window: int = getattr(config, "sliding_window", older)
-    copies = 1 + 2 * (window if is_sliding else 0) // probe["labels"].shape[1]
-    rows = {name: probe[name][:4].repeat(1, copies) for name in probe}
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    # Rows within the window of some layers would not show it.
+    window = attention_window(model) if "sliding_attention" in kinds else 0
+    copies = 1 + 2 * window // probe["labels"].shape[1]
+    width = max(1, (position_capacity(model) or 2**30) - _PADDING)
+    rows = {name: probe[name][:4, :width].repeat(1, copies) for name in probe}
     inputs = {name: rows[name] for name in rows if name not in (*_TARGETS, "document_ids")}
     return {**inputs, "attention_mask": torch.ones_like(rows["input_ids"])}, rows["labels"]
+
+
+def _is_inert(model: Model, inputs: Batch, positions: torch.Tensor, full: torch.Tensor) -> bool:
+    """Tell whether the first row has the same logits when it is padded; warn of a model if not."""
+    row = {name: inputs[name][:1] for name in inputs}
+    padded = {name: nn.functional.pad(row[name], (0, _PADDING)) for name in row}
+    pad_id = getattr(model.config.get_text_config(), "pad_token_id", None)
+    padded["input_ids"][:, -_PADDING:] = pad_id or 0
+    expected = full[: int(positions[0].sum())].nan_to_num(neginf=0.0)
+    tried = (try_model(model, each)[0, : positions.shape[1]] for each in (padded, row))
+    off = ((each[positions[0]].nan_to_num(neginf=0.0) - expected).norm() for each in tried)
+    allowed = rounding(model) * expected.norm()
+    with suppress(ValueError):  # of a model that takes no padding
+        # Of one whose logits differ anyway, at random or with the batch, padding is not the cause.
+        if next(off) <= allowed or next(off) > allowed:
+            return True
+    logger.warning(
+        "%s sees padding: rows have other logits where they are padded. It is evaluated on batches "
+        "of rows of one length; train it on such too, by group_texts",
+        type(model).__name__,
+    )
+    return False
 
 
 def try_sparse(

@@ -7,6 +7,7 @@ loss is their summed cross entropy, divided once by their number: over a batch, 
 and processes of a step.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from threading import get_ident
@@ -17,7 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from mlmadapt._types import Model
-from mlmadapt.model.checks import check_model, reset_compiled, unwrap
+from mlmadapt.model.checks import check_model, unwrap
 
 POSITION_MULTIPLE = 32
 """Positions are predicted in multiples of this.
@@ -33,7 +34,9 @@ def sparse_prediction(model: Model) -> "SparsePrediction":
 
     The loss and the gradients are those of the full head. The logits of such a forward pass have
     shape ``(1, masked, vocabulary)`` in place of ``(batch, sequence, vocabulary)``; without labels
-    or in evaluation mode nothing changes. Works in any loop, `Trainer` included.
+    or in evaluation mode nothing changes. Works in any loop, `Trainer` included. Where a loop
+    leaves the mode alone (Lightning, Fabric), call ``model.train()`` before it: `from_pretrained`
+    gives a model in evaluation mode.
 
     Gradient accumulation in `Trainer` is cured on the way. `Trainer` hands the model
     ``num_items_in_batch``, the masked tokens of all accumulated batches, and adds up the losses;
@@ -53,6 +56,9 @@ def sparse_prediction(model: Model) -> "SparsePrediction":
             causal model (whose labels are shifted), a model whose encoder cannot be told from its
             head, or one that is wrapped for several devices. In a forward pass, if the encoder
             returns another number of positions than there are labels.
+
+    Warns:
+        UserWarning: Once, if the model gets labels in evaluation mode while gradients are on.
 
     Source:
         Liu et al. 2019 (fairseq's masked_lm criterion); transformers#47688.
@@ -159,7 +165,7 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
             model.register_forward_hook(self._finish, always_call=True),
             unwrap(model).base_model.register_forward_hook(self._gather),
         ]
-        reset_compiled(model)
+        torch.compiler.reset()  # whoever holds code that was compiled without the hooks
 
     def remove(self) -> None:
         """Give the model its full head back.
@@ -208,6 +214,12 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
         self._masked.pop(get_ident(), None)
         labels = kwargs.get("labels")
         if labels is None or not model.training:
+            if labels is not None and torch.is_grad_enabled():
+                warnings.warn(
+                    "the model is in evaluation mode, without dropout or sparse_prediction; call "
+                    "model.train() before the training loop, and evaluate under torch.no_grad()",
+                    stacklevel=2,
+                )
             return None
         # The model does not get this: the few that know it would divide by it themselves.
         num_items = kwargs.pop("num_items_in_batch", None)
@@ -241,19 +253,18 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
         if masked is None or output is None:
             return None
         is_tuple = isinstance(output, tuple)
-        values: Any = list(output) if is_tuple else output
-        # A tuple has its loss first, if it has one.
-        loss: Any = 0 if is_tuple else "loss"
-        logits: Any = int(labeled is not None)
-        if not is_tuple:
-            logits = next(name for name in output if name.endswith("logits"))
-        if len(masked.indices) > masked.number:
+        values: Any = dict(enumerate(output)) if is_tuple else output
+        # Losses, if there are any, come first.
+        loss, logits = next(iter(values)), next(name for name in values if values[name].dim())
+        if values[logits].dim() == 2:  # of ModernBERT's own sparse head, already without the rest
+            values[logits] = values[logits][None]
+        elif len(masked.indices) > masked.number:
             # A view; gradients go around it where the model computes its loss itself.
             values[logits] = values[logits][:, : masked.number]
         if labeled is not None and labeled.num_items is not None:
             mean = values[loss] if labeled.number else values[loss].nan_to_num(nan=0.0)
             values[loss] = mean * labeled.number / count_items(labeled.num_items, mean.device)
-        return tuple(values) if is_tuple else output
+        return tuple(values.values()) if is_tuple else output
 
 
 def masked_logits(outputs: Any, positions: torch.Tensor | MaskedPositions) -> torch.Tensor:

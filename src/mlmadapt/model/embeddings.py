@@ -111,15 +111,12 @@ def _check(tokenizer: Tokenizer, model: Model, pad_to_multiple_of: int | None) -
     check_model(model)
     reason = None
     weights = list(model.parameters())
-    devices = {str(weight.device) for weight in weights}
     embedding: Any = model.get_input_embeddings()
     rows = len(embedding.weight)
     if unwrap(model) is not model or getattr(model, "_hf_peft_config_loaded", False):
         reason = "is compiled or has adapters; extend the bare model, and add them afterwards"
     elif any(hasattr(weight, "device_mesh") or hasattr(weight, "ds_id") for weight in weights):
         reason = "is sharded; extend it before FSDP or DeepSpeed get it"
-    elif len(devices) > 1 or "meta" in devices:
-        reason = f"lies on {sorted(devices)}; load it on one device"
     if reason is not None:
         raise ValueError(f"model {type(model).__name__} {reason}")
     pad, model_pad = tokenizer.pad_token_id, model.config.get_text_config().pad_token_id

@@ -133,27 +133,3 @@ def test_empty_rows_hide_no_document_that_falls() -> None:
         assert document_bounds(np.array([0, 1, 1, 2]), np.array(bounds))[-1] == 4
     with pytest.raises(ValueError, match="row 1 of the batch fall from 1 to 0"):
         document_bounds(np.array([0, 1, 0]), np.array([0, 0, 3]))
-
-
-def test_what_is_frozen() -> None:
-    """Short rows without special tokens have no -100; one that kept its token tells nothing.
-
-    Rows whose targets all kept their token are told by the prefix only.
-    """
-    assert is_frozen([{"input_ids": [4], "labels": [9]}])
-    assert is_frozen([{"input_ids": [9], "labels": [9]}, {"input_ids": [4], "labels": [9]}])
-    assert is_frozen([{"masked_input_ids": [9], "masked_labels": [9]}])
-    kept = {"input_ids": [2, 9, 3], "labels": [-100, 9, -100]}
-    assert not is_frozen([kept])
-    assert is_frozen([{f"masked_{name}": values for name, values in kept.items()}])
-
-
-def test_frozen_rows_lose_what_is_not_theirs() -> None:
-    """The prefix, columns beside it, and the words, unless these are asked for."""
-    columns = {"input_ids": [[7, 8], [9]], "labels": [[7, -100], [9]], "word_ids": [[0, 1], [0]]}
-    batch = pad_frozen(columns, tokenizer)
-    assert set(batch) == {"input_ids", "labels", "attention_mask"}
-    prefixed = {f"masked_{name}": values for name, values in columns.items() if name != "word_ids"}
-    kept = pad_frozen({**columns, **prefixed}, tokenizer, with_words=True)
-    assert kept.pop("word_ids").tolist() == [[0, 1], [0, 0]]
-    assert all((kept[name] == batch[name]).all() for name in batch)

@@ -79,7 +79,7 @@ def weigh(
 ) -> float:
     """Return the weight of a word."""
     if callable(weights):
-        return weights(tokenizer.decode(tokens).strip())
+        return weights("".join(tokenizer.decode(tokens).split()))
     return sum(weights[token] for token in tokens) / len(tokens)
 
 
@@ -100,10 +100,10 @@ def fill(rate: float, weights: list[float]) -> list[float]:
 
 
 def reference_targets(
-    key: int, weights: list[float] | None, *, wwm_probability: float, budget: str, words: int
+    key: int, weights: list[float] | None, *, wwm_probability: float, budget: str, places: list[int]
 ) -> list[int]:
-    """Return which of a row's words are targets, under the key of the row."""
-    draws = [unit(draw(key, 2 * word)) for word in range(words)]
+    """Return which of a row's words are targets, under the key of the row and their own places."""
+    draws, words = [unit(draw(key, 2 * place)) for place in places], len(places)
     urgencies = list(draws)
     if weights is not None:
         if not any(weights):
@@ -141,14 +141,15 @@ def reference_mask(
     labels = [-100] * len(input_ids)
     total = sum(mix((place << 32) + token) for place, token in enumerate(input_ids))
     row_key = mix(total % 2**64 ^ key)
+    texts = [[input_ids[position] for position in word] for word in words]
+    known = [place for place, text in enumerate(texts) if tokenizer.unk_token_id not in text]
     weights = None
     if word_weights is not None:
-        texts = [[input_ids[position] for position in word] for word in words]
-        weights = [weigh(tokens, tokenizer, word_weights) for tokens in texts]
+        weights = [weigh(texts[place], tokenizer, word_weights) for place in known]
     targets = reference_targets(
-        row_key, weights, wwm_probability=wwm_probability, budget=budget, words=len(words)
+        row_key, weights, wwm_probability=wwm_probability, budget=budget, places=known
     )
-    for word in targets:
+    for word in (known[target] for target in targets):
         fate = unit(draw(row_key, 2 * word + 1))
         for position in words[word]:
             labels[position] = input_ids[position]

@@ -419,7 +419,7 @@ def slow_words(
             pieces = [labels[place] for place in places]
             total -= sum(scores[place, piece].item() for place, piece in zip(places, pieces))  # noqa: B905
             right += [scores[place].argmax().item() for place in places] == pieces
-            size += len(tokenizer.decode(pieces).strip().encode())
+            size += len("".join(tokenizer.decode(pieces).split()).encode())
             count += 1
     return MaskedWordMetrics(
         loss=total / count,

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mlmadapt._types import Features, Ints, Row, Rows, Tokenizer
+from mlmadapt._types import Features, Ints, Tokenizer
 
 
 def read_batch(examples: Any) -> tuple[Mapping[str, Any], bool]:
@@ -401,58 +401,3 @@ def _pack(rows: list[list[int]]) -> Ints:
     # A bytearray, since arrays over bytes cannot be written, which tensors have to be.
     packed = bytearray().join([pack[len(row)](*row) for row in rows])
     return np.frombuffer(packed, np.int64)
-
-
-def is_frozen(dataset: Rows) -> bool:
-    """Tell whether rows have masks frozen into them.
-
-    Rows of `group_texts` have labels too, but these are a copy of their tokens, perhaps with -100
-    at the padding. So rows are frozen if a target differs from the token in its place, or if their
-    columns have the prefix ``masked_``. Targets that all kept their token (``mask_replace_prob=0``)
-    need that prefix.
-
-    Examples:
-        >>> is_frozen([{"input_ids": [4, 8], "labels": [7, -100]}])
-        True
-        >>> is_frozen([{"input_ids": [7, 8], "labels": [7, 8]}])
-        False
-    """
-    # Several rows, since one may have all its targets left as they are.
-    rows = (dataset[row] for row in range(min(8, len(dataset))))
-    return any("masked_labels" in row or _is_masked(row) for row in rows)
-
-
-def _is_masked(row: Row) -> bool:
-    labels, tokens = np.asarray(row.get("labels")), np.asarray(row.get("input_ids"))
-    return labels.shape == tokens.shape and bool(((labels != -100) & (labels != tokens)).any())
-
-
-def pad_frozen(
-    columns: Mapping[str, Any], tokenizer: Tokenizer, *, with_words: bool = False
-) -> dict[str, Ints]:
-    """Lay frozen rows out as `pad_rows` does, without their ``masked_`` prefix.
-
-    Args:
-        columns: The columns of the rows, with the prefix, which leaves others out, or without.
-        tokenizer: Gives the padding token and side.
-        with_words: Keep ``word_ids``, padded by 0.
-
-    Raises:
-        ValueError: As `join_rows`, `document_bounds` and `pad_rows` do.
-
-    Examples:
-        >>> from mlmadapt.testing import tiny_tokenizer
-        >>> columns = {"masked_input_ids": [[4, 8]], "masked_labels": [[7, -100]], "other": ["x"]}
-        >>> pad_frozen(columns, tiny_tokenizer())["input_ids"]
-        array([[4, 8]])
-    """
-    prefix = "masked_" if "masked_labels" in columns else ""
-    frozen = {
-        name.removeprefix(prefix): rows
-        for name, rows in columns.items()
-        if (with_words if name == "word_ids" else name.startswith(prefix))
-    }
-    joined, lengths = join_rows(frozen)
-    if "document_ids" in joined:
-        document_bounds(joined["document_ids"], np.append(0, np.cumsum(lengths)))
-    return pad_rows(joined, lengths, tokenizer)

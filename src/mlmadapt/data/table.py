@@ -8,13 +8,16 @@ Lengths and token ids of all rows are read from the table too, whatever a format
 """
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import pyarrow as pa
 
 from mlmadapt._types import Ints, Rows
+from mlmadapt.data.frozen import TELLING, are_frozen
 from mlmadapt.data.rows import JoinedRows, check_tokens, common_lengths, join_column, row_lengths
 
 if TYPE_CHECKING:
@@ -99,6 +102,34 @@ def measure_rows(name: str, dataset: Rows) -> tuple[int, int]:
     return longest, highest
 
 
+def is_frozen(dataset: Rows, name: str = "dataset") -> bool:
+    """Tell whether the rows of a dataset have masks frozen into them, as `are_frozen` does.
+
+    Raises:
+        ValueError: If some have and others have not; the error calls them `name`.
+
+    Examples:
+        >>> is_frozen([{"input_ids": [4, 8], "labels": [7, -100]}])
+        True
+        >>> is_frozen([{"input_ids": [7, 8], "labels": [7, 8]}])
+        False
+    """
+    columns: dict[str, Any]
+    if is_dataset(dataset) and dataset.format["type"] != "custom":  # a transform makes its columns
+        names, column = [n for n in TELLING if n in dataset.column_names], dataset.data.column
+        # Labels of rows without masks are a copy of the tokens, which Arrow sees at once.
+        if not {"labels", "input_ids"} <= {*names} or column("labels") == column("input_ids"):
+            return "masked_labels" in names
+        table = dataset.with_format("arrow", names)[:]
+        columns = {name: table[name].to_numpy() for name in names}
+    else:
+        rows = [dataset[place] for place in range(len(dataset))]
+        counts = Counter(chain.from_iterable(rows))
+        names = [n for n in TELLING if counts[n] > (0 if n == "labels" else len(rows) - 1)]
+        columns = {name: [row.get(name) for row in rows] for name in names}
+    return are_frozen(name, columns)
+
+
 def table_reader(dataset: Any) -> Callable[[Sequence[int]], JoinedRows] | None:
     """Return what reads rows as `join_rows` lays them out, or None if the dataset has to make them.
 
@@ -115,8 +146,9 @@ def table_reader(dataset: Any) -> Callable[[Sequence[int]], JoinedRows] | None:
         >>> table_reader(Dataset.from_dict({"text": ["a film"]})) is None
         True
     """
-    # A subclass may make rows of its own.
-    if not is_dataset(dataset) or type(dataset) is not sys.modules["datasets"].Dataset:
+    # A subclass may make rows of its own, and frozen ones need their labels.
+    is_plain = is_dataset(dataset) and type(dataset) is sys.modules["datasets"].Dataset
+    if not is_plain or is_frozen(dataset):
         return None
     layout = dataset.format
     shown = dataset.column_names if layout["output_all_columns"] else layout["columns"]

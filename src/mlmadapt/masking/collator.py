@@ -10,6 +10,7 @@ The hash is splitmix64's finaliser over a counter (Steele, Lea and Flood, OOPSLA
 of counter-based generators (Salmon et al., SC 2011).
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import KW_ONLY, dataclass, fields
@@ -19,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mlmadapt._types import Features, Floats, Hashes, Ints, Tokenizer
+from mlmadapt._types import Features, Floats, Hashes, Ints, Rows, Tokenizer
+from mlmadapt.data.frozen import are_frozen, pad_frozen
 from mlmadapt.data.rows import (
     JoinedRows,
     check_whole,
@@ -38,10 +40,14 @@ from mlmadapt.masking.selection import (
     find_words,
     hash_counters,
     hash_rows,
+    leave_out,
     list_places,
     split_blocks,
+    spread_keys,
     warn_if_collapsed,
 )
+
+logger = logging.getLogger(__name__)
 
 _Key: TypeAlias = int | Hashes
 
@@ -53,7 +59,8 @@ class WholeWordMaskingCollator:
     The defaults are those of the Hugging Face course: 20 % of words, always the mask token. Every
     row that has a word has at least one target, so that no batch has a NaN loss; rows of few words
     are therefore masked somewhat more often than `wwm_probability` says (at 20 %, one row of 10
-    words in 9 gets its target that way, and one of 100 words in 5 billion).
+    words in 9 gets its target that way, and one of 100 words in 5 billion). A word that holds an
+    unknown token cannot be learned, and counts as none.
 
     With a `seed`, a mask depends on (seed, epoch, tokens of the row) alone. Call `set_epoch` before
     each epoch, or every epoch has the masks of epoch 0; DataLoader workers see it too, persistent
@@ -165,6 +172,8 @@ class WholeWordMaskingCollator:
         self._is_special[list(special_token_ids(self.tokenizer))] = True
         self._pool = np.array(ordinary_token_ids(self.tokenizer), np.int64)
         self._mask_id: int = self.tokenizer.mask_token_id
+        unknown_id: int | None = self.tokenizer.unk_token_id
+        self._unknown_id = -1 if unknown_id is None else unknown_id
         if self.random_replace_prob and not self._pool.size:
             raise ValueError(
                 f"random_replace_prob is {self.random_replace_prob}, but the tokenizer has no "
@@ -295,7 +304,13 @@ class WholeWordMaskingCollator:
             >>> WholeWordMaskingCollator(tiny_tokenizer()).collate(rows, key=0)["input_ids"]
             array([[2, 4, 3]])
         """
-        columns = features if isinstance(features, JoinedRows) else to_columns(features)
+        columns: Any = features
+        if not isinstance(features, JoinedRows):
+            columns = to_columns(features)
+            # Without words, rows are frozen or wrong: a token without a label tells.
+            if are_frozen("the batch", {"word_ids": columns.get("input_ids"), **columns}):
+                width = self.pad_to_multiple_of
+                return pad_frozen(columns, self.tokenizer, pad_to_multiple_of=width)
         masked, lengths = self.mask(columns, key=key, progress=progress)
         return pad_rows(masked, lengths, self.tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
 
@@ -363,11 +378,15 @@ class WholeWordMaskingCollator:
             block, here = tokens[start:end], bounds[rows.start : rows.stop + 1] - start
             whole = find_words(words[start:end], here)
             self._warned = self._warned or warn_if_collapsed(whole)
+            row_keys = hash_rows(block, here, key) if isinstance(key, int) else key[rows]
+            keys = spread_keys(row_keys, np.diff(whole.before), step=2)
+            whole, keys = leave_out(whole, keys, block == self._unknown_id, here)
             weights = None
             if self._weights is not None:
-                weights = self._weights.weigh(block[words[start:end] >= 0], whole)
-            row_keys = hash_rows(block, here, key) if isinstance(key, int) else key[rows]
-            chosen, fate = choose_words(whole, row_keys, weights, rate=rate, budget=self.budget)
+                weights = self._weights.weigh(block[list_places(whole.first, whole.size)], whole)
+            chosen, fate = choose_words(
+                whole, keys, row_keys, weights, rate=rate, budget=self.budget
+            )
             size = whole.size[chosen]
             targets = list_places(whole.first[chosen], size)
             instead = self._replace(block, targets, np.repeat(fate, size), here, row_keys)
@@ -400,6 +419,30 @@ class WholeWordMaskingCollator:
                 f"to {size - 1} when this collator was made; use the tokenizer that made the rows, "
                 "and make the collator after adding tokens"
             )
+
+
+def warn_of_unknown(rows: Rows, tokenizer: Tokenizer) -> None:
+    """Tell what share of words the tokenizer does not know, where it is above 1 %.
+
+    Up to 1,000 rows are read, spread over all.
+    """
+    places = np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int).tolist()
+    columns = to_columns([rows[place] for place in places])
+    unknown_id: int | None = tokenizer.unk_token_id
+    if unknown_id is None or not {"input_ids", "word_ids"} <= columns.keys():
+        return
+    joined, lengths = join_rows({name: columns[name] for name in ("input_ids", "word_ids")})
+    bounds = np.append(0, np.cumsum(lengths))
+    words, is_unknown = find_words(joined["word_ids"], bounds), joined["input_ids"] == unknown_id
+    known, _ = leave_out(words, np.empty(len(words.first), np.uint64), is_unknown, bounds)
+    share = 1 - len(known.first) / max(len(words.first), 1)
+    if share > 0.01:
+        message = (
+            "%.0f %% of the words of train_dataset hold %s, which stands for what the tokenizer "
+            "does not know; they are not predicted. Use a tokenizer and model of this language, or "
+            "add frequent words by extend_vocabulary"
+        )
+        logger.warning(message, 100 * share, tokenizer.unk_token)
 
 
 # Keeps the draws of replacements apart from those of words.

@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 
 from mlmadapt._types import Columns, DataCollator, Hashes, Ints
+from mlmadapt.data.frozen import are_frozen, pad_frozen
 from mlmadapt.data.rows import (
     check_tokens,
     check_whole,
@@ -26,6 +27,7 @@ from mlmadapt.data.rows import (
     read_batch,
     row_lengths,
     split_rows,
+    to_columns,
 )
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.selection import derive_key
@@ -205,12 +207,15 @@ def purify(data_collator: DataCollator) -> DataCollator:
     return partial(_call_without_extras, data_collator=stateless)
 
 
-def _call_without_extras(rows: list[dict[str, Any]], *, data_collator: DataCollator) -> Any:
+def _call_without_extras(rows: list[dict[str, Any]], *, data_collator: Any) -> Any:
     if getattr(data_collator, "whole_word_mask", False) and "offset_mapping" not in rows[0]:
         raise ValueError(
             "data_collator has whole_word_mask=True and needs the column 'offset_mapping'; use "
             "WholeWordMaskingCollator, which needs 'word_ids'"
         )
+    columns = to_columns(rows)
+    if are_frozen("the batch", columns):
+        return pad_frozen(columns, data_collator.tokenizer)
     names = rows[0].keys() - {"labels", "word_ids"}
     return data_collator([{name: row[name] for name in row if name in names} for row in rows])
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlmadapt._types import Floats, Hashes, Ints, Tokenizer
+from mlmadapt.data.tokenization import spell_word
 
 # This many tokens per word, over a whole row, come from a tokenizer that does not split words.
 _TOO_LONG = 32
@@ -48,6 +49,27 @@ def find_words(words: Ints, bounds: Ints) -> Words:
     first = np.flatnonzero(begins[:-1] & is_word)
     size = np.flatnonzero(begins[1:] & is_word) - first + 1
     return Words(first, size, np.searchsorted(first, bounds))
+
+
+def leave_out(
+    words: Words, keys: Hashes, is_unknown: npt.NDArray[np.bool_], bounds: Ints
+) -> tuple[Words, Hashes]:
+    """Return words without those that hold an unknown token; the others keep their keys.
+
+    So vocabularies that differ in what they know mask the same of what both know.
+
+    Examples:
+        >>> words = Words(np.array([1, 3]), np.array([2, 1]), np.array([0, 2]))
+        >>> is_unknown = np.array([False, False, True, False])
+        >>> leave_out(words, np.array([7, 8], np.uint64), is_unknown, np.array([0, 4]))
+        (Words(first=array([3]), size=array([1]), before=array([0, 1])), array([8], dtype=uint64))
+    """
+    if not is_unknown.any():
+        return words, keys
+    before = np.append(0, np.cumsum(is_unknown))
+    is_known = before[words.first] == before[words.first + words.size]
+    first = words.first[is_known]
+    return Words(first, words.size[is_known], np.searchsorted(first, bounds)), keys[is_known]
 
 
 def warn_if_collapsed(words: Words) -> bool:
@@ -96,15 +118,15 @@ def split_blocks(bounds: Ints) -> list[slice]:
 
 def choose_words(
     words: Words,
+    keys: Hashes,
     row_keys: Hashes,
     weights: Floats | None,
     *,
     rate: float,
     budget: Literal["bernoulli", "exact"],
 ) -> tuple[Ints, Floats]:
-    """Return the words that are targets, and the fate in [0, 1) of each."""
+    """Return the words that are targets, by a key each, and the fate in [0, 1) of each."""
     words_in_row = np.diff(words.before)
-    keys = spread_keys(row_keys, words_in_row, step=2)
     urgency = draw = to_unit(hash_counters(keys, 0))
     if weights is not None:
         # An exponential race: who comes first is chosen in proportion to its weight.
@@ -177,7 +199,7 @@ class WordWeights:
 def _weigh_text(
     word: tuple[int, ...], tokenizer: Tokenizer, weight_of_text: Callable[[str], float]
 ) -> float:
-    text = str(tokenizer.decode(list(word))).strip()
+    text = spell_word(word, tokenizer)
     returned: Any = weight_of_text(text)
     try:
         weight = float(returned)

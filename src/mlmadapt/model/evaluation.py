@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from mlmadapt._types import Batch, Model, Row, Rows, Tokenizer
-from mlmadapt.data.rows import is_frozen, pad_frozen, to_columns
-from mlmadapt.data.table import dataset_lengths
+from mlmadapt._types import Batch, Columns, Model, Row, Rows, Tokenizer
+from mlmadapt.data.frozen import pad_frozen
+from mlmadapt.data.rows import to_columns
+from mlmadapt.data.table import dataset_lengths, is_frozen
+from mlmadapt.data.tokenization import count_bytes
 from mlmadapt.model.checks import check_model, check_rows, evaluation_mode
 from mlmadapt.model.forward import MaskedForward, masked_forward
 
@@ -174,8 +176,8 @@ def evaluate_words(
         dataset: Rows as for `evaluate_mlm`, masked by word, and still with the column ``word_ids``
             (which `map` keeps, unless `remove_columns` names it).
         tokenizer: Pads the rows, and gives the text of masked words, whose bytes in UTF-8 are
-            counted without white space at its ends. That is the text as the tokenizer has it:
-            without the accents that it takes away, and ``[UNK]`` for what it does not know.
+            counted without white space. That is the text as the tokenizer has it: without the
+            accents that it takes away.
         batch_size: Rows per process and forward pass; no effect on the metrics.
         accelerator: Shares the rows out among its processes and sums over them.
 
@@ -241,9 +243,12 @@ def _sum_frozen(
         return sum_rows(model, dataset, forward=forward, **options)
 
 
-def collate_frozen(rows: list[Row], tokenizer: Tokenizer, *, with_words: bool = False) -> Batch:
+def collate_frozen(
+    rows: list[Row] | Columns, tokenizer: Tokenizer, *, with_words: bool = False
+) -> Batch:
     """Return the model's inputs and ``labels`` of frozen rows, of shape ``(batch, sequence)``."""
-    batch = pad_frozen(to_columns(rows), tokenizer, with_words=with_words)
+    columns = rows if isinstance(rows, Mapping) else to_columns(rows)
+    batch = pad_frozen(columns, tokenizer, with_words=with_words)
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
@@ -346,10 +351,9 @@ def _sum_words(
         )
     begins = np.flatnonzero(np.diff(row, prepend=-1) | np.diff(words, prepend=-1))
     pieces = np.split(tokens, begins[1:]) if len(tokens) else []
-    texts = [str(tokenizer.decode(piece.tolist())).strip() for piece in pieces]
     wrong = np.unique(begins.searchsorted(np.flatnonzero(guessed_before.numpy()), side="right"))
-    sizes = sum(len(text.encode()) for text in texts)
-    sums = [float(losses.sum()), len(texts) - len(wrong), sizes, len(texts)]
+    sizes = sum(count_bytes(piece.tolist(), tokenizer) for piece in pieces)
+    sums = [float(losses.sum()), len(pieces) - len(wrong), sizes, len(pieces)]
     return torch.tensor(sums, dtype=torch.float64)
 
 

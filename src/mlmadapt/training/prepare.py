@@ -21,8 +21,8 @@ from torch import nn
 from transformers import get_scheduler
 
 from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
-from mlmadapt.data.rows import is_frozen
-from mlmadapt.masking.collator import WholeWordMaskingCollator
+from mlmadapt.data.table import is_frozen
+from mlmadapt.masking.collator import WholeWordMaskingCollator, warn_of_unknown
 from mlmadapt.masking.frozen_masks import check_masks
 from mlmadapt.model.checks import check_collator, check_model, check_rows
 from mlmadapt.model.forward import MaskedForward, masked_forward
@@ -66,15 +66,15 @@ def check_run(
                 "workers"
             )
         train_rows = train_rows.peek(100)
+    is_ours = isinstance(data_collator, WholeWordMaskingCollator)
     for name, rows in {**eval_sets, "train_dataset": train_rows}.items():
         check_rows(name, rows, model=model, tokenizer=tokenizer)
-        has_masks = name in eval_sets and is_frozen(rows)
-        needs_words = isinstance(data_collator, WholeWordMaskingCollator) and not has_masks
-        if needs_words and "word_ids" not in rows[0]:
+        if not is_frozen(rows, name) and is_ours and "word_ids" not in rows[0]:
             raise ValueError(
                 f"{name} has {list(rows[0])}, without 'word_ids', which WholeWordMaskingCollator "
                 "goes by; make the rows with tokenize_with_word_ids"
             )
+    warn_of_unknown(train_rows, tokenizer)
     if (config.early_stopping_patience or config.load_best_model_at_end) and not eval_sets:
         raise ValueError(
             "early_stopping_patience and load_best_model_at_end go by an evaluation, but "

@@ -1,0 +1,99 @@
+"""Rows with masks frozen into them: told from others, and laid out as a batch.
+
+What is masked once more over its masks, or evaluated without any, gives a figure that looks like
+any other. So all rows are asked whether they are frozen.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from mlmadapt._types import Ints, Tokenizer
+from mlmadapt.data.rows import document_bounds, join_rows, pad_rows
+
+# The columns by which rows tell.
+TELLING = ("input_ids", "labels", "word_ids", "attention_mask", "masked_labels")
+
+
+def are_frozen(name: str, columns: Mapping[str, Any]) -> bool:
+    """Tell whether rows have masks frozen into them.
+
+    A frozen row has the prefix ``masked_``, a label that differs from its token, or a word without
+    a label. The labels of `group_texts` are a copy of the tokens, perhaps with -100 at the padding.
+    A row whose targets all kept their token tells by its words only; one of less than 8 tokens can
+    look like a copy.
+
+    Args:
+        name: What the error calls the rows.
+        columns: Lists of rows by name; ``labels`` may be None.
+
+    Raises:
+        ValueError: If some are frozen and others are not.
+
+    Examples:
+        >>> columns = {"input_ids": [[7, 8]], "labels": [[7, -100]]}
+        >>> are_frozen("the batch", columns)
+        False
+        >>> are_frozen("the batch", {**columns, "word_ids": [[0, 1]]})
+        True
+    """
+    if "masked_labels" in columns or not {"input_ids", "labels"} <= columns.keys():
+        return "masked_labels" in columns
+    known = {name: columns[name] for name in TELLING if name in columns}
+    with suppress(RuntimeError, ValueError):  # arrays have no one truth
+        if (known["labels"] == known["input_ids"]) is True:
+            return False
+    try:
+        pairs = zip(known["labels"], known["input_ids"], strict=True)
+        known["labels"] = [row if label is None else label for label, row in pairs]
+        joined, lengths = join_rows(known)
+    except ValueError:  # they are labels of something else
+        return False
+    is_none, is_other = joined["labels"] == -100, joined["labels"] != joined["input_ids"]
+    is_word = joined.get("word_ids", np.full(len(is_none), -1)) >= 0
+    is_word &= joined.get("attention_mask", is_word) != 0
+    tells = np.where(is_none, is_word, is_other)
+    bounds = np.append(0, np.cumsum(lengths))
+    told, other = (np.diff(np.append(0, np.cumsum(each))[bounds]) for each in (tells, is_other))
+    frozen, unfrozen = int((told > 0).sum()), int(((other == 0) & (lengths >= 8)).sum())
+    if frozen and unfrozen:
+        raise ValueError(
+            f"{name} is frozen in part: {frozen} rows have masks frozen into them, {unfrozen} have "
+            "none ('labels' that are a copy of 'input_ids', or missing); freeze all rows by "
+            "insert_random_mask, or none"
+        )
+    return frozen > 0
+
+
+def pad_frozen(
+    columns: Mapping[str, Any], tokenizer: Tokenizer, *, with_words: bool = False, **options: Any
+) -> dict[str, Ints]:
+    """Lay frozen rows out as `pad_rows` does, without their ``masked_`` prefix.
+
+    Args:
+        columns: The columns of the rows, with the prefix, which leaves others out, or without.
+        tokenizer: Gives the padding token and side.
+        with_words: Keep ``word_ids``, padded by 0.
+        options: For `pad_rows`.
+
+    Raises:
+        ValueError: As `join_rows`, `document_bounds` and `pad_rows` do.
+
+    Examples:
+        >>> from mlmadapt.testing import tiny_tokenizer
+        >>> columns = {"masked_input_ids": [[4, 8]], "masked_labels": [[7, -100]], "other": ["x"]}
+        >>> pad_frozen(columns, tiny_tokenizer())["input_ids"]
+        array([[4, 8]])
+    """
+    prefix = "masked_" if "masked_labels" in columns else ""
+    frozen = {
+        name.removeprefix(prefix): rows
+        for name, rows in columns.items()
+        if (with_words if name == "word_ids" else name.startswith(prefix))
+    }
+    joined, lengths = join_rows(frozen)
+    if "document_ids" in joined:
+        document_bounds(joined["document_ids"], np.append(0, np.cumsum(lengths)))
+    return pad_rows(joined, lengths, tokenizer, **options)

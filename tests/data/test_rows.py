@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 from mlmadapt.data.rows import (
     document_bounds,
-    is_frozen,
     join_rows,
-    pad_frozen,
     pad_rows,
     split_rows,
     to_columns,

@@ -79,7 +79,9 @@ def weigh(
 ) -> float:
     """Return the weight of a word."""
     if callable(weights):
-        return weights("".join(tokenizer.decode(tokens).split()))
+        text = "".join(tokenizer.decode(tokens).split())
+        is_cut = tokenizer.convert_ids_to_tokens(tokens[0]).startswith("##")  # by the row
+        return weights(text[2:] if is_cut else text)
     return sum(weights[token] for token in tokens) / len(tokens)
 
 

@@ -125,7 +125,7 @@ def is_frozen(dataset: Rows, name: str = "dataset") -> bool:
     else:
         rows = [dataset[place] for place in range(len(dataset))]
         counts = Counter(chain.from_iterable(rows))
-        names = [n for n in TELLING if counts[n] > (0 if n == "labels" else len(rows) - 1)]
+        names = [n for n in TELLING if counts[n] and (n == "labels" or counts[n] == len(rows))]
         columns = {name: [row.get(name) for row in rows] for name in names}
     return are_frozen(name, columns)
 

@@ -26,7 +26,7 @@ from mlmadapt import (
     insert_random_mask,
     tokenize_with_word_ids,
 )
-from mlmadapt.masking.frozen_masks import seeded
+from mlmadapt.masking.frozen_masks import purify, seeded
 from mlmadapt.testing import tiny_corpus, tiny_tokenizer
 from tests.masking.reference_masking import reference_key, reference_mask
 
@@ -476,3 +476,24 @@ def test_keys_that_are_none() -> None:
         insert_random_mask(columns, others, key_column="id")
     with pytest.raises(TypeError):
         insert_random_mask({**columns, "id": [1.5]}, OURS, key_column="id")
+
+
+@pytest.mark.parametrize("prefix", ["", "masked_"])
+def test_frozen_rows_pass_transformers_collators(prefix: str) -> None:
+    """As they are, where `accelerate_train` calls them; copies of the tokens are masked."""
+    rows = examples()
+    theirs = COLLATORS["tokens"]
+    frozen = insert_random_mask(rows, theirs, prefix=prefix)
+    as_rows = [dict(zip(frozen, row, strict=True)) for row in zip(*frozen.values(), strict=True)]
+    batch = purify(theirs)(as_rows)
+    for row, inputs, labels in zip(as_rows, batch["input_ids"], batch["labels"], strict=True):
+        length = len(row[f"{prefix}labels"])
+        assert inputs[:length].tolist() == [*row[f"{prefix}input_ids"]]
+        assert labels[:length].tolist() == [*row[f"{prefix}labels"]]
+    copies = [{"input_ids": ids, "labels": ids} for ids in rows["input_ids"][:4]]
+    masked = purify(theirs)(copies)
+    assert 0 < (np.asarray(masked["labels"]) != -100).sum() < 4 * 16
+    mixed = [{name.removeprefix(prefix): row[name] for name in row} for row in as_rows[:4]]
+    mixed = [{name: row[name] for name in ("input_ids", "labels")} for row in mixed]
+    with pytest.raises(ValueError, match="the batch is frozen in part"):
+        purify(theirs)([*mixed, *copies])

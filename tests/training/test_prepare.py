@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
+import re
 import weakref
 from functools import partial
 from types import SimpleNamespace
@@ -30,6 +32,7 @@ from transformers import (
 )
 
 from mlmadapt import TrainingConfig, WholeWordMaskingCollator, evaluate_mlm
+from mlmadapt.masking.collator import warn_of_unknown
 from mlmadapt.testing import tiny_model, tiny_rows, tiny_tokenizer
 from mlmadapt.training import prepare
 from mlmadapt.training.prepare import check_whole, make_optimizer, make_scheduler
@@ -201,6 +204,64 @@ def test_weights_that_are_not_finite_are_named(run: TinyRun) -> None:
         run.model.bert.embeddings.word_embeddings.weight[7:] = torch.nan
     with pytest.raises(ValueError, match="BertForMaskedLM predicts NaN or infinity: its weights"):
         run.train()
+
+
+@pytest.mark.parametrize(
+    ("unknown", "said"), [(0, None), (1, None), (3, "2 %"), (100, "50 %"), (200, "100 %")]
+)
+def test_the_share_of_unknown_words_is_told(
+    run: TinyRun, caplog: pytest.LogCaptureFixture, unknown: int, said: str | None
+) -> None:
+    """Once, where it is above 1 %, of rows that are spread over all: those at the end count too."""
+    words = [*range(100)]
+    known: Any = {"input_ids": [2, *[7, 8] * 50, 3], "word_ids": [-1, *words, -1]}
+    last = {**known, "input_ids": [2, *[1] * min(unknown, 100), *[7] * max(100 - unknown, 0), 3]}
+    first = {**known, "input_ids": [2, *[1] * 100, 3]} if unknown == 200 else known
+    for rows in ([first, last], Dataset.from_list([first, last])):
+        caplog.clear()
+        warn_of_unknown(rows, run.tokenizer)
+        warn_of_unknown([{"input_ids": [1, 1, 1]}], run.tokenizer)  # no words to tell by
+        message = f"{said} of the words of train_dataset hold [UNK], which .* by extend_vocabulary"
+        assert len(caplog.records) == bool(said)
+        assert said is None or re.search(re.escape(message).replace(r"\.\*", ".*"), caplog.text)
+        assert len(caplog.text) < 300
+    run.rows = [last, known] * 2
+    caplog.clear()
+    result = run.train()
+    assert caplog.text.count("of the words of train_dataset hold") == bool(said)
+    assert all(math.isfinite(loss) for loss in logged(result, "loss"))
+
+
+def test_all_rows_say_whether_they_are_frozen(run: TinyRun) -> None:
+    """Empty ones at the start hide no frozen ones; a set that is frozen in part is refused."""
+    empty: Any = {"input_ids": [2, 3], "labels": [-100, -100]}
+    frozen = [{name: row[f"masked_{name}"] for name in empty} for row in freeze(run.rows)]
+    run.eval_rows = {"domain": [empty] * 30 + frozen}
+    targets = sum(label != -100 for row in frozen for label in row["labels"])
+    assert run.train().initial.masked_tokens == targets
+    run.folder = run.folder / "other"
+    whole = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in run.rows]
+    run.eval_rows = {"domain": [*frozen, *whole]}
+    number = sum(len(row["labels"]) > 7 for row in whole)
+    refuse(run, ValueError, f"^eval_domain is frozen in part: 12 rows have .* {number} have none")
+    run.rows, run.eval_rows = [*frozen, *whole], None
+    refuse(run, ValueError, "^train_dataset is frozen in part")
+
+
+@pytest.mark.parametrize("kind", ["ours", "transformers"])
+def test_frozen_rows_are_trained_as_they_are(run: TinyRun, tmp_path: Path, kind: str) -> None:
+    """By all collators, of lists and of a dataset that kept its words: each epoch has the masks."""
+    frozen = [
+        {**{name.removeprefix("masked_"): new[name] for name in new}, "word_ids": old["word_ids"]}
+        for new, old in zip(freeze(run.rows), run.rows, strict=True)
+    ]
+    targets = sum(label != -100 for row in frozen for label in row["labels"])
+    for number, rows in enumerate((frozen, Dataset.from_list(frozen))):
+        other = TinyRun(tmp_path / str(number))
+        other.rows = rows
+        if kind == "transformers":
+            other.collator = DataCollatorForLanguageModeling(other.tokenizer)
+        assert other.train(num_train_epochs=2).masked_tokens_seen == 2 * targets
 
 
 @pytest.mark.parametrize(

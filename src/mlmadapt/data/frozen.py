@@ -11,13 +11,25 @@ from typing import Any
 import numpy as np
 
 from mlmadapt._types import Ints, Tokenizer
-from mlmadapt.data.rows import document_bounds, join_rows, pad_rows
+from mlmadapt.data.rows import JoinedRows, document_bounds, join_column, join_rows, pad_rows
 
 # The columns by which rows tell.
 TELLING = ("input_ids", "labels", "word_ids", "attention_mask", "masked_labels")
 
 
-def are_frozen(name: str, columns: Mapping[str, Any]) -> bool:
+def starts_as_copy(columns: Mapping[str, Any]) -> bool:
+    """Tell whether the first row is surely not frozen: it has no labels, or a copy of its tokens.
+
+    Examples:
+        >>> starts_as_copy({"input_ids": [[7], [4]], "labels": [[7], [8]], "word_ids": [[0], [0]]})
+        True
+    """
+    if {"input_ids", "labels", "word_ids"} <= columns.keys() and "masked_labels" not in columns:
+        return np.array_equal(columns["labels"][0], columns["input_ids"][0])
+    return columns.keys().isdisjoint(["labels", "masked_labels"])
+
+
+def are_frozen(name: str, columns: Mapping[str, Any], *, needs_words: bool = False) -> bool:
     """Tell whether rows have masks frozen into them.
 
     A frozen row has the prefix ``masked_``, a label that differs from its token, or a word without
@@ -28,6 +40,7 @@ def are_frozen(name: str, columns: Mapping[str, Any]) -> bool:
     Args:
         name: What the error calls the rows.
         columns: Lists of rows by name; ``labels`` may be None.
+        needs_words: Without ``word_ids``, take each token for a word, and else none.
 
     Raises:
         ValueError: If some are frozen and others are not.
@@ -41,19 +54,24 @@ def are_frozen(name: str, columns: Mapping[str, Any]) -> bool:
     """
     if "masked_labels" in columns or not {"input_ids", "labels"} <= columns.keys():
         return "masked_labels" in columns
-    known = {name: columns[name] for name in TELLING if name in columns}
+    labels, tokens = columns["labels"], columns["input_ids"]
     with suppress(RuntimeError, ValueError):  # arrays have no one truth
-        if (known["labels"] == known["input_ids"]) is True:
+        if (labels == tokens) is True:
             return False
     try:
-        pairs = zip(known["labels"], known["input_ids"], strict=True)
-        known["labels"] = [row if label is None else label for label, row in pairs]
-        joined, lengths = join_rows(known)
+        pairs = zip(labels, tokens, strict=True)
+        given = [row if label is None else label for label, row in pairs]
+        joined, lengths = join_rows({"input_ids": tokens, "labels": given})
+        is_none, is_other = joined["labels"] == -100, joined["labels"] != joined["input_ids"]
+        if not is_other.any():
+            return False
+        others = {
+            name: join_column(name, columns[name]) for name in TELLING[2:4] if name in columns
+        }
+        is_word = others.get("word_ids", np.full(len(is_none), needs_words - 1)) >= 0
+        is_word &= others.get("attention_mask", is_word) != 0
     except ValueError:  # they are labels of something else
         return False
-    is_none, is_other = joined["labels"] == -100, joined["labels"] != joined["input_ids"]
-    is_word = joined.get("word_ids", np.full(len(is_none), -1)) >= 0
-    is_word &= joined.get("attention_mask", is_word) != 0
     tells = np.where(is_none, is_word, is_other)
     bounds = np.append(0, np.cumsum(lengths))
     told, other = (np.diff(np.append(0, np.cumsum(each))[bounds]) for each in (tells, is_other))
@@ -68,7 +86,7 @@ def are_frozen(name: str, columns: Mapping[str, Any]) -> bool:
 
 
 def pad_frozen(
-    columns: Mapping[str, Any], tokenizer: Tokenizer, *, with_words: bool = False, **options: Any
+    columns: Mapping[str, Any], tokenizer: Tokenizer, *, with_words: bool = False
 ) -> dict[str, Ints]:
     """Lay frozen rows out as `pad_rows` does, without their ``masked_`` prefix.
 
@@ -76,7 +94,6 @@ def pad_frozen(
         columns: The columns of the rows, with the prefix, which leaves others out, or without.
         tokenizer: Gives the padding token and side.
         with_words: Keep ``word_ids``, padded by 0.
-        options: For `pad_rows`.
 
     Raises:
         ValueError: As `join_rows`, `document_bounds` and `pad_rows` do.
@@ -87,6 +104,11 @@ def pad_frozen(
         >>> pad_frozen(columns, tiny_tokenizer())["input_ids"]
         array([[4, 8]])
     """
+    return pad_rows(*join_frozen(columns, with_words=with_words), tokenizer)
+
+
+def join_frozen(columns: Mapping[str, Any], *, with_words: bool = False) -> JoinedRows:
+    """Lay frozen rows one after the other, as `pad_frozen` pads them."""
     prefix = "masked_" if "masked_labels" in columns else ""
     frozen = {
         name.removeprefix(prefix): rows
@@ -96,4 +118,4 @@ def pad_frozen(
     joined, lengths = join_rows(frozen)
     if "document_ids" in joined:
         document_bounds(joined["document_ids"], np.append(0, np.cumsum(lengths)))
-    return pad_rows(joined, lengths, tokenizer, **options)
+    return JoinedRows(joined, lengths)

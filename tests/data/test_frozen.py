@@ -10,10 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlmadapt.data.frozen import are_frozen, pad_frozen
-from mlmadapt.testing import tiny_tokenizer
+from mlmadapt.data.frozen import are_frozen, join_frozen
 
-tokenizer = tiny_tokenizer("wordpiece")
 LONG = [*range(7, 17)]
 
 
@@ -93,9 +91,10 @@ def test_rows_without_labels_among_frozen_ones_are_counted() -> None:
 def test_frozen_rows_lose_what_is_not_theirs() -> None:
     """The prefix, columns beside it, and the words, unless these are asked for."""
     columns = {"input_ids": [[7, 8], [9]], "labels": [[7, -100], [9]], "word_ids": [[0, 1], [0]]}
-    batch = pad_frozen(columns, tokenizer)
-    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+    joined, lengths = join_frozen(columns)
+    assert set(joined) == {"input_ids", "labels"}
+    assert lengths.tolist() == [2, 1]
     prefixed = {f"masked_{name}": values for name, values in columns.items() if name != "word_ids"}
-    kept = pad_frozen({**columns, **prefixed}, tokenizer, with_words=True)
-    assert kept.pop("word_ids").tolist() == [[0, 1], [0, 0]]
-    assert all((kept[name] == batch[name]).all() for name in batch)
+    kept = join_frozen({**columns, **prefixed}, with_words=True).columns
+    assert kept.pop("word_ids").tolist() == [0, 1, 0]
+    assert all((kept[name] == joined[name]).all() for name in joined)

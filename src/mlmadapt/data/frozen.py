@@ -1,4 +1,4 @@
-"""Rows with masks frozen into them: told from others, and laid out as a batch.
+"""Rows with masks frozen into them: told from others, and joined as they are.
 
 What is masked once more over its masks, or evaluated without any, gives a figure that looks like
 any other. So all rows are asked whether they are frozen.
@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mlmadapt._types import Ints, Tokenizer
-from mlmadapt.data.rows import JoinedRows, document_bounds, join_column, join_rows, pad_rows
+from mlmadapt.data.rows import JoinedRows, document_bounds, join_column, join_rows
 
 # The columns by which rows tell.
 TELLING = ("input_ids", "labels", "word_ids", "attention_mask", "masked_labels")
@@ -29,7 +28,7 @@ def starts_as_copy(columns: Mapping[str, Any]) -> bool:
     return columns.keys().isdisjoint(["labels", "masked_labels"])
 
 
-def are_frozen(name: str, columns: Mapping[str, Any], *, needs_words: bool = False) -> bool:
+def are_frozen(name: str, columns: Mapping[str, Any]) -> bool:
     """Tell whether rows have masks frozen into them.
 
     A frozen row has the prefix ``masked_``, a label that differs from its token, or a word without
@@ -40,7 +39,6 @@ def are_frozen(name: str, columns: Mapping[str, Any], *, needs_words: bool = Fal
     Args:
         name: What the error calls the rows.
         columns: Lists of rows by name; ``labels`` may be None.
-        needs_words: Without ``word_ids``, take each token for a word, and else none.
 
     Raises:
         ValueError: If some are frozen and others are not.
@@ -63,12 +61,10 @@ def are_frozen(name: str, columns: Mapping[str, Any], *, needs_words: bool = Fal
         given = [row if label is None else label for label, row in pairs]
         joined, lengths = join_rows({"input_ids": tokens, "labels": given})
         is_none, is_other = joined["labels"] == -100, joined["labels"] != joined["input_ids"]
-        if not is_other.any():
-            return False
         others = {
             name: join_column(name, columns[name]) for name in TELLING[2:4] if name in columns
         }
-        is_word = others.get("word_ids", np.full(len(is_none), needs_words - 1)) >= 0
+        is_word = others.get("word_ids", np.full(len(is_none), -1)) >= 0
         is_word &= others.get("attention_mask", is_word) != 0
     except ValueError:  # they are labels of something else
         return False
@@ -85,30 +81,21 @@ def are_frozen(name: str, columns: Mapping[str, Any], *, needs_words: bool = Fal
     return frozen > 0
 
 
-def pad_frozen(
-    columns: Mapping[str, Any], tokenizer: Tokenizer, *, with_words: bool = False
-) -> dict[str, Ints]:
-    """Lay frozen rows out as `pad_rows` does, without their ``masked_`` prefix.
+def join_frozen(columns: Mapping[str, Any], *, with_words: bool = False) -> JoinedRows:
+    """Lay frozen rows one after the other as `join_rows` does, without their ``masked_`` prefix.
 
     Args:
         columns: The columns of the rows, with the prefix, which leaves others out, or without.
-        tokenizer: Gives the padding token and side.
-        with_words: Keep ``word_ids``, padded by 0.
+        with_words: Keep ``word_ids``.
 
     Raises:
-        ValueError: As `join_rows`, `document_bounds` and `pad_rows` do.
+        ValueError: As `join_rows` and `document_bounds` do.
 
     Examples:
-        >>> from mlmadapt.testing import tiny_tokenizer
         >>> columns = {"masked_input_ids": [[4, 8]], "masked_labels": [[7, -100]], "other": ["x"]}
-        >>> pad_frozen(columns, tiny_tokenizer())["input_ids"]
-        array([[4, 8]])
+        >>> join_frozen(columns).columns
+        {'input_ids': array([4, 8]), 'labels': array([   7, -100])}
     """
-    return pad_rows(*join_frozen(columns, with_words=with_words), tokenizer)
-
-
-def join_frozen(columns: Mapping[str, Any], *, with_words: bool = False) -> JoinedRows:
-    """Lay frozen rows one after the other, as `pad_frozen` pads them."""
     prefix = "masked_" if "masked_labels" in columns else ""
     frozen = {
         name.removeprefix(prefix): rows

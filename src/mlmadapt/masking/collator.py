@@ -84,8 +84,8 @@ class WholeWordMaskingCollator:
             words, rounded up or down at random without bias, and never to 0.
         word_weights: Makes some words likelier targets at the same overall rate: a weight for each
             token id, shape ``(vocabulary,)`` (a word has the mean of its tokens), or a callable
-            from a word's text to its weight. 0 or more; only ratios within a row matter. A word of
-            weight 0 is never a target, unless all words of its row weigh 0.
+            from a word's text, without white space, to its weight. 0 or more; only ratios within a
+            row matter. A word of weight 0 is never a target, unless all words of its row weigh 0.
         seed: A seed of its own, or None to follow ``torch.manual_seed`` and `set_seed`: one number
             per batch is drawn from torch's global generator.
         pad_to_multiple_of: Pad rows to a multiple of this many tokens.
@@ -172,8 +172,8 @@ class WholeWordMaskingCollator:
         self._is_special[list(special_token_ids(self.tokenizer))] = True
         self._pool = np.array(ordinary_token_ids(self.tokenizer), np.int64)
         self._mask_id: int = self.tokenizer.mask_token_id
-        unknown_id: int | None = self.tokenizer.unk_token_id
-        self._unknown_id = -1 if unknown_id is None else unknown_id
+        unknown = self.tokenizer.unk_token_id
+        self._unknown_id: int = -1 if unknown is None else unknown
         if self.random_replace_prob and not self._pool.size:
             raise ValueError(
                 f"random_replace_prob is {self.random_replace_prob}, but the tokenizer has no "
@@ -189,8 +189,10 @@ class WholeWordMaskingCollator:
     ) -> dict[str, Any]:
         """Collate rows: ``input_ids``, ``attention_mask``, ``labels`` and the other model inputs.
 
-        All have shape ``(batch, sequence)``; ``labels`` is -100 where nothing is to be predicted. A
-        column ``labels`` of the rows is not used, and the rows are not changed.
+        All have shape ``(batch, sequence)``; ``labels`` is -100 where nothing is to be predicted.
+        Rows with masks frozen into them (``labels`` that differ from the tokens, or the prefix
+        ``masked_``) are padded and otherwise left as they are, so that `Trainer` evaluates what was
+        frozen; other ``labels`` are not used. The rows are not changed.
 
         Args:
             features: Rows of columns: lists, arrays or tensors of one whole number per token, and
@@ -201,10 +203,10 @@ class WholeWordMaskingCollator:
             The batch, of int64 tensors or arrays.
 
         Raises:
-            ValueError: If there are no rows, they differ in columns, a row has no ``word_ids``, a
-                column does not hold one whole number per token, a token id is outside the
-                vocabulary, `word_weights` returns no weight, or padding is needed and the tokenizer
-                has no padding token.
+            ValueError: If there are no rows, they differ in columns, masks are frozen into some of
+                them only, a row has no ``word_ids``, a column does not hold one whole number per
+                token, a token id is outside the vocabulary, `word_weights` returns no weight, or
+                padding is needed and the tokenizer has no padding token.
             TypeError: If a row is not a dict.
 
         Warns:
@@ -336,14 +338,14 @@ class WholeWordMaskingCollator:
             key = check_whole("key", key, least=0, most=2**64 - 1, error=TypeError)
         rate = rate_at(self.wwm_probability, progress)
         if not isinstance(columns, JoinedRows):
-            given = columns
-            # A whole look takes a tenth of the time. A copy of the tokens in front can do without,
-            # if no masks stand behind it.
-            starts_whole = starts_as_copy(given)
-            if not starts_whole and are_frozen("the batch", given, needs_words=True):
-                return join_frozen(given)
-            check_words(given)
-            columns = join_rows({name: given[name] for name in given if name != "labels"})
+            # Without words, rows are frozen or wrong, and each token without a label tells.
+            given = {"word_ids": columns.get("input_ids"), **columns}
+            starts_whole = starts_as_copy(columns)
+            if not starts_whole and are_frozen("the batch", given):
+                return join_frozen(columns)
+            check_words(columns)
+            columns = join_rows({name: columns[name] for name in columns if name != "labels"})
+            # To look at all rows takes a tenth of the time, and masks show that it is needed.
             has_masks = starts_whole and (columns.columns["input_ids"] == self._mask_id).any()
             if has_masks and are_frozen("the batch", given):
                 return join_frozen(given)

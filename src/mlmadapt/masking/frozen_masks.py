@@ -18,12 +18,13 @@ import pyarrow as pa
 import torch
 
 from mlmadapt._types import Columns, DataCollator, Hashes, Ints
-from mlmadapt.data.frozen import are_frozen, pad_frozen
+from mlmadapt.data.frozen import are_frozen, join_frozen
 from mlmadapt.data.rows import (
     check_tokens,
     check_whole,
     document_bounds,
     join_column,
+    pad_rows,
     read_batch,
     row_lengths,
     split_rows,
@@ -51,9 +52,10 @@ def insert_random_mask(
     Args:
         examples: A batch of rows: a dict of lists, or a ``pyarrow.Table`` (datasets with format
             "arrow", which `map` reads and masks twice as fast).
-        data_collator: `WholeWordMaskingCollator`, or another library's. That one is called row by
-            row (about 0.4 ms each) with the global generators seeded from (seed, row), and they are
-            restored. They are those of the whole process: freeze so in one thread at a time.
+        data_collator: `WholeWordMaskingCollator`, which leaves rows that are frozen already as they
+            are, or another library's. That one is called row by row (about 0.4 ms each) with the
+            global generators seeded from (seed, row), and they are restored. They are those of the
+            whole process: freeze so in one thread at a time.
         seed: Seed of the masks, a whole number.
         prefix: Put before the names of the new columns; ``""`` keeps the names.
         key_column: A column that numbers or names the documents. A mask then depends on seed,
@@ -215,7 +217,7 @@ def _call_without_extras(rows: list[dict[str, Any]], *, data_collator: Any) -> A
         )
     columns = to_columns(rows)
     if are_frozen("the batch", columns):
-        return pad_frozen(columns, data_collator.tokenizer)
+        return pad_rows(*join_frozen(columns), data_collator.tokenizer)
     names = rows[0].keys() - {"labels", "word_ids"}
     return data_collator([{name: row[name] for name in row if name in names} for row in rows])
 

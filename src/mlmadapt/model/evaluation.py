@@ -18,8 +18,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from mlmadapt._types import Batch, Columns, Model, Row, Rows, Tokenizer
-from mlmadapt.data.frozen import pad_frozen
-from mlmadapt.data.rows import to_columns
+from mlmadapt.data.frozen import join_frozen
+from mlmadapt.data.rows import pad_rows, to_columns
 from mlmadapt.data.table import dataset_lengths, is_frozen
 from mlmadapt.data.tokenization import count_bytes
 from mlmadapt.model.checks import check_model, check_rows, evaluation_mode
@@ -248,7 +248,7 @@ def collate_frozen(
 ) -> Batch:
     """Return the model's inputs and ``labels`` of frozen rows, of shape ``(batch, sequence)``."""
     columns = rows if isinstance(rows, Mapping) else to_columns(rows)
-    batch = pad_frozen(columns, tokenizer, with_words=with_words)
+    batch = pad_rows(*join_frozen(columns, with_words=with_words), tokenizer)
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 

@@ -85,6 +85,9 @@ def test_rows_without_labels_among_frozen_ones_are_counted() -> None:
     with pytest.raises(ValueError, match=r"^the batch .* part: 1 rows .*, 2 have none") as error:
         are_frozen("the batch", columns)
     assert len(str(error.value)) <= 300
+    padded = {"input_ids": [[7, 0]], "labels": [[7, -100]], "word_ids": [[0, 0]]}
+    assert are_frozen("the batch", padded)
+    assert not are_frozen("the batch", {**padded, "attention_mask": [[1, 0]]})
     assert are_frozen("the batch", {"masked_labels": [[7]], "masked_input_ids": [[7]]})
 
 

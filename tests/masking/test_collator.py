@@ -607,8 +607,9 @@ def test_a_batch_frozen_in_part_is_refused() -> None:
         for row, (inputs, labels) in zip(rows, masks(plain), strict=True)
     ]
     assert masks(collator(frozen)) == masks(plain)
-    with pytest.raises(ValueError, match=r"the batch is frozen in part: 2 rows .* 4 have none"):
-        collator([*frozen[:2], *rows[2:]])
+    for mixed in ([*frozen[:2], *rows[2:]], [*rows[2:], *frozen[:2]]):
+        with pytest.raises(ValueError, match=r"the batch is frozen in part: 2 rows .* 4 have none"):
+            collator(mixed)
 
 
 def random_rows(rows: int, words: int, *, low: int = 5, high: int = 105) -> np.ndarray:

@@ -232,6 +232,17 @@ def test_the_share_of_unknown_words_is_told(
     assert all(math.isfinite(loss) for loss in logged(result, "loss"))
 
 
+def test_a_model_that_only_knows_the_unknown_is_not_praised(run: TinyRun) -> None:
+    """Chinese by an English vocabulary is mostly [UNK], which is easily guessed: it counts not."""
+    row: Any = {"input_ids": [2, *[1, 1, 7, 8, 9] * 20, 3], "word_ids": [-1, *range(100), -1]}
+    run.rows = run.eval_rows = [row] * 4
+    with torch.no_grad():
+        run.model.get_output_embeddings().bias[1] += 9
+    initial = run.train().initial
+    assert initial.loss > 9
+    assert initial.accuracy == 0
+
+
 def test_all_rows_say_whether_they_are_frozen(run: TinyRun) -> None:
     """Empty ones at the start hide no frozen ones; a set that is frozen in part is refused."""
     empty: Any = {"input_ids": [2, 3], "labels": [-100, -100]}

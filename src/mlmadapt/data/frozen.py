@@ -61,9 +61,7 @@ def are_frozen(name: str, columns: Mapping[str, Any]) -> bool:
         given = [row if label is None else label for label, row in pairs]
         joined, lengths = join_rows({"input_ids": tokens, "labels": given})
         is_none, is_other = joined["labels"] == -100, joined["labels"] != joined["input_ids"]
-        others = {
-            name: join_column(name, columns[name]) for name in TELLING[2:4] if name in columns
-        }
+        others = {n: join_column(n, columns[n]) for n in TELLING[2:4] if n in columns}
         is_word = others.get("word_ids", np.full(len(is_none), -1)) >= 0
         is_word &= others.get("attention_mask", is_word) != 0
     except ValueError:  # they are labels of something else

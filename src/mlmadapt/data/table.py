@@ -114,14 +114,13 @@ def is_frozen(dataset: Rows, name: str = "dataset") -> bool:
         >>> is_frozen([{"input_ids": [7, 8], "labels": [7, 8]}])
         False
     """
-    columns: dict[str, Any]
     if is_dataset(dataset) and dataset.format["type"] != "custom":  # a transform makes its columns
         names, column = [n for n in TELLING if n in dataset.column_names], dataset.data.column
         # Labels of rows without masks are a copy of the tokens, which Arrow sees at once.
         if not {"labels", "input_ids"} <= {*names} or column("labels") == column("input_ids"):
             return "masked_labels" in names
         table = dataset.with_format("arrow", names)[:]
-        columns = {name: table[name].to_numpy() for name in names}
+        columns: dict[str, Any] = {name: table[name].to_numpy() for name in names}
     else:
         rows = [dataset[place] for place in range(len(dataset))]
         counts = Counter(chain.from_iterable(rows))

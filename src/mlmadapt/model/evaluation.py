@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from mlmadapt._types import Batch, Columns, Model, Row, Rows, Tokenizer
+from mlmadapt._types import Batch, Model, Row, Rows, Tokenizer
 from mlmadapt.data.frozen import join_frozen
 from mlmadapt.data.rows import pad_rows, to_columns
 from mlmadapt.data.table import dataset_lengths, is_frozen
@@ -243,10 +243,14 @@ def _sum_frozen(
         return sum_rows(model, dataset, forward=forward, **options)
 
 
-def collate_frozen(
-    rows: list[Row] | Columns, tokenizer: Tokenizer, *, with_words: bool = False
-) -> Batch:
-    """Return the model's inputs and ``labels`` of frozen rows, of shape ``(batch, sequence)``."""
+def collate_frozen(rows: Any, tokenizer: Tokenizer, *, with_words: bool = False) -> Batch:
+    """Return the model's inputs and ``labels``, of shape ``(batch, sequence)``, of frozen rows.
+
+    Args:
+        rows: The rows, or their columns.
+        tokenizer: Pads them.
+        with_words: Keep ``word_ids``.
+    """
     columns = rows if isinstance(rows, Mapping) else to_columns(rows)
     batch = pad_rows(*join_frozen(columns, with_words=with_words), tokenizer)
     return {name: torch.from_numpy(array) for name, array in batch.items()}

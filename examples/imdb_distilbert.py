@@ -392,7 +392,7 @@ def train_with_trainer(
 
 
 class ExactTrainer(Trainer):
-    """Evaluates frozen rows token by token, where `Trainer` averages over batches."""
+    """Evaluates the same frozen rows token by token: `Trainer` takes a mean of batch means."""
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
         """Evaluate, and log as `Trainer` does."""

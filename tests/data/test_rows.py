@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlmadapt.data.rows import (
+    are_frozen,
     document_bounds,
-    is_frozen,
+    join_frozen,
     join_rows,
-    pad_frozen,
     pad_rows,
     split_rows,
     to_columns,
@@ -135,25 +135,62 @@ def test_empty_rows_hide_no_document_that_falls() -> None:
         document_bounds(np.array([0, 1, 0]), np.array([0, 0, 3]))
 
 
-def test_what_is_frozen() -> None:
-    """Short rows without special tokens have no -100; one that kept its token tells nothing.
+@given(st.data(), st.sampled_from([list, np.array, torch.tensor]))
+def test_one_frozen_row_tells(data: st.DataObject, kind: Any) -> None:
+    """Of lists, arrays and tensors, wherever it stands, by its labels or by its words."""
+    names = ("input_ids", "labels", "word_ids", "attention_mask")
+    columns: dict[str, Any] = {name: [] for name in names}
+    for length in data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=4)):
+        tokens = data.draw(st.lists(st.integers(5, 9), min_size=length, max_size=length))
+        some = st.tuples(*[st.sampled_from([token, token, token, -100, 4]) for token in tokens])
+        columns["input_ids"].append(tokens)
+        columns["labels"].append([*data.draw(some | st.just(tokens) | st.just([-100] * length))])
+        for name, low in (("word_ids", -1), ("attention_mask", 0)):
+            numbers = st.lists(st.integers(low, 1), min_size=length, max_size=length)
+            columns[name].append(data.draw(numbers))
+    quadruples = [
+        quadruple
+        for row in zip(*columns.values(), strict=True)
+        for quadruple in zip(*row, strict=True)
+    ]
+    for left_out in ((), ("attention_mask",), ("word_ids",)):
+        expected = any(
+            label not in (-100, token)
+            or (
+                label == -100
+                and word >= 0
+                and "word_ids" not in left_out
+                and (real or "attention_mask" in left_out)
+            )
+            for token, label, word, real in quadruples
+        )
+        made = {n: [kind(row) for row in rows] for n, rows in columns.items() if n not in left_out}
+        assert are_frozen(made) == expected
 
-    Rows whose targets all kept their token are told by the prefix only.
-    """
-    assert is_frozen([{"input_ids": [4], "labels": [9]}])
-    assert is_frozen([{"input_ids": [9], "labels": [9]}, {"input_ids": [4], "labels": [9]}])
-    assert is_frozen([{"masked_input_ids": [9], "masked_labels": [9]}])
-    kept = {"input_ids": [2, 9, 3], "labels": [-100, 9, -100]}
-    assert not is_frozen([kept])
-    assert is_frozen([{f"masked_{name}": values for name, values in kept.items()}])
+
+@pytest.mark.parametrize(
+    ("labels", "is_told"),
+    [
+        ([[7, -100], [9]], True),
+        ([[4, 8], [9]], False),
+        ([1, 0], False),  # a class
+        ([["B", "O"], ["O"]], False),
+        ([[7], [9]], False),  # of words, not of tokens
+    ],
+)
+def test_labels_of_something_else_are_no_masks(labels: Any, is_told: bool) -> None:  # noqa: FBT001
+    """Classes and words have labels too, and such a column was never looked at."""
+    assert are_frozen({"input_ids": [[4, 8], [9]], "labels": labels}) == is_told
+    assert are_frozen({"masked_labels": [[7]], "masked_input_ids": [[7]], "labels": labels})
 
 
 def test_frozen_rows_lose_what_is_not_theirs() -> None:
     """The prefix, columns beside it, and the words, unless these are asked for."""
     columns = {"input_ids": [[7, 8], [9]], "labels": [[7, -100], [9]], "word_ids": [[0, 1], [0]]}
-    batch = pad_frozen(columns, tokenizer)
-    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+    joined, lengths = join_frozen(columns)
+    assert set(joined) == {"input_ids", "labels"}
+    assert lengths.tolist() == [2, 1]
     prefixed = {f"masked_{name}": values for name, values in columns.items() if name != "word_ids"}
-    kept = pad_frozen({**columns, **prefixed}, tokenizer, with_words=True)
-    assert kept.pop("word_ids").tolist() == [[0, 1], [0, 0]]
-    assert all((kept[name] == batch[name]).all() for name in batch)
+    kept = join_frozen({**columns, **prefixed}, with_words=True).columns
+    assert kept.pop("word_ids").tolist() == [0, 1, 0]
+    assert all((kept[name] == joined[name]).all() for name in joined)

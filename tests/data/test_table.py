@@ -19,6 +19,7 @@ from mlmadapt.data.table import (
     as_rows,
     dataset_lengths,
     is_dataset,
+    is_frozen,
     is_stream,
     measure_rows,
     split_part,
@@ -274,3 +275,50 @@ def test_rows_of_rows_are_refused(column: str, nest: Any) -> None:
     message = rf"eval has rows of '{column}' whose shape is not \(tokens,\), .*7, 8\]\]"
     with pytest.raises(ValueError, match=message):
         measure_rows("eval", rows)
+
+
+LONG = [*range(7, 17)]
+EMPTY = {"input_ids": [2, 3], "labels": [-100, -100]}
+COPY = {"input_ids": LONG, "labels": LONG}
+FROZEN = {"input_ids": [4, *LONG[1:]], "labels": [7, *[-100] * 9]}
+KEPT = {"input_ids": [2, 9, 3], "labels": [-100, 9, -100]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([EMPTY] * 20 + [FROZEN], True),
+        ([FROZEN] + [EMPTY] * 20, True),
+        ([KEPT] * 20 + [FROZEN], True),
+        ([KEPT] * 20, False),  # are told by the prefix
+        ([EMPTY] * 20, False),
+        ([{**KEPT, "word_ids": [0, 1, 2]}] * 20, True),
+        ([{f"masked_{name}": KEPT[name] for name in KEPT}], True),
+        ([COPY] * 20, False),
+        ([{"input_ids": LONG}] * 20, False),
+        ([{"input_ids": LONG, "labels": 1}] * 20, False),
+        ([COPY] * 20 + [FROZEN], True),
+    ],
+)
+@pytest.mark.parametrize("kind", ["list", None, "torch", "numpy", "arrow", "transform"])
+def test_all_rows_are_asked_whether_they_are_frozen(rows: Any, expected: Any, kind: Any) -> None:
+    """Those at the end too, as lists and in any format."""
+    dataset: Any = rows
+    if kind != "list":
+        dataset = datasets.Dataset.from_list(rows)
+        backwards = dataset.select(range(len(rows))[::-1])
+        dataset = (
+            backwards.with_transform(dict) if kind == "transform" else backwards.with_format(kind)
+        )
+    assert is_frozen(dataset) == expected
+
+
+def test_rows_that_are_left_out_are_not_asked() -> None:
+    """Whether a dataset is frozen is what its own rows say; a reader leaves frozen ones alone."""
+    whole = datasets.Dataset.from_list(
+        [{**row, "word_ids": row["input_ids"]} for row in (COPY, FROZEN)]
+    )
+    assert [is_frozen(whole.select([row])) for row in (0, 1)] == [False, True]
+    assert [table_reader(whole.select([row])) is None for row in (0, 1)] == [False, True]
+    prefixed = whole.add_column("masked_labels", [[1], [2]])
+    assert table_reader(prefixed) is None

@@ -20,13 +20,14 @@ import pytest
 from datasets.fingerprint import Hasher
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer
-from tokenizers.models import BPE, WordLevel
+from tokenizers import Regex, Tokenizer, decoders
+from tokenizers.models import BPE, Unigram, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace, Sequence, Split
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from mlmadapt import group_texts, phrases, tokenize_with_word_ids
+from mlmadapt.data.tokenization import count_bytes, spell_word
 from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_tokenizer
 from tests.data.reference_tokenization import (
     reference_phrases,
@@ -604,3 +605,45 @@ def test_a_long_phrase_costs_little() -> None:
     text = "the film was as good as the book that the film was made of " * 30
     assert len(find(text)) == 30
     assert known.asked <= 2 * text.split().count("the")
+
+
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """Make a tokenizer as Llama's, which spells what it does not know in bytes."""
+    pieces = ["<unk>", "▁", "a", "▁a", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = Tokenizer(Unigram([(piece, 0.0) for piece in pieces], 0, byte_fallback=True))
+    backend.pre_tokenizer = Metaspace()
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")  # noqa: S106
+
+
+@pytest.mark.parametrize(
+    "text", ["a film", "mother-in-law's", "中文 电影", "naïve", "a 😀", "C#", "##a"]
+)
+@pytest.mark.parametrize("kind", [*TOKENIZER_KINDS, "byte_fallback"])
+def test_a_word_is_its_text(kind: str, text: str) -> None:
+    """Without white space, and without the tokenizer's marks; its parts have all its bytes."""
+    tokenizer = byte_fallback() if kind == "byte_fallback" else shared(kind)
+    ids: list[int] = tokenizer(f"a {text}", add_special_tokens=False)["input_ids"]
+    expected = "".join(tokenizer.decode(ids).split())
+    if tokenizer.unk_token_id in ids or "".join(f"a{text}".split()) != expected:
+        return  # what it does not know, or writes otherwise
+    assert spell_word(ids, tokenizer) == expected
+    assert count_bytes(ids, tokenizer) == len(expected.encode())
+    for cut in range(1, len(ids)):  # as the edge of a row does, also inside a character
+        parts = [count_bytes(part, tokenizer) for part in (ids[:cut], ids[cut:])]
+        assert sum(parts) == len(expected.encode())
+        assert min(parts) > 0
+
+
+def test_marks_and_broken_characters() -> None:
+    """A piece of WordPiece alone loses its mark, a sign does not; one byte of four counts one."""
+    tokenizer = shared("wordpiece")
+    assert spell_word(tokenizer.convert_tokens_to_ids(["##film", "##a"]), tokenizer) == "filma"
+    backend = Tokenizer(WordLevel({"[UNK]": 0, "#": 1, "��": 2}, unk_token="[UNK]"))  # noqa: S106
+    plain = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert spell_word([1, 1], plain) == "##"
+    assert count_bytes([2], plain) == 6
+    emoji = shared("byte_bpe")(" 😀", add_special_tokens=False)["input_ids"]
+    assert [count_bytes([token], shared("byte_bpe")) for token in emoji[-3:]] == [1, 1, 1]

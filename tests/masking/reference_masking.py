@@ -79,7 +79,9 @@ def weigh(
 ) -> float:
     """Return the weight of a word."""
     if callable(weights):
-        return weights(tokenizer.decode(tokens).strip())
+        text = "".join(tokenizer.decode(tokens).split())
+        is_cut = tokenizer.convert_ids_to_tokens(tokens[0]).startswith("##")  # by the row
+        return weights(text[2:] if is_cut else text)
     return sum(weights[token] for token in tokens) / len(tokens)
 
 
@@ -100,10 +102,10 @@ def fill(rate: float, weights: list[float]) -> list[float]:
 
 
 def reference_targets(
-    key: int, weights: list[float] | None, *, wwm_probability: float, budget: str, words: int
+    key: int, weights: list[float] | None, *, wwm_probability: float, budget: str, places: list[int]
 ) -> list[int]:
-    """Return which of a row's words are targets, under the key of the row."""
-    draws = [unit(draw(key, 2 * word)) for word in range(words)]
+    """Return which of a row's words are targets, under the key of the row and their own places."""
+    draws, words = [unit(draw(key, 2 * place)) for place in places], len(places)
     urgencies = list(draws)
     if weights is not None:
         if not any(weights):
@@ -150,14 +152,15 @@ def reference_mask(
         row_key = key
         for name in names:
             row_key = draw(row_key, reference_key(name) if isinstance(name, str) else name)
+    texts = [[input_ids[position] for position in word] for word in words]
+    known = [place for place, text in enumerate(texts) if tokenizer.unk_token_id not in text]
     weights = None
     if word_weights is not None:
-        texts = [[input_ids[position] for position in word] for word in words]
-        weights = [weigh(tokens, tokenizer, word_weights) for tokens in texts]
+        weights = [weigh(texts[place], tokenizer, word_weights) for place in known]
     targets = reference_targets(
-        row_key, weights, wwm_probability=wwm_probability, budget=budget, words=len(words)
+        row_key, weights, wwm_probability=wwm_probability, budget=budget, places=known
     )
-    for word in targets:
+    for word in (known[target] for target in targets):
         fate = unit(draw(row_key, 2 * word + 1))
         for position in words[word]:
             labels[position] = input_ids[position]

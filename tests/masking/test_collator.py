@@ -27,16 +27,19 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from mlmadapt import (
     WholeWordMaskingCollator,
+    evaluate_mlm,
     group_texts,
+    insert_random_mask,
     isolate_documents,
+    masked_lm_loss,
     pack_texts,
     tokenize_with_word_ids,
 )
+from mlmadapt.data.packing import PackedAttentionMask
 from mlmadapt.data.rows import join_rows, to_columns
 from mlmadapt.data.table import table_reader
-from mlmadapt.masking.collator import PackedAttentionMask
 from mlmadapt.masking.selection import derive_key
-from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_tokenizer
+from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_model, tiny_tokenizer
 from tests.masking.reference_masking import (
     reference_collate,
     reference_key,
@@ -147,6 +150,9 @@ def test_words_are_whole_and_apart(kind: str) -> None:
         ]
         for row in rows
     ]
+    for row, row_words in zip(rows, words, strict=True):  # what is unknown is never a target
+        unknown = {i for i, t in enumerate(row["input_ids"]) if t == tokenizer.unk_token_id}
+        row_words[:] = [word for word in row_words if unknown.isdisjoint(word)]
     chosen_by: dict[tuple[int, int], set[int]] = {}
     for seed in range(40):
         collator = WholeWordMaskingCollator(tokenizer, wwm_probability=0.5, seed=seed)
@@ -363,6 +369,31 @@ def test_trainer_takes_it(bert: PreTrainedModel, tmp_path: Path) -> None:
         make_trainer(bert, rows, tmp_path, remove=True).train()
 
 
+@pytest.mark.parametrize("prefix", ["", "masked_"])
+def test_trainer_evaluates_what_was_frozen(
+    bert: PreTrainedModel, tmp_path: Path, prefix: str
+) -> None:
+    """To the figure of `evaluate_mlm`, where batches have equally many targets."""
+    tokenizer, rows = shared("wordpiece"), rows_of("wordpiece")
+    collator = WholeWordMaskingCollator(tokenizer, mask_replace_prob=0.8, random_replace_prob=0.1)
+    dataset = Dataset.from_list(list(rows))
+    frozen = dataset.map(
+        insert_random_mask,
+        batched=True,
+        fn_kwargs={"data_collator": collator, "prefix": prefix},
+        remove_columns="word_ids" if prefix else None,
+    )
+    counts = [sum(label != -100 for label in row) for row in frozen[f"{prefix}labels"]]
+    often = max(counts, key=counts.count)
+    frozen = frozen.select([place for place, count in enumerate(counts) if count == often][:6])
+    trainer = make_trainer(bert, list(rows), tmp_path)
+    expected = evaluate_mlm(bert, frozen, tokenizer=tokenizer)
+    for batch_size in (1, 2, 6):
+        trainer.args.per_device_eval_batch_size = batch_size
+        loss = trainer.evaluate(frozen)["eval_loss"]
+        assert loss == pytest.approx(expected.loss, rel=1e-5)
+
+
 def random_states() -> tuple[Any, ...]:
     """Return the states of the three global generators."""
     states = random.getstate(), str(np.random.get_state())  # noqa: NPY002
@@ -574,8 +605,8 @@ def small_tokenizer(*words: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), **names)
 
 
-def test_unknown_and_added_words_are_learnt_and_never_drawn() -> None:
-    """[UNK] and added tokens can be targets; replacements are ordinary tokens only."""
+def test_added_words_are_learnt_and_unknown_ones_are_not() -> None:
+    """Added tokens can be targets, [UNK] cannot; replacements are ordinary tokens only."""
     tokenizer = small_tokenizer("a", "b", "[unused0]", "<unused_7>", "[unused99]", "c")
     tokenizer.add_tokens(["unfilmable"])
     tokenizer.add_tokens([AddedToken("[ENTITY]", special=True)], special_tokens=True)
@@ -588,7 +619,7 @@ def test_unknown_and_added_words_are_learnt_and_never_drawn() -> None:
         tokenizer, wwm_probability=1, mask_replace_prob=0, random_replace_prob=1, seed=0
     )
     batch = collator([row])
-    assert is_target(batch)[0].tolist() == [True, True, False, True] * 500
+    assert is_target(batch)[0].tolist() == [False, True, False, True] * 500
     drawn = batch["input_ids"][0][torch.tensor(is_target(batch)[0])]
     assert set(drawn.tolist()) == set(tokenizer.convert_tokens_to_ids(["a", "b", "c"]))
 
@@ -611,6 +642,109 @@ def test_rows_without_words() -> None:
         [{"input_ids": np.array([]), "word_ids": []}, word]
     )
     assert is_target(array).sum() == 1
+
+
+def test_a_word_that_holds_an_unknown_token_is_no_target() -> None:
+    """Not in part, whatever the rate; the words about it have the masks that they had."""
+    tokenizer = small_tokenizer(*map(chr, range(97, 123)))
+    unknown: int = tokenizer.unk_token_id
+    words = [0, 0, 0, 1, 2, 2, 3, 4, 4, 5]
+    tokens = [10, unknown, 12, 13, 14, 15, unknown, 16, unknown, 17]
+    known = [20 if token == unknown else token for token in tokens]
+    rows = [{"input_ids": ids, "word_ids": words} for ids in (tokens, known)]
+    for budget, weights in itertools.product(
+        ("bernoulli", "exact"), (None, [1.0] * len(tokenizer))
+    ):
+        options: Any = {"budget": budget, "word_weights": weights}
+        every = WholeWordMaskingCollator(tokenizer, wwm_probability=1.0, **options)
+        assert np.flatnonzero(is_target(every(rows))[0]).tolist() == [3, 4, 5, 9]
+        assert is_target(every(rows))[1].all()
+    collator = WholeWordMaskingCollator(tokenizer, wwm_probability=0.5)
+    keys = np.array([7, 7], np.uint64)
+    for seed in range(20):
+        masked, _ = collator.mask(to_columns(rows), key=keys + np.uint64(seed))
+        first, second = (masked["labels"] != -100).reshape(2, -1)[:, [3, 4, 5, 9]]
+        # All but those of a row that would have no target otherwise.
+        assert (first == second).all() or not second.any()
+
+
+@pytest.mark.parametrize("role", ["eos", "pad", None])
+def test_an_unknown_token_of_another_role_or_none_is_no_word(role: str | None) -> None:
+    """As GPT-2's tokenizer has it, and byte-level ones without any."""
+    tokenizer = small_tokenizer("a", "b")
+    tokenizer.unk_token = None if role is None else tokenizer.pad_token
+    if role == "eos":
+        tokenizer.eos_token = tokenizer.unk_token
+    rows = [{"input_ids": [0, 5, 6, 0], "word_ids": [-1, 0, 1, -1]}]
+    batch = WholeWordMaskingCollator(tokenizer, wwm_probability=1.0)(rows)
+    assert is_target(batch).tolist() == [[False, True, True, False]]
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_rows_of_unknown_words_have_no_target(weight: float) -> None:
+    """Nor does a batch of them, whose loss is 0, and whose gradient by the model's own loss is."""
+    tokenizer = small_tokenizer("a", "b")
+    row = {"input_ids": [2, 1, 1, 3], "word_ids": [-1, 0, 1, -1]}
+    collator = WholeWordMaskingCollator(tokenizer, word_weights=lambda _: weight, seed=0)
+    batch = collator([row, row])
+    assert not is_target(batch).any()
+    assert is_target(collator([row, {**row, "input_ids": [2, 5, 1, 3]}])).sum() == 1
+    model = tiny_model(tokenizer)
+    assert masked_lm_loss(model(**batch), batch["labels"]).item() == 0
+    model(**batch).loss.backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@kinds
+@pytest.mark.parametrize("prefix", ["", "masked_"])
+@pytest.mark.parametrize("keeps_words", [False, True])
+def test_frozen_rows_pass_as_they_are(kind: str, prefix: str, keeps_words: bool) -> None:  # noqa: FBT001
+    """With the words that they were masked by or without; in any format; only padded."""
+    tokenizer, rows = shared(kind), rows_of(kind)
+    options: Any = {"mask_replace_prob": 0.7, "random_replace_prob": 0.1}
+    collator = WholeWordMaskingCollator(tokenizer, pad_to_multiple_of=8, **options)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    frozen = insert_random_mask(columns, collator, prefix=prefix)
+    kept = {**(columns if prefix else {"word_ids": columns["word_ids"]}), **frozen}
+    dataset = Dataset.from_dict(kept if keeps_words else dict(frozen))
+    expected = [
+        ([*inputs], [*labels])
+        for inputs, labels in zip(
+            frozen[prefix + "input_ids"], frozen[prefix + "labels"], strict=True
+        )
+    ]
+    for layout, at_once in ((None, 70), ("torch", 3), ("numpy", 2)):
+        made = dataset.with_format(layout)
+        found: Masks = []
+        for start in range(0, len(made), at_once):
+            batch = collator([made[i] for i in range(start, min(start + at_once, len(made)))])
+            assert not batch.keys() - {"input_ids", "attention_mask", "labels", "token_type_ids"}
+            assert batch["labels"].shape[1] % 8 == 0
+            found += masks(batch)
+        assert found == expected
+
+
+def test_copies_of_the_tokens_are_no_masks() -> None:
+    """As `group_texts` makes them, at the padding too; a batch of them is masked, or refused."""
+    tokenizer = shared("wordpiece")
+    collator = WholeWordMaskingCollator(tokenizer, seed=0)
+    rows = [{**row, "labels": row["input_ids"]} for row in rows_of("wordpiece")[:6]]
+    plain = collator([{n: row[n] for n in row if n != "labels"} for row in rows])
+    for layout in (None, "numpy"):
+        copies = Dataset.from_list(rows).with_format(layout)
+        assert masks(collator([*copies])) == masks(plain)
+    padded = [{**row, "labels": [*row["labels"][:-1], -100]} for row in rows]
+    padded = [{**row, "attention_mask": [1] * (len(row["labels"]) - 1) + [0]} for row in padded]
+    assert masks(collator(padded))[0] == masks(collator([padded[0]]))[0]
+    without = [{n: row[n] for n in row if n != "word_ids"} for row in padded]
+    with pytest.raises(ValueError, match="row 0 of the batch has no 'word_ids'"):
+        collator(without)
+    collator.set_epoch(1)
+    frozen = [
+        {**row, "input_ids": inputs[: len(row["labels"])], "labels": labels[: len(row["labels"])]}
+        for row, (inputs, labels) in zip(rows, masks(plain), strict=True)
+    ]
+    assert masks(collator(frozen)) == masks(plain)
 
 
 def random_rows(rows: int, words: int, *, low: int = 5, high: int = 105) -> np.ndarray:

@@ -508,3 +508,20 @@ def test_collators_of_others_pad_on_the_right(make: Any) -> None:
     assert left == right
     assert left["attention_mask"][1] == [1, 1, 0, 0, 0]
     assert purify(OURS) is OURS
+
+
+@pytest.mark.parametrize("prefix", ["", "masked_"])
+def test_frozen_rows_pass_transformers_collators(prefix: str) -> None:
+    """As they are, where `accelerate_train` calls them; copies of the tokens are masked."""
+    rows = examples()
+    theirs = COLLATORS["tokens"]
+    frozen = insert_random_mask(rows, theirs, prefix=prefix)
+    as_rows = [dict(zip(frozen, row, strict=True)) for row in zip(*frozen.values(), strict=True)]
+    batch = purify(theirs)(as_rows)
+    for row, inputs, labels in zip(as_rows, batch["input_ids"], batch["labels"], strict=True):
+        length = len(row[f"{prefix}labels"])
+        assert inputs[:length].tolist() == [*row[f"{prefix}input_ids"]]
+        assert labels[:length].tolist() == [*row[f"{prefix}labels"]]
+    copies = [{"input_ids": ids, "labels": ids} for ids in rows["input_ids"][:4]]
+    masked = purify(theirs)(copies)
+    assert 0 < (np.asarray(masked["labels"]) != -100).sum() < 4 * 16

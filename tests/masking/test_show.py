@@ -94,7 +94,7 @@ def test_without_features_tokens_go_on_as_the_tokenizer_says(
     rows = tiny_rows(tokenizer, ["The boring film was unfilmable"])
     batch = WholeWordMaskingCollator(tokenizer, wwm_probability=1.0)(rows)
     shown = str(show_masks(batch, tokenizer)).splitlines()[0]
-    known = {"wordlevel": {"[UNK]", "film", "The"}}.get(
+    known = {"wordlevel": {"was", "film", "The"}}.get(
         type(tokenizer.backend_tokenizer.model).__name__.lower(), {"boring", "film", "unfilmable"}
     )
     assert known <= {word.strip() for word in re.findall(r"\{(\S+) ->", shown)}

@@ -27,6 +27,7 @@ from mlmadapt import (
     evaluate_mlm,
     evaluate_words,
     insert_random_mask,
+    phrases,
     tokenize_with_word_ids,
 )
 from mlmadapt.model import evaluation
@@ -424,7 +425,7 @@ def slow_words(
             pieces = [labels[place] for place in places]
             total -= sum(scores[place, piece].item() for place, piece in zip(places, pieces))  # noqa: B905
             right += [scores[place].argmax().item() for place in places] == pieces
-            size += len(tokenizer.decode(pieces).strip().encode())
+            size += len("".join(tokenizer.decode(pieces).split()).encode())
             count += 1
     return MaskedWordMetrics(
         loss=total / count,
@@ -478,6 +479,29 @@ def test_a_word_is_right_if_all_its_pieces_are() -> None:
     for before, count in ((right, 1), (right + 1, 0), (right.index_fill(0, torch.tensor(1), 2), 0)):
         sums = evaluation._sum_words(losses, before, batch, tokenizer=tokenizer)
         assert sums.tolist() == [len(pieces), count, len("naïve".encode()), 1]
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "wordpiece", "unigram"])
+def test_a_phrase_has_the_bytes_of_its_text(kind: str) -> None:
+    """Whatever the tokenizer puts between its words, and whoever cuts the row."""
+    tokenizer, asked = tiny_tokenizer(kind), []
+    text = "a film of mother-in-law"
+    columns = tokenize_with_word_ids(
+        {"text": [text]}, tokenizer, word_boundaries=phrases(["mother-in-law", "film of"])
+    )
+    rows = to_rows(columns)
+    WholeWordMaskingCollator(tokenizer, word_weights=lambda word: asked.append(word) or 1.0)(rows)
+    assert asked == ["a", "filmof", "mother-in-law"]
+    words = np.array(rows[0]["word_ids"])
+    whole = {**rows[0], "labels": np.where(words < 0, -100, rows[0]["input_ids"]).tolist()}
+    halves = [{name: whole[name][part] for name in whole} for part in (slice(6), slice(6, None))]
+    for cut in ([whole], halves):
+        batch = collate_frozen(cut, tokenizer, with_words=True)
+        number = int((batch["labels"] != -100).sum())
+        sums = evaluation._sum_words(
+            torch.ones(number), torch.zeros(number), batch, tokenizer=tokenizer
+        )
+        assert sums[2] == len(text.replace(" ", ""))
 
 
 def test_rows_that_do_not_know_their_words(bert: PreTrainedModel) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration
 
-from mlmadapt.data.rows import pad_frozen
 from mlmadapt.model.checks import evaluation_mode
+from mlmadapt.model.evaluation import collate_frozen
 from mlmadapt.model.forward import MaskedForward, masked_forward
 from mlmadapt.model.head import masked_logits
 from mlmadapt.testing import tiny_model, tiny_tokenizer
@@ -40,8 +40,7 @@ def make_batch(count: int = 4, *, is_full: bool = False) -> Batch:
     rows = freeze(make_rows(count))
     if is_full:
         rows = [{name: row[name][2:12] for name in row} for row in rows]
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return {name: torch.from_numpy(a) for name, a in pad_frozen(columns, tokenizer).items()}
+    return collate_frozen(rows, tokenizer)
 
 
 def masks_sent(model: PreTrainedModel) -> list[Any]:

@@ -16,10 +16,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from tokenizers import AddedToken
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from mlmadapt import WholeWordMaskingCollator, sparse_prediction
-from mlmadapt.testing import tiny_model
+from mlmadapt.testing import tiny_model, tiny_tokenizer
 from mlmadapt.training.model_card import fill_masks, hub_name
 from tests.scripts.short_run import freeze, global_states, make_rows
 from tests.scripts.tiny_run import SAVING, TinyRun, equal, weights
@@ -360,6 +361,26 @@ def test_the_five_likeliest_words(tokenizer: PreTrainedTokenizerFast, *, is_spar
         theirs = [sentence.replace("[MASK]", tokenizer.mask_token) for sentence in SENTENCES]
         filled = fill_masks(model, theirs, tokenizer=tokenizer)
     assert list(filled.values()) == list(expected.values())
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "unigram", "unigram_offsets", "wordpiece"])
+@pytest.mark.parametrize("lstrip", [False, True])
+def test_a_model_is_asked_as_it_was_trained(kind: str, *, lstrip: bool) -> None:
+    """The mask stands in place of a word's token; a space before it is no token of its own."""
+    tokenizer = tiny_tokenizer(kind)
+    mask = str(tokenizer.mask_token)
+    tokenizer.add_special_tokens({"mask_token": AddedToken(mask, lstrip=lstrip)})
+    model, asked = tiny_model(tokenizer), []
+    model.register_forward_pre_hook(
+        lambda _, __, inputs: asked.append(inputs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    for before, after in (("This story is", "and good"), ("the", ""), ("The", "story")):
+        sentence = f"{before} [MASK] {after}".strip()
+        fill_masks(model, [sentence], tokenizer=tokenizer)
+        trained = tokenizer(sentence.replace("[MASK]", "film"))["input_ids"]
+        (film,) = tokenizer(f"{before and 'x '}film", add_special_tokens=False)["input_ids"][-1:]
+        place = trained.index(film)
+        assert asked.pop() == [*trained[:place], tokenizer.mask_token_id, *trained[place + 1 :]]
 
 
 def test_asking_moves_nothing(bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
+import re
 import weakref
 from functools import partial
 from types import SimpleNamespace
@@ -30,6 +32,7 @@ from transformers import (
 )
 
 from mlmadapt import TrainingConfig, WholeWordMaskingCollator, accelerate_train, evaluate_mlm
+from mlmadapt.masking.selection import warn_of_unknown
 from mlmadapt.testing import tiny_model, tiny_rows, tiny_tokenizer
 from mlmadapt.training import prepare
 from mlmadapt.training.prepare import check_whole, make_optimizer, make_scheduler
@@ -256,6 +259,68 @@ def test_rows_without_a_word_are_refused(run: TinyRun, make: Any, batch_size: in
     masked = [step for step, entry in enumerate(logs) if entry["grad_norm"]]
     assert [step for step, entry in enumerate(logs) if "loss" in entry] == masked
     assert len(logs) == 2
+
+
+@pytest.mark.parametrize(
+    ("unknown", "said"), [(0, None), (1, None), (3, "2 %"), (100, "50 %"), (200, "100 %")]
+)
+def test_the_share_of_unknown_words_is_told(
+    run: TinyRun, caplog: pytest.LogCaptureFixture, unknown: int, said: str | None
+) -> None:
+    """Once, where it is above 1 %, of rows that are spread over all: those at the end count too."""
+    words = [*range(100)]
+    known: Any = {"input_ids": [2, *[7, 8] * 50, 3], "word_ids": [-1, *words, -1]}
+    last = {**known, "input_ids": [2, *[1] * min(unknown, 100), *[7] * max(100 - unknown, 0), 3]}
+    first = {**known, "input_ids": [2, *[1] * 100, 3]} if unknown == 200 else known
+    for rows in ([first, last], Dataset.from_list([first, last])):
+        caplog.clear()
+        warn_of_unknown(rows, run.tokenizer)
+        warn_of_unknown([{"input_ids": [1, 1, 1]}], run.tokenizer)  # no words to tell by
+        message = f"{said} of the words of train_dataset hold [UNK], which .* by extend_vocabulary"
+        assert len(caplog.records) == bool(said)
+        assert said is None or re.search(re.escape(message).replace(r"\.\*", ".*"), caplog.text)
+        assert len(caplog.text) < 300
+    run.rows = [last, known] * 2
+    caplog.clear()
+    result = run.train()
+    assert caplog.text.count("of the words of train_dataset hold") == bool(said)
+    assert all(math.isfinite(loss) for loss in logged(result, "loss"))
+
+
+def test_a_model_that_only_knows_the_unknown_is_not_praised(run: TinyRun) -> None:
+    """Chinese by an English vocabulary is mostly [UNK], which is easily guessed: it counts not."""
+    row: Any = {"input_ids": [2, *[1, 1, 7, 8, 9] * 20, 3], "word_ids": [-1, *range(100), -1]}
+    run.rows = run.eval_rows = [row] * 4
+    with torch.no_grad():
+        run.model.get_output_embeddings().bias[1] += 9
+    initial = run.train().initial
+    assert initial.loss > 8
+    assert initial.accuracy == 0
+
+
+def test_all_rows_say_whether_they_are_frozen(run: TinyRun) -> None:
+    """Empty ones at the start hide no frozen ones."""
+    empty: Any = {"input_ids": [2, 3], "labels": [-100, -100]}
+    frozen = [{name: row[f"masked_{name}"] for name in empty} for row in freeze(run.rows)]
+    run.eval_rows = {"domain": [empty] * 30 + frozen}
+    targets = sum(label != -100 for row in frozen for label in row["labels"])
+    assert run.train().initial.masked_tokens == targets
+
+
+@pytest.mark.parametrize("kind", ["ours", "transformers"])
+def test_frozen_rows_are_trained_as_they_are(run: TinyRun, tmp_path: Path, kind: str) -> None:
+    """By all collators, of lists and of a dataset that kept its words: each epoch has the masks."""
+    frozen = [
+        {**{name.removeprefix("masked_"): new[name] for name in new}, "word_ids": old["word_ids"]}
+        for new, old in zip(freeze(run.rows), run.rows, strict=True)
+    ]
+    targets = sum(label != -100 for row in frozen for label in row["labels"])
+    for number, rows in enumerate((frozen, Dataset.from_list(frozen))):
+        other = TinyRun(tmp_path / str(number))
+        other.rows = rows
+        if kind == "transformers":
+            other.collator = DataCollatorForLanguageModeling(other.tokenizer)
+        assert other.train(num_train_epochs=2).masked_tokens_seen == 2 * targets
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ Best-fit decreasing: the longest document first, each into the fullest row that 
 is at most 11/9 of the fewest rows possible (plus a row), and with real text nearly none too many.
 Rows of the same room are interchangeable, so they are kept by room, and a document costs a
 microsecond however many there are. All tokens are then moved at once.
+
+The mask of such rows is one that a model cannot take for an ordinary one.
 """
 
 import logging
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from mlmadapt._types import Columns, Ints
 from mlmadapt.data.chunking import cut_rows, flatten_column, number_words, refuse_document_ids
@@ -149,3 +152,52 @@ def _say_how_full(lengths: Ints, chunk_size: int, *, rows: int) -> None:
         *(len(lengths) - empty, total, rows, chunk_size, 100 * total / max(rows * chunk_size, 1)),
         f"; {empty} empty documents are in none" if empty else "",
     )
+
+
+class PackedAttentionMask(torch.Tensor):
+    """An attention mask that can be moved and read, and that raises where a model computes with it.
+
+    Whatever is still made of whole numbers is the mask moved, cut or joined, or a count. A model
+    computes with fractions or flags, so what is made of those raises, wherever it comes from; only
+    what comes of a comparison is ordinary flags.
+
+    `isolate_documents` takes it out before the model sees it;
+    ``mask.as_subclass(torch.Tensor)`` makes an ordinary one of it.
+
+    Examples:
+        >>> mask = torch.ones(1, 4, dtype=torch.int64).as_subclass(PackedAttentionMask)
+        >>> mask.to("cpu").sum().item()
+        4
+        >>> 1.0 - mask
+        Traceback (most recent call last):
+            ...
+        ValueError: rows of the batch hold several documents ('document_ids'), which this model ...
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """Copy it; torch's own way is not for subclasses."""
+        return self.clone()
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Refuse what makes fractions or flags of a mask, and let all else pass.
+
+        Raises:
+            ValueError: If a model without `isolate_documents` uses the mask.
+        """
+        result = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        if not isinstance(result, torch.Tensor) or result.dtype == torch.int64:
+            return result
+        if func.__name__.strip("_") in ("eq", "ne", "isclose"):
+            return result.as_subclass(torch.Tensor)
+        raise ValueError(
+            "rows of the batch hold several documents ('document_ids'), which this model would let "
+            "see each other; call isolate_documents(model) before the loop, or remove the column "
+            "'document_ids' if documents are to be joined"
+        )

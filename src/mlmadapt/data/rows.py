@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mlmadapt._types import Features, Ints, Row, Rows, Tokenizer
+from mlmadapt._types import Features, Ints, Tokenizer
 
 
 def read_batch(examples: Any) -> tuple[Mapping[str, Any], bool]:
@@ -402,48 +402,48 @@ def _pack(rows: list[list[int]]) -> Ints:
     return np.frombuffer(packed, np.int64)
 
 
-def is_frozen(dataset: Rows) -> bool:
+def are_frozen(columns: Mapping[str, Any]) -> bool:
     """Tell whether rows have masks frozen into them.
 
-    Rows of `group_texts` have labels too, but these are a copy of their tokens, perhaps with -100
-    at the padding. So rows are frozen if a target differs from the token in its place, or if their
-    columns have the prefix ``masked_``. Targets that all kept their token (``mask_replace_prob=0``)
-    need that prefix.
+    They have the prefix ``masked_``, a label that differs from its token, or a word without one.
+    The labels of `group_texts` are a copy of the tokens, perhaps with -100 at the padding.
 
     Examples:
-        >>> is_frozen([{"input_ids": [4, 8], "labels": [7, -100]}])
+        >>> are_frozen({"input_ids": [[7, 8], [4, 8]], "labels": [[7, 8], [7, -100]]})
         True
-        >>> is_frozen([{"input_ids": [7, 8], "labels": [7, 8]}])
+        >>> are_frozen({"input_ids": [[7, 8]], "labels": [[7, 8]]})
         False
     """
-    # Several rows, since one may have all its targets left as they are.
-    rows = (dataset[row] for row in range(min(8, len(dataset))))
-    return any("masked_labels" in row or _is_masked(row) for row in rows)
+    if "masked_labels" in columns or not {"input_ids", "labels"} <= columns.keys():
+        return "masked_labels" in columns
+    try:
+        tokens, labels = (join_column(name, columns[name]) for name in ("input_ids", "labels"))
+    except ValueError:  # they are labels of something else
+        return False
+    if len(tokens) != len(labels):
+        return False
+    is_target = labels != -100
+    tells = is_target & (labels != tokens)
+    if "word_ids" in columns:
+        real = join_column("attention_mask", columns.get("attention_mask", columns["input_ids"]))
+        tells |= ~is_target & (join_column("word_ids", columns["word_ids"]) >= 0) & (real != 0)
+    return bool(tells.any())
 
 
-def _is_masked(row: Row) -> bool:
-    labels, tokens = np.asarray(row.get("labels")), np.asarray(row.get("input_ids"))
-    return labels.shape == tokens.shape and bool(((labels != -100) & (labels != tokens)).any())
-
-
-def pad_frozen(
-    columns: Mapping[str, Any], tokenizer: Tokenizer, *, with_words: bool = False
-) -> dict[str, Ints]:
-    """Lay frozen rows out as `pad_rows` does, without their ``masked_`` prefix.
+def join_frozen(columns: Mapping[str, Any], *, with_words: bool = False) -> JoinedRows:
+    """Lay frozen rows one after the other as `join_rows` does, without their ``masked_`` prefix.
 
     Args:
         columns: The columns of the rows, with the prefix, which leaves others out, or without.
-        tokenizer: Gives the padding token.
-        with_words: Keep ``word_ids``, padded by 0.
+        with_words: Keep ``word_ids``.
 
     Raises:
-        ValueError: As `join_rows`, `document_bounds` and `pad_rows` do.
+        ValueError: As `join_rows` and `document_bounds` do.
 
     Examples:
-        >>> from mlmadapt.testing import tiny_tokenizer
         >>> columns = {"masked_input_ids": [[4, 8]], "masked_labels": [[7, -100]], "other": ["x"]}
-        >>> pad_frozen(columns, tiny_tokenizer())["input_ids"]
-        array([[4, 8]])
+        >>> join_frozen(columns).columns
+        {'input_ids': array([4, 8]), 'labels': array([   7, -100])}
     """
     prefix = "masked_" if "masked_labels" in columns else ""
     frozen = {
@@ -454,4 +454,4 @@ def pad_frozen(
     joined, lengths = join_rows(frozen)
     if "document_ids" in joined:
         document_bounds(joined["document_ids"], np.append(0, np.cumsum(lengths)))
-    return pad_rows(joined, lengths, tokenizer)
+    return JoinedRows(joined, lengths)

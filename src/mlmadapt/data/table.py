@@ -17,7 +17,15 @@ import pyarrow as pa
 from torch.utils.data import IterableDataset
 
 from mlmadapt._types import Ints, Rows
-from mlmadapt.data.rows import JoinedRows, check_tokens, common_lengths, join_column, row_lengths
+from mlmadapt.data.rows import (
+    JoinedRows,
+    are_frozen,
+    check_tokens,
+    common_lengths,
+    join_column,
+    row_lengths,
+    to_columns,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -145,6 +153,27 @@ def measure_rows(name: str, dataset: Rows) -> tuple[int, int]:
     return longest, highest
 
 
+def is_frozen(dataset: Rows) -> bool:
+    """Tell whether one of all rows of a dataset has masks frozen into it, as `are_frozen` does.
+
+    Examples:
+        >>> is_frozen([{"input_ids": [4, 8], "labels": [7, -100]}])
+        True
+        >>> is_frozen([{"input_ids": [7, 8], "labels": [7, 8]}])
+        False
+    """
+    if not is_dataset(dataset) or dataset.format["type"] == "custom":  # which makes its columns
+        rows = [dataset[place] for place in range(len(dataset))]
+        return bool(rows) and are_frozen(to_columns(rows))
+    telling = ("input_ids", "labels", "word_ids", "attention_mask", "masked_labels")
+    names, column = [n for n in telling if n in dataset.column_names], dataset.data.column
+    # Labels of rows without masks are a copy of the tokens, which Arrow sees at once.
+    if not {"labels", "input_ids"} <= {*names} or column("labels") == column("input_ids"):
+        return "masked_labels" in names
+    table = dataset.with_format("arrow", names)[:]
+    return are_frozen({name: table[name].to_numpy() for name in names})
+
+
 def table_reader(dataset: Any) -> Callable[[Sequence[int]], JoinedRows] | None:
     """Return what reads rows as `join_rows` lays them out, or None if the dataset has to make them.
 
@@ -161,8 +190,9 @@ def table_reader(dataset: Any) -> Callable[[Sequence[int]], JoinedRows] | None:
         >>> table_reader(Dataset.from_dict({"text": ["a film"]})) is None
         True
     """
-    # A subclass may make rows of its own.
-    if not is_dataset(dataset) or type(dataset) is not sys.modules["datasets"].Dataset:
+    # A subclass may make rows of its own, and frozen ones need their labels.
+    is_plain = is_dataset(dataset) and type(dataset) is sys.modules["datasets"].Dataset
+    if not is_plain or is_frozen(dataset):
         return None
     layout = dataset.format
     shown = dataset.column_names if layout["output_all_columns"] else layout["columns"]

@@ -174,7 +174,7 @@ def pre_tokens(backend: "Backend", text: str) -> list[str]:
 def special_token_ids(tokenizer: Tokenizer) -> set[int]:
     """Return the ids that are never a word: all special tokens but the unknown token.
 
-    ``[UNK]`` stands for a real word, so it can be masked, unless another role shares its id.
+    ``[UNK]`` stands for a real word, if never one to predict, unless another role shares its id.
 
     Examples:
         >>> from mlmadapt.testing import tiny_tokenizer
@@ -201,6 +201,40 @@ def ordinary_token_ids(tokenizer: Tokenizer) -> list[int]:
     left_out = special_token_ids(tokenizer) | set(tokenizer.added_tokens_decoder)
     vocab = tokenizer.get_vocab().items()
     return sorted(i for token, i in vocab if i not in left_out and not IS_UNUSED(token))
+
+
+def spell_word(word: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Return the text of a word's tokens, without white space and marks such as ``##``.
+
+    Examples:
+        >>> from mlmadapt.testing import tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer("wordpiece")
+        >>> spell_word(tokenizer("A filmable one").input_ids[1:-1], tokenizer)
+        'afilmableone'
+    """
+    text = "".join(str(tokenizer.decode([*word])).split())
+    first = str(tokenizer.convert_ids_to_tokens(word[0]))
+    # Of a word that a row has cut, which begins inside.
+    mark = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None) or ""
+    return text.removeprefix(mark) if first.startswith(mark) else text
+
+
+def count_bytes(word: Sequence[int], tokenizer: Tokenizer) -> int:
+    """Count the bytes of a word's text in UTF-8, also where a row has cut a character.
+
+    Examples:
+        >>> from mlmadapt.testing import tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer("byte_bpe")
+        >>> word = tokenizer(" caf\u00e9").input_ids[1:-1]
+        >>> count_bytes(word, tokenizer), count_bytes(word[:-1], tokenizer)
+        (5, 4)
+    """
+    text, tokens = spell_word(word, tokenizer), tokenizer.convert_ids_to_tokens([*word])
+    if "\ufffd" not in text or "\ufffd" in (spelled := "".join(tokens)):
+        return len(text.encode())
+    # A byte is a token like <0xE9>, or a character, white space one of those that are left out.
+    spelled, number = re.subn("<0x[0-9A-F]{2}>", "x", spelled)
+    return len(spelled.replace("▁", "").encode() if number else re.sub("[ĉ-čĠ]", "", spelled))
 
 
 def _read_texts(columns: Mapping[str, Any], text_column: str) -> list[str]:

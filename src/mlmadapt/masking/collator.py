@@ -22,11 +22,14 @@ import numpy.typing as npt
 import torch
 
 from mlmadapt._types import Features, Floats, Hashes, Ints, Tokenizer
+from mlmadapt.data.packing import PackedAttentionMask
 from mlmadapt.data.rows import (
     JoinedRows,
+    are_frozen,
     check_whole,
     check_words,
     document_bounds,
+    join_frozen,
     join_rows,
     pad_rows,
     to_columns,
@@ -41,8 +44,10 @@ from mlmadapt.masking.selection import (
     hash_counters,
     hash_rows,
     key_rows,
+    leave_out,
     list_places,
     split_blocks,
+    spread_keys,
     warn_if_collapsed,
     warn_if_equal,
 )
@@ -57,7 +62,8 @@ class WholeWordMaskingCollator:
     The defaults are those of the Hugging Face course: 20 % of words, always the mask token. Every
     row that has a word has at least one target, so that no batch has a NaN loss; rows of few words
     are therefore masked somewhat more often than `wwm_probability` says (at 20 %, one row of 10
-    words in 9 gets its target that way, and one of 100 words in 5 billion).
+    words in 9 gets its target that way, and one of 100 words in 5 billion). A word that holds an
+    unknown token cannot be learned, and counts as none.
 
     With a `seed`, a mask depends on (seed, epoch, row) alone, wherever the row comes up. A row is
     its place in the dataset in `accelerate_train`, and its tokens in a loop that knows no places:
@@ -85,8 +91,8 @@ class WholeWordMaskingCollator:
             words, rounded up or down at random without bias, and never to 0.
         word_weights: Makes some words likelier targets at the same overall rate: a weight for each
             token id, shape ``(vocabulary,)`` (a word has the mean of its tokens), or a callable
-            from a word's text to its weight. 0 or more; only ratios within a row matter. A word of
-            weight 0 is never a target, unless all words of its row weigh 0.
+            from a word's text, without white space, to its weight. 0 or more; only ratios within a
+            row matter. A word of weight 0 is never a target, unless all words of its row weigh 0.
         seed: A seed of its own, or None to follow ``torch.manual_seed`` and `set_seed`: one number
             per batch is drawn from torch's global generator.
         key_column: A column that numbers or names the rows, and is not an input of the model. A
@@ -178,6 +184,8 @@ class WholeWordMaskingCollator:
         self._is_special[list(special_token_ids(self.tokenizer))] = True
         self._pool = np.array(ordinary_token_ids(self.tokenizer), np.int64)
         self._mask_id: int = self.tokenizer.mask_token_id
+        unknown = self.tokenizer.unk_token_id
+        self._unknown_id: int = -1 if unknown is None else unknown
         if self.random_replace_prob and not self._pool.size:
             raise ValueError(
                 f"random_replace_prob is {self.random_replace_prob}, but the tokenizer has no "
@@ -193,8 +201,10 @@ class WholeWordMaskingCollator:
     ) -> dict[str, Any]:
         """Collate rows: ``input_ids``, ``attention_mask``, ``labels`` and the other model inputs.
 
-        All have shape ``(batch, sequence)``; ``labels`` is -100 where nothing is to be predicted. A
-        column ``labels`` of the rows is not used, and the rows are not changed.
+        All have shape ``(batch, sequence)``; ``labels`` is -100 where nothing is to be predicted.
+        Rows with masks frozen into them (``labels`` that differ from the tokens, or the prefix
+        ``masked_``) are padded and otherwise left as they are, so that `Trainer` evaluates what was
+        frozen; other ``labels`` are not used. The rows are not changed.
 
         Args:
             features: Rows of columns: lists, arrays or tensors of one whole number per token, and
@@ -324,7 +334,7 @@ class WholeWordMaskingCollator:
         progress: float = 1.0,
         key_column: str | None = None,
     ) -> JoinedRows:
-        """Mask rows given as columns, without padding them.
+        """Mask rows given as columns, without padding them; frozen ones are left as they are.
 
         Args:
             columns: Lists of rows by name, as a batch of `map` has them; or joined rows.
@@ -347,10 +357,10 @@ class WholeWordMaskingCollator:
             >>> masked["input_ids"], lengths
             (array([2, 4, 3]), array([3]))
         """
-        if not isinstance(key, np.ndarray):
-            key = check_whole("key", key, least=0, most=2**64 - 1, error=TypeError)
         rate = rate_at(self.wwm_probability, progress)
         key_column = self.key_column if key_column is None else key_column
+        if not isinstance(columns, JoinedRows) and _has_masks(columns):
+            return join_frozen(columns)
         joined, key = _join(columns, key, key_column)
         masked, lengths = dict(joined.columns), joined.lengths
         tokens, words = masked["input_ids"], masked.pop("word_ids")
@@ -393,11 +403,15 @@ class WholeWordMaskingCollator:
             block, here = tokens[start:end], bounds[rows.start : rows.stop + 1] - start
             whole = find_words(words[start:end], here)
             self._warned_of_length = self._warned_of_length or warn_if_collapsed(whole)
+            row_keys = hash_rows(block, here, key) if isinstance(key, int) else key[rows]
+            keys = spread_keys(row_keys, np.diff(whole.before), step=2)
+            whole, keys = leave_out(whole, keys, block == self._unknown_id, here)
             weights = None
             if self._weights is not None:
-                weights = self._weights.weigh(block[words[start:end] >= 0], whole)
-            row_keys = hash_rows(block, here, key) if isinstance(key, int) else key[rows]
-            chosen, fate = choose_words(whole, row_keys, weights, rate=rate, budget=self.budget)
+                weights = self._weights.weigh(block[list_places(whole.first, whole.size)], whole)
+            chosen, fate = choose_words(
+                whole, keys, row_keys, weights, rate=rate, budget=self.budget
+            )
             size = whole.size[chosen]
             targets = list_places(whole.first[chosen], size)
             instead = self._replace(block, targets, np.repeat(fate, size), here, row_keys)
@@ -439,6 +453,15 @@ class WholeWordMaskingCollator:
 _REPLACEMENT = np.uint64(0x6A09E667F3BCC909)
 
 
+def _has_masks(columns: Mapping[str, Any]) -> bool:
+    """Tell whether rows are frozen, for which all are looked at unless the first one is a copy."""
+    first = (next(iter(columns.get(name, ())), ()) for name in ("labels", "input_ids"))
+    if "masked_labels" not in columns and ("labels" not in columns or np.array_equal(*first)):
+        return False
+    # Without words, each token without a label tells.
+    return are_frozen({"word_ids": columns.get("input_ids", ()), **columns})
+
+
 def _join(
     columns: Mapping[str, Any] | JoinedRows, key: _Key, key_column: str | None
 ) -> tuple[JoinedRows, _Key]:
@@ -447,6 +470,8 @@ def _join(
     Raises:
         ValueError: If there is no such column.
     """
+    if not isinstance(key, np.ndarray):
+        key = check_whole("key", key, least=0, most=2**64 - 1, error=TypeError)
     by_name = columns.columns if isinstance(columns, JoinedRows) else columns
     if key_column not in (None, *by_name):
         raise ValueError(
@@ -468,52 +493,3 @@ def _join(
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
-
-
-class PackedAttentionMask(torch.Tensor):
-    """An attention mask that can be moved and read, and that raises where a model computes with it.
-
-    Whatever is still made of whole numbers is the mask moved, cut or joined, or a count. A model
-    computes with fractions or flags, so what is made of those raises, wherever it comes from; only
-    what comes of a comparison is ordinary flags.
-
-    `isolate_documents` takes it out before the model sees it;
-    ``mask.as_subclass(torch.Tensor)`` makes an ordinary one of it.
-
-    Examples:
-        >>> mask = torch.ones(1, 4, dtype=torch.int64).as_subclass(PackedAttentionMask)
-        >>> mask.to("cpu").sum().item()
-        4
-        >>> 1.0 - mask
-        Traceback (most recent call last):
-            ...
-        ValueError: rows of the batch hold several documents ('document_ids'), which this model ...
-    """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        """Copy it; torch's own way is not for subclasses."""
-        return self.clone()
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Refuse what makes fractions or flags of a mask, and let all else pass.
-
-        Raises:
-            ValueError: If a model without `isolate_documents` uses the mask.
-        """
-        result = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
-        if not isinstance(result, torch.Tensor) or result.dtype == torch.int64:
-            return result
-        if func.__name__.strip("_") in ("eq", "ne", "isclose"):
-            return result.as_subclass(torch.Tensor)
-        raise ValueError(
-            "rows of the batch hold several documents ('document_ids'), which this model would let "
-            "see each other; call isolate_documents(model) before the loop, or remove the column "
-            "'document_ids' if documents are to be joined"
-        )

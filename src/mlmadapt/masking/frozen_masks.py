@@ -19,13 +19,17 @@ import torch
 
 from mlmadapt._types import Columns, DataCollator, Ints
 from mlmadapt.data.rows import (
+    are_frozen,
     check_tokens,
     check_whole,
     document_bounds,
     join_column,
+    join_frozen,
+    pad_rows,
     read_batch,
     row_lengths,
     split_rows,
+    to_columns,
 )
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.selection import derive_key
@@ -49,9 +53,10 @@ def insert_random_mask(
     Args:
         examples: A batch of rows: a dict of lists, or a ``pyarrow.Table`` (datasets with format
             "arrow", which `map` reads and masks twice as fast).
-        data_collator: `WholeWordMaskingCollator`, or another library's. That one is called row by
-            row (about 0.4 ms each) with the global generators seeded from (seed, row), and they are
-            restored. They are those of the whole process: freeze so in one thread at a time.
+        data_collator: `WholeWordMaskingCollator`, which leaves rows that are frozen already as they
+            are, or another library's. That one is called row by row (about 0.4 ms each) with the
+            global generators seeded from (seed, row), and they are restored. They are those of the
+            whole process: freeze so in one thread at a time.
         seed: Seed of the masks, a whole number.
         prefix: Put before the names of the new columns; ``""`` keeps the names.
         key_column: A column that numbers or names the documents, in place of the collator's own
@@ -201,12 +206,15 @@ def purify(data_collator: DataCollator) -> DataCollator:
     return partial(_call_without_extras, data_collator=stateless)
 
 
-def _call_without_extras(rows: list[dict[str, Any]], *, data_collator: DataCollator) -> Any:
+def _call_without_extras(rows: list[dict[str, Any]], *, data_collator: Any) -> Any:
     if getattr(data_collator, "whole_word_mask", False) and "offset_mapping" not in rows[0]:
         raise ValueError(
             "data_collator has whole_word_mask=True and needs the column 'offset_mapping'; use "
             "WholeWordMaskingCollator, which needs 'word_ids'"
         )
+    columns = to_columns(rows)
+    if are_frozen(columns):
+        return pad_rows(*join_frozen(columns), data_collator.tokenizer)
     names = rows[0].keys() - {"labels", "word_ids"}
     return data_collator([{name: row[name] for name in row if name in names} for row in rows])
 

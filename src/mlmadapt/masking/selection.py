@@ -18,8 +18,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mlmadapt._types import Floats, Hashes, Ints, Tokenizer
-from mlmadapt.data.rows import check_whole
+from mlmadapt._types import Floats, Hashes, Ints, Rows, Tokenizer
+from mlmadapt.data.rows import check_whole, join_rows, to_columns
+from mlmadapt.data.tokenization import spell_word
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,27 @@ def find_words(words: Ints, bounds: Ints) -> Words:
     first = np.flatnonzero(begins[:-1] & is_word)
     size = np.flatnonzero(begins[1:] & is_word) - first + 1
     return Words(first, size, np.searchsorted(first, bounds))
+
+
+def leave_out(
+    words: Words, keys: Hashes, is_unknown: npt.NDArray[np.bool_], bounds: Ints
+) -> tuple[Words, Hashes]:
+    """Return words without those that hold an unknown token; the others keep their keys.
+
+    So vocabularies that differ in what they know mask the same of what both know.
+
+    Examples:
+        >>> words = Words(np.array([1, 3]), np.array([2, 1]), np.array([0, 2]))
+        >>> is_unknown = np.array([False, False, True, False])
+        >>> leave_out(words, np.array([7, 8], np.uint64), is_unknown, np.array([0, 4]))
+        (Words(first=array([3]), size=array([1]), before=array([0, 1])), array([8], dtype=uint64))
+    """
+    if not is_unknown.any():
+        return words, keys
+    before = np.append(0, np.cumsum(is_unknown))
+    is_known = before[words.first] == before[words.first + words.size]
+    first = words.first[is_known]
+    return Words(first, words.size[is_known], np.searchsorted(first, bounds)), keys[is_known]
 
 
 def warn_if_collapsed(words: Words) -> bool:
@@ -92,6 +114,30 @@ def warn_if_equal(row_keys: Hashes) -> bool:
     return True
 
 
+def warn_of_unknown(rows: Rows, tokenizer: Tokenizer) -> None:
+    """Tell what share of words the tokenizer does not know, where it is above 1 %.
+
+    Up to 1,000 rows are read, spread over all.
+    """
+    places = np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int).tolist()
+    columns = to_columns([rows[place] for place in places])
+    unknown_id: int | None = tokenizer.unk_token_id
+    if unknown_id is None or not {"input_ids", "word_ids"} <= columns.keys():
+        return
+    joined, lengths = join_rows({name: columns[name] for name in ("input_ids", "word_ids")})
+    bounds = np.append(0, np.cumsum(lengths))
+    words, is_unknown = find_words(joined["word_ids"], bounds), joined["input_ids"] == unknown_id
+    known, _ = leave_out(words, np.empty(len(words.first), np.uint64), is_unknown, bounds)
+    share = 1 - len(known.first) / max(len(words.first), 1)
+    if share > 0.01:
+        message = (
+            "%.0f %% of the words of train_dataset hold %s, which stands for what the tokenizer "
+            "does not know; they are not predicted. Use a tokenizer and model of this language, or "
+            "add frequent words by extend_vocabulary"
+        )
+        logger.warning(message, 100 * share, tokenizer.unk_token)
+
+
 def list_places(first: Ints, size: Ints) -> Ints:
     """Return the places in runs that begin at `first`.
 
@@ -118,15 +164,15 @@ def split_blocks(bounds: Ints) -> list[slice]:
 
 def choose_words(
     words: Words,
+    keys: Hashes,
     row_keys: Hashes,
     weights: Floats | None,
     *,
     rate: float,
     budget: Literal["bernoulli", "exact"],
 ) -> tuple[Ints, Floats]:
-    """Return the words that are targets, and the fate in [0, 1) of each."""
+    """Return the words that are targets, by a key each, and the fate in [0, 1) of each."""
     words_in_row = np.diff(words.before)
-    keys = spread_keys(row_keys, words_in_row, step=2)
     urgency = draw = to_unit(hash_counters(keys, 0))
     if weights is not None:
         # An exponential race: who comes first is chosen in proportion to its weight.
@@ -199,7 +245,7 @@ class WordWeights:
 def _weigh_text(
     word: tuple[int, ...], tokenizer: Tokenizer, weight_of_text: Callable[[str], float]
 ) -> float:
-    text = str(tokenizer.decode(list(word))).strip()
+    text = spell_word(word, tokenizer)
     returned: Any = weight_of_text(text)
     try:
         weight = float(returned)

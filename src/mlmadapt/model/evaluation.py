@@ -19,8 +19,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from mlmadapt._types import Batch, Model, Row, Rows, Tokenizer
-from mlmadapt.data.rows import is_frozen, pad_frozen, to_columns
-from mlmadapt.data.table import as_rows, dataset_lengths
+from mlmadapt.data.rows import join_frozen, pad_rows, to_columns
+from mlmadapt.data.table import as_rows, dataset_lengths, is_frozen
+from mlmadapt.data.tokenization import count_bytes
 from mlmadapt.model.checks import check_model, check_rows, check_tokenizer, evaluation_mode
 from mlmadapt.model.forward import MaskedForward, masked_forward
 
@@ -176,8 +177,8 @@ def evaluate_words(
         dataset: Rows as for `evaluate_mlm`, masked by word, and still with the column ``word_ids``
             (which `map` keeps, unless `remove_columns` names it).
         tokenizer: Pads the rows, and gives the text of masked words, whose bytes in UTF-8 are
-            counted without white space at its ends. That is the text as the tokenizer has it:
-            without the accents that it takes away, and ``[UNK]`` for what it does not know.
+            counted without white space. That is the text as the tokenizer has it: without the
+            accents that it takes away.
         batch_size: Rows per process and forward pass; no effect on the metrics.
         accelerator: Shares the rows out among its processes and sums over them.
 
@@ -245,9 +246,16 @@ def _sum_frozen(
         return sum_rows(model, dataset, forward=forward, **options)
 
 
-def collate_frozen(rows: list[Row], tokenizer: Tokenizer, *, with_words: bool = False) -> Batch:
-    """Return the model's inputs and ``labels`` of frozen rows, of shape ``(batch, sequence)``."""
-    batch = pad_frozen(to_columns(rows), tokenizer, with_words=with_words)
+def collate_frozen(rows: Any, tokenizer: Tokenizer, *, with_words: bool = False) -> Batch:
+    """Return the model's inputs and ``labels``, of shape ``(batch, sequence)``, of frozen rows.
+
+    Args:
+        rows: The rows, or their columns.
+        tokenizer: Pads them.
+        with_words: Keep ``word_ids``.
+    """
+    columns = rows if isinstance(rows, Mapping) else to_columns(rows)
+    batch = pad_rows(*join_frozen(columns, with_words=with_words), tokenizer)
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
@@ -354,10 +362,9 @@ def _sum_words(
         )
     begins = np.flatnonzero(np.diff(row, prepend=-1) | np.diff(words, prepend=-1))
     pieces = np.split(tokens, begins[1:]) if len(tokens) else []
-    texts = [str(tokenizer.decode(piece.tolist())).strip() for piece in pieces]
     wrong = np.unique(begins.searchsorted(np.flatnonzero(guessed_before.numpy()), side="right"))
-    sizes = sum(len(text.encode()) for text in texts)
-    sums = [float(losses.sum()), len(texts) - len(wrong), sizes, len(texts)]
+    sizes = sum(count_bytes(piece.tolist(), tokenizer) for piece in pieces)
+    sums = [float(losses.sum()), len(pieces) - len(wrong), sizes, len(pieces)]
     return torch.tensor(sums, dtype=torch.float64)
 
 

@@ -22,7 +22,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from mlmadapt._types import Batch, DataCollator, Model, Row, Rows, Stream, Tokenizer
-from mlmadapt.data.rows import is_frozen, pad_frozen, to_columns
+from mlmadapt.data.rows import to_columns
+from mlmadapt.data.table import is_frozen
 from mlmadapt.masking.frozen_masks import insert_random_mask
 from mlmadapt.masking.selection import derive_key
 from mlmadapt.model.evaluation import as_log, collate_frozen, evaluate_rows, name_sets
@@ -242,8 +243,7 @@ def collate_unfrozen(rows: list[Row], *, run: TrainingRun) -> Batch:
     columns = insert_random_mask(
         to_columns(rows), run.data_collator, seed=run.config.seed, prefix=""
     )
-    batch = pad_frozen(columns, run.tokenizer)
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
+    return collate_frozen(columns, run.tokenizer)
 
 
 def fill_in(run: TrainingRun) -> dict[str, str]:

@@ -142,7 +142,8 @@ def check_sentences(sentences: Sequence[str], tokenizer: Tokenizer, model: Model
     Raises:
         ValueError: If a sentence has no mask or several, or is too long for the model.
     """
-    texts = [_with_mask(sentence, tokenizer) for sentence in sentences]
+    reader: Any = copy.deepcopy(tokenizer)  # which calls would leave without its truncation
+    texts = [_with_mask(sentence, reader) for sentence in sentences]
     for sentence, text in zip(sentences, texts, strict=True):
         masks = text.count(str(tokenizer.mask_token))
         if masks != 1:
@@ -150,7 +151,6 @@ def check_sentences(sentences: Sequence[str], tokenizer: Tokenizer, model: Model
                 f"fill_mask has {sentence!r} with {masks} masks; each sentence must have one [MASK]"
             )
     if texts:
-        reader = copy.deepcopy(tokenizer)  # which calls would leave without its truncation
         rows = [{"input_ids": reader(text)["input_ids"]} for text in texts]
         check_rows("fill_mask", rows, model=model)
 
@@ -172,12 +172,16 @@ def fill_masks(model: Model, sentences: Sequence[str], *, tokenizer: Tokenizer) 
     pipeline = FillMaskPipeline(model=unwrap(model), tokenizer=reader, device=model.device)
     with evaluation_mode(model):
         for sentence in sentences:
-            guesses: Any = pipeline(_with_mask(sentence, tokenizer), top_k=5)
+            guesses: Any = pipeline(_with_mask(sentence, reader), top_k=5)
             filled[sentence] = ", ".join(
                 f"{guess['token_str'].strip()} {guess['score']:.1%}" for guess in guesses
             )
     return filled
 
 
-def _with_mask(sentence: str, tokenizer: Tokenizer) -> str:
-    return sentence.replace("[MASK]", str(tokenizer.mask_token))
+def _with_mask(sentence: str, reader: Any) -> str:
+    mask = str(reader.mask_token)
+    text = sentence.replace("[MASK]", mask)
+    # Left over before a mask that does not take it in, a space is a token that no training row has.
+    is_left = len(reader(f"a {mask}")["input_ids"]) > len(reader(f"a{mask}")["input_ids"])
+    return text.replace(f" {mask}", mask) if is_left else text

@@ -24,6 +24,7 @@ from mlmadapt._types import Batch, DataCollator, Model, Rows, Tokenizer
 from mlmadapt.data.table import as_rows
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.frozen_masks import check_masks
+from mlmadapt.masking.selection import warn_of_unknown
 from mlmadapt.model import checks
 from mlmadapt.model.evaluation import argument_of
 from mlmadapt.model.forward import MaskedForward, masked_forward
@@ -71,6 +72,7 @@ def check_run(
         train_rows = as_rows("train_dataset", train_rows.peek(PEEKED))
     for name, rows in {**eval_sets, "train_dataset": train_rows}.items():
         checks.check_rows(argument_of(name), rows, model=model)
+    warn_of_unknown(train_rows, tokenizer)
     if (config.early_stopping_patience or config.load_best_model_at_end) and not eval_sets:
         raise ValueError(
             "early_stopping_patience and load_best_model_at_end go by an eval_dataset; pass one"

@@ -455,8 +455,9 @@ _REPLACEMENT = np.uint64(0x6A09E667F3BCC909)
 
 def _has_masks(columns: Mapping[str, Any]) -> bool:
     """Tell whether rows are frozen, for which all are looked at unless the first one is a copy."""
-    first = (next(iter(columns.get(name, ())), ()) for name in ("labels", "input_ids"))
-    if "masked_labels" not in columns and ("labels" not in columns or np.array_equal(*first)):
+    labels, tokens = (next(iter(columns.get(name, ())), ()) for name in ("labels", "input_ids"))
+    is_copy = "labels" not in columns or np.array_equal(labels, tokens)
+    if is_copy and "masked_labels" not in columns:
         return False
     # Without words, each token without a label tells.
     return are_frozen({"word_ids": columns.get("input_ids", ()), **columns})

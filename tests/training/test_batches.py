@@ -624,12 +624,18 @@ def test_a_stream_goes_on_with_the_rows_that_follow(
         assert f"read from its start, and {3 * start} rows are passed over" in caplog.text
 
 
-@pytest.mark.parametrize("collate", [COLLATOR, DataCollatorForLanguageModeling(TOKENIZER)])
+@pytest.mark.parametrize("collate", [COLLATOR, DataCollatorForLanguageModeling(TOKENIZER), None])
 @pytest.mark.parametrize(("rank", "long"), [(0, 12), (1, 13)])
 def test_a_row_of_a_stream_that_is_too_long_is_named(collate: Any, rank: int, long: int) -> None:
     """By its number in the stream, on the process that has it, when its step comes; not before."""
-    rows = [{"input_ids": [7] * 5, "word_ids": [0, 1, 2, 3, 4]} for _ in range(20)]
-    rows[long] = {"input_ids": [7] * 9, "word_ids": [*range(9)]}
+
+    def make(size: int) -> dict[str, list[int]]:
+        if collate is None:  # frozen
+            return {"masked_input_ids": [7] * size, "masked_labels": [8] + [-100] * (size - 1)}
+        return {"input_ids": [7] * size, "word_ids": [*range(size)]}
+
+    rows = [make(9 if place == long else 5) for place in range(20)]
+    collate = collate or replace(COLLATOR, pad_to_multiple_of=9)  # padding is not too long
     plan = BatchPlan(rows=0, batch_size=2, world=2, rank=rank, limit=8)
     batches = training_batches(open_rows(iter(rows)), plan, collate, epoch=0)
     assert [len(next(batches)[0]) for _ in range(3)] == [1, 1, 1]

@@ -222,12 +222,17 @@ def test_what_differs_is_named_by_its_place(run: TinyRun) -> None:
     """A setting of the model's or the collator's, with both values, and not a hash of all."""
     before = run.fingerprint()
     run.model.config.hidden_dropout_prob = 0.25
-    run.collator = WholeWordMaskingCollator(run.tokenizer, mask_replace_prob=0.8, seed=3)
-    assert list_differences(before, run.fingerprint()) == [
+    run.collator = WholeWordMaskingCollator(
+        run.tokenizer, mask_replace_prob=0.8, seed=3, word_weights=len
+    )
+    after = run.fingerprint()
+    assert list_differences(before, after) == [
         "model_settings: hidden_dropout_prob was 0.1, is 0.25",
         "data_collator: mask_replace_prob was 1.0, is 0.8",
+        "data_collator: word_weights changed",
         "data_collator: seed was None, is 3",
     ]
+    assert "data_collator: word_weights changed" in list_differences(after, before)
 
 
 @pytest.mark.parametrize("change", [None, 0, 11, "fewer"])

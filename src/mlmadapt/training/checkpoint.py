@@ -107,12 +107,9 @@ def _read_counts(counts: Mapping[str, Any]) -> TrainState:
 
 def _holders(run: TrainingRun) -> dict[str, Any]:
     """Return what has a state that is stored, by name; there is no scaler but for fp16."""
-    holders = {
-        "optimizer": run.optimizer,
-        "scheduler": run.scheduler,
-        "scaler": run.accelerator.scaler,
-    }
-    return {name: holder for name, holder in holders.items() if holder is not None}
+    holders: dict[str, Any] = {"optimizer": run.optimizer, "scheduler": run.scheduler}
+    scaler = run.accelerator.scaler
+    return holders if scaler is None else {**holders, "scaler": scaler}
 
 
 def load_best(run: TrainingRun) -> None:
@@ -224,10 +221,10 @@ def choose(paths: list[Path], fingerprint: Mapping[str, Any]) -> Path | None:
     newest: dict[str, str] = {}  # by what is wrong with it
     for path in paths:
         if not path.is_dir():
-            beside = ", ".join(other.name for other in find_checkpoints(path.parent)) or "nothing"
+            beside = [other.name for other in find_checkpoints(path.parent)[:3]] or ["nothing"]
             raise FileNotFoundError(
-                f"resume_from_checkpoint is {str(path)!r}, which is not there ({beside} is); name "
-                "a checkpoint's directory, or pass True for the newest in output_dir"
+                f"resume_from_checkpoint is {str(path)!r}, which is not there ({', '.join(beside)} "
+                "is); name a checkpoint's directory, or pass True for the newest in output_dir"
             )
         problem = _find_problem(path, fingerprint)
         if problem is None:
@@ -265,7 +262,7 @@ def find_damage(checkpoint: Path) -> str | None:
         files = json.loads((checkpoint / _MANIFEST).read_text())["files"]
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{_MANIFEST} cannot be read ({error})"
+        return f"{_MANIFEST} cannot be read ({type(error).__name__})"
     for name, (size, digest) in expected.items():
         path = checkpoint / name
         if not path.is_file():

@@ -29,11 +29,7 @@ _OTHERWISE_HERE = {
     "optim": "an optimizer to accelerate_train",
     "remove_unused_columns": "nothing, since the collator gets all columns",
 }
-
-
-_LEAST = dict.fromkeys(
-    ("save_total_limit", "early_stopping_patience", "eval_steps", "save_steps"), 1
-)
+_LEAST = {"save_total_limit": 1, "early_stopping_patience": 1, "eval_steps": 1, "save_steps": 1}
 _LEAST |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
 _LEAST |= {"gradient_accumulation_steps": 1, "dataloader_num_workers": 0}
 
@@ -203,8 +199,6 @@ class TrainingConfig:
         self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
         is_count = self.max_steps == -1 or self.max_steps > 0
         self._require("max_steps", is_count, "above 0, or -1 for whole epochs")
-        if self.load_best_model_at_end:
-            self._check_best()
         arguments = self.lr_scheduler_kwargs
         if isinstance(arguments, str):
             with suppress(ValueError):
@@ -217,10 +211,9 @@ class TrainingConfig:
         schedules = [schedule.value for schedule in SchedulerType]
         known = self.lr_scheduler_type in schedules
         self._require("lr_scheduler_type", known, f"one of {schedules}")
-
-    def _check_best(self) -> None:
         together = self.eval_strategy == self.save_strategy != "no"
-        if not together or (self.eval_strategy == "steps" and self.save_steps != self.eval_steps):
+        others = self.eval_strategy == "steps" and self.save_steps != self.eval_steps
+        if self.load_best_model_at_end and (not together or others):
             raise ValueError(
                 "load_best_model_at_end needs a checkpoint at each evaluation, but eval_strategy "
                 f"is {self.eval_strategy!r} (eval_steps {self.eval_steps}) and save_strategy "

@@ -84,7 +84,7 @@ def list_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> l
         if isinstance(was, Mapping) and isinstance(now, Mapping):
             found += [f"{name}: {difference}" for difference in list_differences(was, now)]
         elif was != now:
-            is_hash = " #" in str(now)
+            is_hash = " #" in f"{was} {now}"
             found.append(f"{name} changed" if is_hash else f"{name} was {was!r}, is {now!r}")
     return found
 

@@ -42,8 +42,7 @@ Dealt = TypeVar("Dealt")
 Pick: TypeAlias = tuple[float, int, bool]
 Picked: TypeAlias = tuple[list[Pick], Any]
 
-PEEKED = 100
-"""The rows of a stream that are looked at before the first step."""
+_PEEKED = 100  # rows of a stream that are looked at before the first step
 _SORTED_STEPS = 50  # as transformers has it; 97 % of a batch of single sentences is text
 
 
@@ -291,7 +290,7 @@ class OpenStream:
     dataset: Any
     _opened: Iterator[Any] | None = None
 
-    def peek(self, number: int) -> list[Any]:
+    def peek(self, number: int = _PEEKED) -> list[Any]:
         """Return the first rows of the first epoch."""
         rows = self.read(epoch=0)
         first = list(islice(rows, number))
@@ -324,7 +323,7 @@ def first_batch(train_rows: Any, plan: BatchPlan, data_collator: DataCollator) -
         ValueError: If no process has a target.
     """
     if isinstance(train_rows, OpenStream):
-        train_rows = OpenStream(train_rows.peek(max(plan.rows_per_step, PEEKED)))
+        train_rows = OpenStream(train_rows.peek(max(plan.rows_per_step, _PEEKED)))
     for step, ends in training_batches(train_rows, plan, data_collator, epoch=0):
         batches = [batch for batch in step if (batch["labels"] != -100).any()]
         if batches or ends:

@@ -49,6 +49,8 @@ _STATE = "state.json"
 def write_run(run: TrainingRun, *, loss_sums: list[float]) -> None:
     """Write a checkpoint that `read_run` takes up again and ``from_pretrained`` loads.
 
+    Those that are not to be kept are removed then.
+
     Args:
         run: The run, between two steps.
         loss_sums: The `loss_sum` of each process.
@@ -77,6 +79,8 @@ def write_run(run: TrainingRun, *, loss_sums: list[float]) -> None:
         (folder / "config.json").write_text(json.dumps(run.model.config.to_dict(), indent=1))
         (folder / _STATE).write_text(json.dumps(state, indent=1))
         _write_manifest(folder)
+    keep = run.config.save_total_limit
+    prune(run.folder, keep=keep, best=run.saved_step, newest=run.state.step)
 
 
 def read_run(checkpoint: Path, run: TrainingRun) -> None:

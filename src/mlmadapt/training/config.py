@@ -193,8 +193,7 @@ class TrainingConfig:
             none = "None, or " if getattr(type(self), name) is None else ""
             self._require(name, value is None or value >= least, f"{none}{least} or more")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
-            value = getattr(self, name)
-            self._require(name, 0 <= value < math.inf, "a finite number, 0 or more")
+            self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number, 0 or more")
         self._require("logging_steps", 0 < self.logging_steps < math.inf, "a finite number above 0")
         self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
         is_count = self.max_steps == -1 or self.max_steps > 0

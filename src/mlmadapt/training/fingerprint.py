@@ -20,7 +20,7 @@ from mlmadapt.data.table import split_part
 from mlmadapt.masking.rates import sample_rates
 from mlmadapt.model.checks import unwrap
 from mlmadapt.model.evaluation import argument_of
-from mlmadapt.training.batches import PEEKED, OpenStream
+from mlmadapt.training.batches import OpenStream
 from mlmadapt.training.config import TrainingConfig
 
 # Settings that may differ: where things are written, what is shown, and how rows are cut into
@@ -133,7 +133,7 @@ def _describe_rows(rows: Any) -> dict[str, Any]:
     if isinstance(rows, OpenStream):
         part = split_part(rows.dataset)
         kind = f"a stream, {type(rows.dataset).__name__}"
-        first = [sorted(row.items()) for row in rows.peek(PEEKED)]
+        first = [sorted(row.items()) for row in rows.peek()]
         return {"kind": kind, "parts": part and part[1], "first rows": first}
     # A sample spread over all rows: to read a whole large dataset would take longer than to resume.
     places = sorted({i * (len(rows) - 1) // _ROWS_LOOKED_AT for i in range(_ROWS_LOOKED_AT + 1)})

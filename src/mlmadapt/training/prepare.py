@@ -28,13 +28,7 @@ from mlmadapt.masking.selection import warn_of_unknown
 from mlmadapt.model import checks
 from mlmadapt.model.evaluation import argument_of
 from mlmadapt.model.forward import MaskedForward, masked_forward
-from mlmadapt.training.batches import (
-    PEEKED,
-    BatchPlan,
-    OpenStream,
-    first_batch,
-    lengths_to_group_by,
-)
+from mlmadapt.training.batches import BatchPlan, OpenStream, first_batch, lengths_to_group_by
 from mlmadapt.training.config import TrainingConfig
 from mlmadapt.training.distributed import check_whole
 from mlmadapt.training.fingerprint import check_same_everywhere, describe_run
@@ -75,7 +69,7 @@ def check_run(
                 f"train_dataset is a stream, max_steps is {config.max_steps} and dataloader_num_"
                 f"workers {config.dataloader_num_workers}; give max_steps, and 0 workers"
             )
-        train_rows = as_rows("train_dataset", train_rows.peek(PEEKED))
+        train_rows = as_rows("train_dataset", train_rows.peek())
     for name, rows in {**eval_sets, "train_dataset": train_rows}.items():
         checks.check_rows(argument_of(name), rows, model=model)
     warn_of_unknown(train_rows, tokenizer)

@@ -112,16 +112,6 @@ def test_a_run_killed_between_steps_ends_the_same(tmp_path: Path, name: str) -> 
     assert not whole["randomness_moved"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_compiled_code_killed_between_steps_ends_the_same(tmp_path: Path, precision: str) -> None:
-    """It is made from the same batch by each process, in whatever step that one begins."""
-    settings = {"rows": 21, "torch_compile": True, "mixed_precision": precision, "seconds": 300}
-    whole = outcome(tmp_path / "whole", **settings)
-    kills = [killed(1), killed(5)]
-    assert resume_until_done(tmp_path / "killed", kills=kills, **settings) == whole
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_killed_between_steps_end_the_same(tmp_path: Path, world: int) -> None:

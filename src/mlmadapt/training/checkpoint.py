@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,12 +124,8 @@ def load_best(run: TrainingRun) -> None:
         ValueError: If that is damaged, or not all processes see it; on all of them.
     """
     (best,) = find_wanted(run.folder, str(run.folder / f"{_PREFIX}{run.saved_step}"))
-
-    def check() -> None:
-        if damage := find_damage(best):
-            raise ValueError(f"{best.name}, the best one, is damaged: {damage}; train again")
-
-    on_main_process(run.accelerator, check)
+    if damage := on_main_process(run.accelerator, partial(find_damage, best)):
+        raise ValueError(f"{best.name}, the best one, is damaged: {damage}; train again")
     load_model(run.model, best / _WEIGHTS)
 
 

@@ -202,7 +202,7 @@ class TrainingConfig:
         if isinstance(arguments, str):
             with suppress(ValueError):
                 arguments = json.loads(arguments)
-        known = arguments is None or isinstance(arguments, dict)
+        known = isinstance(arguments, dict | None)
         self._require("lr_scheduler_kwargs", known, "a dict, or JSON of one")
         object.__setattr__(self, "lr_scheduler_kwargs", arguments)
         from transformers import SchedulerType  # noqa: PLC0415  # a second to load

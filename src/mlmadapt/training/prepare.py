@@ -329,7 +329,7 @@ def make_scheduler(
     warmup = config.warmup_steps
     arguments: Any = config.lr_scheduler_kwargs or {}
     try:
-        scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+        return get_scheduler(  # type: ignore[no-any-return]
             config.lr_scheduler_type,
             optimizer,
             num_warmup_steps=math.ceil(warmup * total_steps) if warmup < 1 else int(warmup),
@@ -341,4 +341,3 @@ def make_scheduler(
             f"lr_scheduler_kwargs is {config.lr_scheduler_kwargs!r}, which lr_scheduler_type "
             f"{config.lr_scheduler_type!r} does not take: {error}"
         ) from error
-    return scheduler

@@ -202,9 +202,12 @@ def test_what_is_there_to_resume_is_taken(
     """The newest, or a named one; from an empty folder the run begins, and it says so."""
     whole = weights(finished.model)
     for checkpoint in (True, str(again.folder / "checkpoint-1")):
+        last = (again.folder / "checkpoint-3").stat().st_ino
         again.model = tiny_model(again.tokenizer)
         again.train(**{**RESUMING, "resume_from_checkpoint": checkpoint})
         assert equal(weights(again.model), whole)
+        is_written_anew = (again.folder / "checkpoint-3").stat().st_ino != last
+        assert is_written_anew == (checkpoint is not True)
     fresh = TinyRun(tmp_path / "fresh")
     with caplog.at_level(logging.WARNING, "mlmadapt"):
         fresh.train(**RESUMING)

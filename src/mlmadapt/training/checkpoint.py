@@ -165,9 +165,8 @@ def whole_folder(output_dir: Path, name: str, *, unpack: bool = False) -> Iterat
     # Of a full disk, torch makes a RuntimeError.
     except (OSError, RuntimeError, SafetensorError) as error:
         kept = [path.name for path in find_checkpoints(output_dir)]
-        message = f"{name} could not be written to {str(output_dir)!r} ({error}); " + (
-            f"{kept[0]} is intact" if kept else "there is no earlier checkpoint"
-        )
+        rest = f"{kept[0]} is intact" if kept else "there is no earlier checkpoint"
+        message = f"{name} could not be written to {str(output_dir)!r} ({error}); {rest}"
         number = getattr(error, "errno", None)
         raise (OSError(message) if number is None else OSError(number, message)) from error
     finally:

@@ -42,8 +42,7 @@ def _with_help(settings: type[Settings]) -> type[Settings]:
     for name, text in entries:
         plain = " ".join(text.replace("`", "").replace("%", "%%").split())
         if name in vars(settings):
-            described = field(default=vars(settings)[name], metadata={"help": plain})
-            setattr(settings, name, described)
+            setattr(settings, name, field(default=vars(settings)[name], metadata={"help": plain}))
     return settings
 
 

@@ -148,8 +148,7 @@ def split_stream(dataset: Any, accelerator: Accelerator) -> tuple[Any, bool]:
     rank, world = accelerator.process_index, accelerator.num_processes
     if world == 1:
         return dataset, False
-    from datasets import IterableDataset  # noqa: PLC0415  # half a second to load
-    from datasets.distributed import split_dataset_by_node  # noqa: PLC0415
+    from datasets import IterableDataset, distributed  # noqa: PLC0415  # half a second to load
 
     if not isinstance(dataset, IterableDataset):
         return dataset, False
@@ -157,7 +156,7 @@ def split_stream(dataset: Any, accelerator: Accelerator) -> tuple[Any, bool]:
     if parts == [None] * world:
         if dataset.n_shards % world:
             return dataset, False
-        return split_dataset_by_node(dataset, rank, world), True
+        return distributed.split_dataset_by_node(dataset, rank, world), True
     if parts != [(number, world) for number in range(world)]:
         raise ValueError(
             f"train_dataset is a stream of which the {world} processes have the parts {parts} "

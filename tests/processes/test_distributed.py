@@ -179,14 +179,15 @@ def test_a_process_leaves_its_group_as_python_ends(tmp_path: Path, error: str) -
     """Unless it failed: the others may wait for it then, and leaving could wait for them."""
     script = f"""
 import atexit, torch
-from mlmadapt.training.distributed import _leave_group_at_exit
+from accelerate import Accelerator
+from mlmadapt.training.distributed import join_group
 
 atexit.register(lambda: print("still in it:", torch.distributed.is_initialized()))
 torch.distributed.init_process_group(
     "gloo", init_method={(tmp_path / "group").as_uri()!r}, rank=0, world_size=1
 )
-_leave_group_at_exit()
-_leave_group_at_exit()
+for _ in range(2):
+    join_group(Accelerator(cpu=True))
 {error}
 """
     ended = run_script([sys.executable, "-c", script], PYTHONPATH=os.pathsep.join(sys.path))

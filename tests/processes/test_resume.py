@@ -112,16 +112,6 @@ def test_a_run_killed_between_steps_ends_the_same(tmp_path: Path, name: str) -> 
     assert not whole["randomness_moved"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_compiled_code_killed_between_steps_ends_the_same(tmp_path: Path, precision: str) -> None:
-    """It is made from the same batch by each process, in whatever step that one begins."""
-    settings = {"rows": 21, "torch_compile": True, "mixed_precision": precision, "seconds": 300}
-    whole = outcome(tmp_path / "whole", **settings)
-    kills = [killed(1), killed(5)]
-    assert resume_until_done(tmp_path / "killed", kills=kills, **settings) == whole
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_killed_between_steps_end_the_same(tmp_path: Path, world: int) -> None:
@@ -262,22 +252,6 @@ def test_a_finished_run_that_is_resumed_does_nothing(tmp_path: Path) -> None:
     assert again == whole
 
 
-def test_a_checkpoint_can_be_named(tmp_path: Path) -> None:
-    """A path takes up that checkpoint, though there are newer ones."""
-    whole = outcome(tmp_path)
-    named = str(tmp_path / "checkpoint-2")
-    again = train(tmp_path, resume_from_checkpoint=named, at_step={"2": ["fail"]})
-    assert again.error == "ValueError: on purpose"
-    assert outcome(tmp_path, resume_from_checkpoint=named) == whole
-
-
-def test_nothing_to_resume_starts_from_the_beginning(tmp_path: Path) -> None:
-    """An empty folder is no error, so that one command both starts and resumes; it says so."""
-    ended = train(tmp_path, resume_from_checkpoint=True)
-    assert ended.code == 0
-    assert f"{tmp_path} holds no checkpoint; training starts from the beginning" in ended.log
-
-
 def test_what_does_not_decide_the_outcome_may_change(tmp_path: Path) -> None:
     """Rows of a step may be cut up otherwise, and be saved, evaluated and read otherwise."""
     settings = {"rows": 20, "per_device_train_batch_size": 4, "dropout": False}
@@ -289,12 +263,6 @@ def test_what_does_not_decide_the_outcome_may_change(tmp_path: Path) -> None:
     ended = outcome(tmp_path / "killed", **settings)
     assert ended["final"] == pytest.approx(whole["final"], abs=1e-6)
     assert ended["tokens"] == whole["tokens"]
-
-
-def test_the_folder_of_a_killed_run_is_free(tmp_path: Path) -> None:
-    """The lock goes with the process, workers included."""
-    assert train(tmp_path, at_step={"1": ["kill"]}, dataloader_num_workers=1).code == -9
-    outcome(tmp_path, resume_from_checkpoint=True, dataloader_num_workers=1)
 
 
 def test_a_run_that_passed_over_a_damaged_checkpoint_keeps_what_it_writes(tmp_path: Path) -> None:

@@ -47,41 +47,30 @@ from mlmadapt import TrainingConfig
         ("lr_scheduler_type", "lineal", "one of .*'linear'"),
         ("lr_scheduler_kwargs", "min_lr=1", "a dict, or JSON of one"),
         ("lr_scheduler_kwargs", 5, "a dict, or JSON of one"),
+        ("resume_from_checkpoint", 6, "True, a directory, or None"),
+        # YAML reads 5e-5 as text and `no` as False; a step and a half would never be the last.
+        ("max_steps", 2.5, "of type int"),
+        ("max_steps", True, "of type int"),
+        ("seed", None, "of type int"),
+        ("per_device_train_batch_size", "8", "of type int"),
+        ("learning_rate", "5e-5", "of type float"),
+        ("learning_rate", False, "of type float"),
+        ("overwrite", 1, "of type bool"),
+        ("gradient_checkpointing", "false", "of type bool"),
+        ("eval_strategy", False, r"of type Literal\['no', 'epoch', 'steps'\]"),
+        ("save_total_limit", 1.0, r"of type int \| None"),
+        ("output_dir", None, "of type str"),
+        ("dataset_name", 7, r"of type str \| None"),
+        ("fill_mask", "a [MASK]", r"of type list\[str\]"),
     ],
 )
-def test_a_value_out_of_range_is_named_with_what_is_required(
+def test_a_wrong_value_is_named_with_what_is_required(
     name: str, value: Any, requirement: str
 ) -> None:
     """The argument, the value seen and what it must be."""
-    with pytest.raises(ValueError, match=f"{name} is {value!r}; it must be .*{requirement}"):
+    seen = re.escape(f"{name} is {value!r}; it must be ")
+    with pytest.raises(ValueError, match=f"^{seen}.*{requirement}"):
         TrainingConfig(**{name: value})
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "requirement"),
-    [
-        ("max_steps", 2.5, "int"),
-        ("max_steps", True, "int"),
-        ("seed", None, "int"),
-        ("per_device_train_batch_size", "8", "int"),
-        ("learning_rate", "5e-5", "float"),
-        ("learning_rate", False, "float"),
-        ("overwrite", 1, "bool"),
-        ("gradient_checkpointing", "false", "bool"),
-        ("eval_strategy", False, "Literal['no', 'epoch', 'steps']"),
-        ("save_total_limit", 1.0, "int | None"),
-        ("output_dir", None, "str"),
-        ("dataset_name", 7, "str | None"),
-        ("fill_mask", "a [MASK]", "list[str]"),
-    ],
-)
-def test_a_setting_of_another_type_is_named(name: str, value: Any, requirement: str) -> None:
-    """YAML reads 5e-5 as text and `no` as False; a step and a half would never be the last."""
-    message = f"{name} is {value!r}; it must be of type {requirement}"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        TrainingConfig(**{name: value})
-    with pytest.raises(ValueError, match="resume_from_checkpoint is 6; it must be True, a dir"):
-        TrainingConfig(resume_from_checkpoint=6)  # type: ignore[arg-type]
 
 
 def test_settings_of_the_right_type_come_from_anywhere(tmp_path: Path) -> None:

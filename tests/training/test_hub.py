@@ -9,7 +9,8 @@ import inspect
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import pytest
@@ -20,12 +21,6 @@ from tests.scripts.tiny_run import SAVING, TinyRun
 
 if TYPE_CHECKING:
     from mlmadapt import TrainingResult
-
-
-class Repository(NamedTuple):
-    """What the hub answers."""
-
-    repo_id: str
 
 
 class Hub:
@@ -39,7 +34,7 @@ class Hub:
         """Stand in for ``HfApi()``."""
         return self
 
-    def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> Repository:
+    def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> Any:
         """Make a repository, which is the caller's if no other owner is named."""
         client = inspect.signature(huggingface_hub.HfApi.create_repo)
         client.bind(self, repo_id, private=private, exist_ok=exist_ok)
@@ -47,7 +42,7 @@ class Hub:
         self.calls.append(("create", {"repo_id": repo_id, "private": private}))
         if "create" in self.error:
             raise self.error["create"]
-        return Repository(repo_id if "/" in repo_id else f"me/{repo_id}")
+        return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
 
     def upload_folder(self, *, folder_path: str, allow_patterns: list[str], **rest: Any) -> None:
         """Note the files that would be uploaded."""

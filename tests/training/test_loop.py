@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling, pipeline
 
 from mlmadapt import TrainingConfig, WholeWordMaskingCollator, evaluate_mlm, extend_vocabulary
@@ -308,50 +308,6 @@ def test_nothing_of_the_callers_is_moved(run: TinyRun) -> None:
     assert not any(
         module._forward_hooks or module._forward_pre_hooks for module in run.model.modules()
     )
-
-
-class Watching(WholeWordMaskingCollator):
-    """Notes the labels that it makes, by row."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.seen: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-
-    def collate(self, features: Any, *, key: int, progress: float = 1.0) -> Any:
-        """Collate rows."""
-        batch = super().collate(features, key=key, progress=progress)
-        for row, labels in zip(features, batch["labels"].tolist(), strict=True):
-            self.seen.append((tuple(row["input_ids"]), tuple(labels[: len(row["input_ids"])])))
-        return batch
-
-
-def masks_of(folder: Path, **settings: Any) -> list[dict[tuple[int, ...], tuple[int, ...]]]:
-    """Return by epoch the labels of each row."""
-    run = TinyRun(folder)
-    run.rows = [row for row in run.rows if len(row["input_ids"]) > 12]
-    run.collator = Watching(run.tokenizer)
-    run.train(num_train_epochs=2, **settings)
-    rows = len(run.rows)
-    seen = run.collator.seen[-2 * rows :]  # before them, the model was looked at
-    return [dict(seen[:rows]), dict(seen[rows:])]
-
-
-def test_masks_are_a_function_of_seed_epoch_and_row(tmp_path: Path) -> None:
-    """Not of the batch; another epoch or seed gives others."""
-    first, second = masks_of(tmp_path / "1", per_device_train_batch_size=4)
-    assert first.keys() == second.keys()
-    assert first != second
-    assert masks_of(tmp_path / "2", per_device_train_batch_size=3) == [first, second]
-    assert masks_of(tmp_path / "3", seed=7)[0] != first
-
-
-def test_a_dataset_trains_as_its_rows_do(run: TinyRun, tmp_path: Path) -> None:
-    """With or without a format."""
-    expected = run.train().history
-    for kind in (None, "torch", "numpy"):
-        again = TinyRun(tmp_path / str(kind))
-        again.rows = Dataset.from_list(run.rows).with_format(kind)
-        assert again.train().history == expected
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

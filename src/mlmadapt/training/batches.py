@@ -23,13 +23,12 @@ from itertools import chain, count, islice, pairwise, tee
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from mlmadapt._types import Batch, DataCollator, Rows
 from mlmadapt.data.rows import JoinedRows
-from mlmadapt.data.table import as_rows, dataset_lengths, is_stream, table_reader
+from mlmadapt.data.table import as_rows, dataset_lengths, is_stream, measure_rows, table_reader
 from mlmadapt.masking.collator import WholeWordMaskingCollator
 from mlmadapt.masking.frozen_masks import collate_seeded, purify
 from mlmadapt.masking.selection import derive_key, key_rows
@@ -43,8 +42,7 @@ Dealt = TypeVar("Dealt")
 Pick: TypeAlias = tuple[float, int, bool]
 Picked: TypeAlias = tuple[list[Pick], Any]
 
-PEEKED = 100
-"""The rows of a stream that are looked at before the first step."""
+_PEEKED = 100  # rows of a stream that are looked at before the first step
 _SORTED_STEPS = 50  # as transformers has it; 97 % of a batch of single sentences is text
 
 
@@ -155,22 +153,6 @@ class BatchPlan:
         return [[(row, True) for row in share] or [(rows[0], False)] for share in shares]
 
 
-def plan_batches(
-    train_rows: Any, config: TrainingConfig, accelerator: Accelerator, *, is_split: bool
-) -> BatchPlan:
-    """Return which rows are trained when."""
-    return BatchPlan(
-        rows=0 if isinstance(train_rows, OpenStream) else len(train_rows),
-        batch_size=config.per_device_train_batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        seed=config.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        lengths=lengths_to_group_by(train_rows, config),
-        is_split=is_split,
-    )
-
-
 def lengths_to_group_by(train_dataset: Any, config: TrainingConfig) -> torch.Tensor | None:
     """Return the rows' lengths if they are to be grouped and differ.
 
@@ -233,10 +215,7 @@ def training_batches(
     )
     loader = DataLoader(
         # A subclass may collate rows in a way of its own, as other collators do.
-        _IndexedRows(
-            dataset,
-            as_columns=type(collator) is WholeWordMaskingCollator,
-        ),
+        _IndexedRows(dataset, as_columns=type(collator) is WholeWordMaskingCollator),
         batch_sampler=picks,
         collate_fn=collate,
         num_workers=num_workers,
@@ -281,15 +260,21 @@ def _stream_batches(
         for dealt in passes:
             picks = [(share, index, counts) for (index, _), counts in dealt]
             batches.append(collate((picks, [row for (_, row), _ in dealt])))
-            # Of the first rows all is known.
-            if plan.limit is not None and batches[-1]["labels"].shape[1] > plan.limit:
-                tokens, number = max((len(row["input_ids"]), number) for (number, row), _ in dealt)
-                raise ValueError(
-                    f"row {number} of train_dataset, a stream, has {tokens} tokens, the model has "
-                    f"positions for {plan.limit}; shorten it, as group_texts does"
-                )
+            if plan.limit and batches[-1]["labels"].shape[1] > plan.limit:
+                _check_lengths([numbered for numbered, _ in dealt], plan.limit)
         yield batches, not following
         step = following
+
+
+def _check_lengths(rows: Sequence[tuple[int, Any]], limit: int) -> None:
+    """Name the row of a stream that made a batch too wide, unless that is padding."""
+    for number, row in rows:
+        name = f"row {number} of train_dataset, a stream,"
+        if (tokens := measure_rows(name, [row])[0]) > limit:
+            raise ValueError(
+                f"{name} has {tokens} tokens, the model has positions for {limit}; shorten it, as "
+                "group_texts does"
+            )
 
 
 @dataclass
@@ -305,7 +290,7 @@ class OpenStream:
     dataset: Any
     _opened: Iterator[Any] | None = None
 
-    def peek(self, number: int) -> list[Any]:
+    def peek(self, number: int = _PEEKED) -> list[Any]:
         """Return the first rows of the first epoch."""
         rows = self.read(epoch=0)
         first = list(islice(rows, number))
@@ -338,7 +323,7 @@ def first_batch(train_rows: Any, plan: BatchPlan, data_collator: DataCollator) -
         ValueError: If no process has a target.
     """
     if isinstance(train_rows, OpenStream):
-        train_rows = OpenStream(train_rows.peek(max(plan.rows_per_step, PEEKED)))
+        train_rows = OpenStream(train_rows.peek(max(plan.rows_per_step, _PEEKED)))
     for step, ends in training_batches(train_rows, plan, data_collator, epoch=0):
         batches = [batch for batch in step if (batch["labels"] != -100).any()]
         if batches or ends:

@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +50,8 @@ _STATE = "state.json"
 def write_run(run: TrainingRun, *, loss_sums: list[float]) -> None:
     """Write a checkpoint that `read_run` takes up again and ``from_pretrained`` loads.
 
+    Those that are not to be kept are removed then.
+
     Args:
         run: The run, between two steps.
         loss_sums: The `loss_sum` of each process.
@@ -77,6 +80,8 @@ def write_run(run: TrainingRun, *, loss_sums: list[float]) -> None:
         (folder / "config.json").write_text(json.dumps(run.model.config.to_dict(), indent=1))
         (folder / _STATE).write_text(json.dumps(state, indent=1))
         _write_manifest(folder)
+    keep = run.config.save_total_limit
+    prune(run.folder, keep=keep, best=run.saved_step, newest=run.state.step)
 
 
 def read_run(checkpoint: Path, run: TrainingRun) -> None:
@@ -107,12 +112,9 @@ def _read_counts(counts: Mapping[str, Any]) -> TrainState:
 
 def _holders(run: TrainingRun) -> dict[str, Any]:
     """Return what has a state that is stored, by name; there is no scaler but for fp16."""
-    holders = {
-        "optimizer": run.optimizer,
-        "scheduler": run.scheduler,
-        "scaler": run.accelerator.scaler,
-    }
-    return {name: holder for name, holder in holders.items() if holder is not None}
+    holders: dict[str, Any] = {"optimizer": run.optimizer, "scheduler": run.scheduler}
+    scaler = run.accelerator.scaler
+    return holders if scaler is None else {**holders, "scaler": scaler}
 
 
 def load_best(run: TrainingRun) -> None:
@@ -122,12 +124,8 @@ def load_best(run: TrainingRun) -> None:
         ValueError: If that is damaged, or not all processes see it; on all of them.
     """
     (best,) = find_wanted(run.folder, str(run.folder / f"{_PREFIX}{run.saved_step}"))
-
-    def check() -> None:
-        if damage := find_damage(best):
-            raise ValueError(f"{best.name}, the best one, is damaged: {damage}; train again")
-
-    on_main_process(run.accelerator, check)
+    if damage := on_main_process(run.accelerator, partial(find_damage, best)):
+        raise ValueError(f"{best.name}, the best one, is damaged: {damage}; train again")
     load_model(run.model, best / _WEIGHTS)
 
 
@@ -167,9 +165,8 @@ def whole_folder(output_dir: Path, name: str, *, unpack: bool = False) -> Iterat
     # Of a full disk, torch makes a RuntimeError.
     except (OSError, RuntimeError, SafetensorError) as error:
         kept = [path.name for path in find_checkpoints(output_dir)]
-        message = f"{name} could not be written to {str(output_dir)!r} ({error}); " + (
-            f"{kept[0]} is intact" if kept else "there is no earlier checkpoint"
-        )
+        rest = f"{kept[0]} is intact" if kept else "there is no earlier checkpoint"
+        message = f"{name} could not be written to {str(output_dir)!r} ({error}); {rest}"
         number = getattr(error, "errno", None)
         raise (OSError(message) if number is None else OSError(number, message)) from error
     finally:
@@ -224,10 +221,10 @@ def choose(paths: list[Path], fingerprint: Mapping[str, Any]) -> Path | None:
     newest: dict[str, str] = {}  # by what is wrong with it
     for path in paths:
         if not path.is_dir():
-            beside = ", ".join(other.name for other in find_checkpoints(path.parent)) or "nothing"
+            beside = [other.name for other in find_checkpoints(path.parent)[:3]] or ["nothing"]
             raise FileNotFoundError(
-                f"resume_from_checkpoint is {str(path)!r}, which is not there ({beside} is); name "
-                "a checkpoint's directory, or pass True for the newest in output_dir"
+                f"resume_from_checkpoint is {str(path)!r}, which is not there ({', '.join(beside)} "
+                "is); name a checkpoint's directory, or pass True for the newest in output_dir"
             )
         problem = _find_problem(path, fingerprint)
         if problem is None:
@@ -265,7 +262,7 @@ def find_damage(checkpoint: Path) -> str | None:
         files = json.loads((checkpoint / _MANIFEST).read_text())["files"]
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{_MANIFEST} cannot be read ({error})"
+        return f"{_MANIFEST} cannot be read ({type(error).__name__})"
     for name, (size, digest) in expected.items():
         path = checkpoint / name
         if not path.is_file():

@@ -29,11 +29,7 @@ _OTHERWISE_HERE = {
     "optim": "an optimizer to accelerate_train",
     "remove_unused_columns": "nothing, since the collator gets all columns",
 }
-
-
-_LEAST = dict.fromkeys(
-    ("save_total_limit", "early_stopping_patience", "eval_steps", "save_steps"), 1
-)
+_LEAST = {"save_total_limit": 1, "early_stopping_patience": 1, "eval_steps": 1, "save_steps": 1}
 _LEAST |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
 _LEAST |= {"gradient_accumulation_steps": 1, "dataloader_num_workers": 0}
 
@@ -46,8 +42,7 @@ def _with_help(settings: type[Settings]) -> type[Settings]:
     for name, text in entries:
         plain = " ".join(text.replace("`", "").replace("%", "%%").split())
         if name in vars(settings):
-            described = field(default=vars(settings)[name], metadata={"help": plain})
-            setattr(settings, name, described)
+            setattr(settings, name, field(default=vars(settings)[name], metadata={"help": plain}))
     return settings
 
 
@@ -197,19 +192,16 @@ class TrainingConfig:
             none = "None, or " if getattr(type(self), name) is None else ""
             self._require(name, value is None or value >= least, f"{none}{least} or more")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
-            value = getattr(self, name)
-            self._require(name, 0 <= value < math.inf, "a finite number, 0 or more")
+            self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number, 0 or more")
         self._require("logging_steps", 0 < self.logging_steps < math.inf, "a finite number above 0")
         self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
         is_count = self.max_steps == -1 or self.max_steps > 0
         self._require("max_steps", is_count, "above 0, or -1 for whole epochs")
-        if self.load_best_model_at_end:
-            self._check_best()
         arguments = self.lr_scheduler_kwargs
         if isinstance(arguments, str):
             with suppress(ValueError):
                 arguments = json.loads(arguments)
-        known = arguments is None or isinstance(arguments, dict)
+        known = isinstance(arguments, dict | None)
         self._require("lr_scheduler_kwargs", known, "a dict, or JSON of one")
         object.__setattr__(self, "lr_scheduler_kwargs", arguments)
         from transformers import SchedulerType  # noqa: PLC0415  # a second to load
@@ -217,10 +209,9 @@ class TrainingConfig:
         schedules = [schedule.value for schedule in SchedulerType]
         known = self.lr_scheduler_type in schedules
         self._require("lr_scheduler_type", known, f"one of {schedules}")
-
-    def _check_best(self) -> None:
         together = self.eval_strategy == self.save_strategy != "no"
-        if not together or (self.eval_strategy == "steps" and self.save_steps != self.eval_steps):
+        others = self.eval_strategy == "steps" and self.save_steps != self.eval_steps
+        if self.load_best_model_at_end and (not together or others):
             raise ValueError(
                 "load_best_model_at_end needs a checkpoint at each evaluation, but eval_strategy "
                 f"is {self.eval_strategy!r} (eval_steps {self.eval_steps}) and save_strategy "

@@ -7,7 +7,6 @@ between two steps, when a checkpoint can be written. A second one acts at once.
 """
 
 import atexit
-import functools
 import logging
 import os
 import signal
@@ -57,9 +56,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if precision == "fp16" and PartialState(cpu=on_cpu).device.type == "cpu":
         raise ValueError("mixed_precision is 'fp16', which a CPU has not; pass 'bf16' or 'no'")
     accelerator = Accelerator(
-        mixed_precision=precision,
-        log_with=trackers or None,
-        project_dir=config.output_dir,
+        mixed_precision=precision, log_with=trackers or None, project_dir=config.output_dir
     )
     missing = set(trackers) - {getattr(name, "value", name) for name in accelerator.log_with}
     if missing:
@@ -77,7 +74,7 @@ def join_group(accelerator: Accelerator) -> None:
         RuntimeError: If a launcher started several and each thinks that it is the only one: they
             would overwrite each other's files.
     """
-    _leave_group_at_exit()
+    atexit.register(_leave_group)
     if accelerator.num_processes > 1:
         return
     asked = int(os.environ.get("WORLD_SIZE", "1"))
@@ -93,17 +90,12 @@ def join_group(accelerator: Accelerator) -> None:
         )
 
 
-@functools.cache
-def _leave_group_at_exit() -> None:
+def _leave_group() -> None:
     """Take the process out of its group when Python ends, which nobody else does.
 
     Threads of gloo that still run then abort the process: on a busy machine, 10 of 25 scripts whose
     two processes end after a collective ended with code -6, and none of 25 with this.
     """
-    atexit.register(_leave_group)
-
-
-def _leave_group() -> None:
     # After an error the others may wait for this process, and leaving could wait for them.
     if torch.distributed.is_initialized() and not hasattr(sys, "last_value"):
         time.sleep(0.2)  # right after the last collective, leaving can deadlock
@@ -141,8 +133,7 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Outcome]) -> 
         broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
-    result: Outcome = outcome[0]
-    return result
+    return outcome[0]  # type: ignore[no-any-return]
 
 
 def split_stream(dataset: Any, accelerator: Accelerator) -> tuple[Any, bool]:
@@ -157,8 +148,7 @@ def split_stream(dataset: Any, accelerator: Accelerator) -> tuple[Any, bool]:
     rank, world = accelerator.process_index, accelerator.num_processes
     if world == 1:
         return dataset, False
-    from datasets import IterableDataset  # noqa: PLC0415  # half a second to load
-    from datasets.distributed import split_dataset_by_node  # noqa: PLC0415
+    from datasets import IterableDataset, distributed  # noqa: PLC0415  # half a second to load
 
     if not isinstance(dataset, IterableDataset):
         return dataset, False
@@ -166,7 +156,7 @@ def split_stream(dataset: Any, accelerator: Accelerator) -> tuple[Any, bool]:
     if parts == [None] * world:
         if dataset.n_shards % world:
             return dataset, False
-        return split_dataset_by_node(dataset, rank, world), True
+        return distributed.split_dataset_by_node(dataset, rank, world), True
     if parts != [(number, world) for number in range(world)]:
         raise ValueError(
             f"train_dataset is a stream of which the {world} processes have the parts {parts} "

@@ -20,7 +20,7 @@ from mlmadapt.data.table import split_part
 from mlmadapt.masking.rates import sample_rates
 from mlmadapt.model.checks import unwrap
 from mlmadapt.model.evaluation import argument_of
-from mlmadapt.training.batches import PEEKED, OpenStream
+from mlmadapt.training.batches import OpenStream
 from mlmadapt.training.config import TrainingConfig
 
 # Settings that may differ: where things are written, what is shown, and how rows are cut into
@@ -84,7 +84,7 @@ def list_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> l
         if isinstance(was, Mapping) and isinstance(now, Mapping):
             found += [f"{name}: {difference}" for difference in list_differences(was, now)]
         elif was != now:
-            is_hash = " #" in str(now)
+            is_hash = " #" in f"{was} {now}"
             found.append(f"{name} changed" if is_hash else f"{name} was {was!r}, is {now!r}")
     return found
 
@@ -133,7 +133,7 @@ def _describe_rows(rows: Any) -> dict[str, Any]:
     if isinstance(rows, OpenStream):
         part = split_part(rows.dataset)
         kind = f"a stream, {type(rows.dataset).__name__}"
-        first = [sorted(row.items()) for row in rows.peek(PEEKED)]
+        first = [sorted(row.items()) for row in rows.peek()]
         return {"kind": kind, "parts": part and part[1], "first rows": first}
     # A sample spread over all rows: to read a whole large dataset would take longer than to resume.
     places = sorted({i * (len(rows) - 1) // _ROWS_LOOKED_AT for i in range(_ROWS_LOOKED_AT + 1)})

@@ -263,13 +263,7 @@ def in_eager_mode(run: TrainingRun) -> AbstractContextManager[object]:
 def save_checkpoint(run: TrainingRun) -> None:
     """Write a checkpoint, then remove those that are not to be kept."""
     loss_sums = gather_object([run.state.loss_sum])
-
-    def write() -> None:
-        checkpoint.write_run(run, loss_sums=loss_sums)
-        keep = run.config.save_total_limit
-        checkpoint.prune(run.folder, keep=keep, best=run.saved_step, newest=run.state.step)
-
-    on_main_process(run.accelerator, write)
+    on_main_process(run.accelerator, partial(checkpoint.write_run, run, loss_sums=loss_sums))
 
 
 def save(run: TrainingRun) -> list[str]:

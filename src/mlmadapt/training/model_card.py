@@ -143,16 +143,13 @@ def check_sentences(sentences: Sequence[str], tokenizer: Tokenizer, model: Model
         ValueError: If a sentence has no mask or several, or is too long for the model.
     """
     reader: Any = copy.deepcopy(tokenizer)  # which calls would leave without its truncation
-    texts = [_with_mask(sentence, reader) for sentence in sentences]
-    for sentence, text in zip(sentences, texts, strict=True):
-        masks = text.count(str(tokenizer.mask_token))
-        if masks != 1:
+    for sentence in sentences:
+        text = _with_mask(sentence, reader)
+        if (masks := text.count(str(tokenizer.mask_token))) != 1:
             raise ValueError(
                 f"fill_mask has {sentence!r} with {masks} masks; each sentence must have one [MASK]"
             )
-    if texts:
-        rows = [{"input_ids": reader(text)["input_ids"]} for text in texts]
-        check_rows("fill_mask", rows, model=model)
+        check_rows("fill_mask", [{"input_ids": reader(text)["input_ids"]}], model=model)
 
 
 def fill_masks(model: Model, sentences: Sequence[str], *, tokenizer: Tokenizer) -> dict[str, str]:

@@ -28,7 +28,7 @@ from mlmadapt.masking.selection import warn_of_unknown
 from mlmadapt.model import checks
 from mlmadapt.model.evaluation import argument_of
 from mlmadapt.model.forward import MaskedForward, masked_forward
-from mlmadapt.training.batches import PEEKED, OpenStream, first_batch, plan_batches
+from mlmadapt.training.batches import BatchPlan, OpenStream, first_batch, lengths_to_group_by
 from mlmadapt.training.config import TrainingConfig
 from mlmadapt.training.distributed import check_whole
 from mlmadapt.training.fingerprint import check_same_everywhere, describe_run
@@ -69,7 +69,7 @@ def check_run(
                 f"train_dataset is a stream, max_steps is {config.max_steps} and dataloader_num_"
                 f"workers {config.dataloader_num_workers}; give max_steps, and 0 workers"
             )
-        train_rows = as_rows("train_dataset", train_rows.peek(PEEKED))
+        train_rows = as_rows("train_dataset", train_rows.peek())
     for name, rows in {**eval_sets, "train_dataset": train_rows}.items():
         checks.check_rows(argument_of(name), rows, model=model)
     warn_of_unknown(train_rows, tokenizer)
@@ -110,8 +110,17 @@ def prepare(
     started = time.perf_counter()
     # Where the model lies before anything is tried, and before an optimizer takes its weights.
     model.to(accelerator.device)
-    plan = plan_batches(train_rows, config, accelerator, is_split=is_split)
-    plan = replace(plan, limit=checks.position_capacity(model))
+    plan = BatchPlan(
+        rows=0 if isinstance(train_rows, OpenStream) else len(train_rows),
+        batch_size=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        lengths=lengths_to_group_by(train_rows, config),
+        is_split=is_split,
+        limit=checks.position_capacity(model),
+    )
     all_steps = math.ceil(config.num_train_epochs * plan.steps_per_epoch)
     total_steps = config.max_steps if config.max_steps >= 1 else all_steps
     first = first_batch(train_rows, plan, data_collator)
@@ -149,8 +158,7 @@ def prepare(
         check_scheduler(scheduler, optimizer, config, evaluation_sets=len(eval_sets))
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         wrapped.train()
-        warm_up(model, wrapped, first, forward=forward, accelerator=accelerator, config=config)
-        yield TrainingRun(
+        run = TrainingRun(
             config=config,
             model=model,
             tokenizer=tokenizer,
@@ -170,6 +178,8 @@ def prepare(
             ),
             started=started,
         )
+        warm_up(run, first)
+        yield run
 
 
 @contextmanager
@@ -214,8 +224,7 @@ def without_unused_weights(model: Model, batch: Batch, forward: MaskedForward) -
     at 3 M parameters on two CPU processes, 0.4 % at 14 M.
     """
     forward.touch_gradients(model, batch, torch.Tensor.backward)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    unused = [weight for weight in weights if weight.grad is None]
+    unused = [w for w in model.parameters() if w.requires_grad and w.grad is None]
     model.zero_grad()
     for weight in unused:
         weight.requires_grad = False
@@ -226,15 +235,7 @@ def without_unused_weights(model: Model, batch: Batch, forward: MaskedForward) -
             weight.requires_grad = True
 
 
-def warm_up(
-    model: nn.Module,
-    wrapped: nn.Module,
-    batch: Batch,
-    *,
-    forward: MaskedForward,
-    accelerator: Accelerator,
-    config: TrainingConfig,
-) -> None:
+def warm_up(run: TrainingRun, batch: Batch) -> None:
     """Make the passes that decide how all others are computed, by the same batch after a resume.
 
     DDP rebuilds its buckets once, after the first backward pass, which changes the order of sums:
@@ -245,20 +246,21 @@ def warm_up(
     Raises:
         ValueError: If the model cannot be compiled.
     """
+    compiles = run.config.torch_compile
     try:
-        if config.torch_compile:
-            model.compile(dynamic=True)
-        for _ in range(2 if accelerator.num_processes > 1 else int(config.torch_compile)):
-            forward.touch_gradients(wrapped, batch, accelerator.backward)
+        if compiles:
+            run.model.compile(dynamic=True)
+        for _ in range(2 if run.plan.world > 1 else int(compiles)):
+            run.forward.touch_gradients(run.wrapped, batch, run.accelerator.backward)
     except Exception as error:
-        if not config.torch_compile:
+        if not compiles:
             raise
         raise ValueError(
             f"torch_compile is True, but the model cannot be compiled ({type(error).__name__}: "
             f"{str(error)[:300]}); leave it at False, or compile the model yourself before the "
             "call, with another backend"
         ) from error
-    model.zero_grad()
+    run.model.zero_grad()
 
 
 def check_scheduler(
@@ -327,7 +329,7 @@ def make_scheduler(
     warmup = config.warmup_steps
     arguments: Any = config.lr_scheduler_kwargs or {}
     try:
-        scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+        return get_scheduler(  # type: ignore[no-any-return]
             config.lr_scheduler_type,
             optimizer,
             num_warmup_steps=math.ceil(warmup * total_steps) if warmup < 1 else int(warmup),
@@ -339,4 +341,3 @@ def make_scheduler(
             f"lr_scheduler_kwargs is {config.lr_scheduler_kwargs!r}, which lr_scheduler_type "
             f"{config.lr_scheduler_type!r} does not take: {error}"
         ) from error
-    return scheduler

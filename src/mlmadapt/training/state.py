@@ -164,10 +164,8 @@ class TrainingRun:
     def is_done(self) -> bool:
         """Whether all steps are taken, or further ones would not help."""
         patience, best = self.config.early_stopping_patience, self.state.best()
-        if self.state.step >= self.total_steps or patience is None or best is None:
-            return self.state.step >= self.total_steps
-        evaluations = self.state.evaluations
-        return len(evaluations) - 1 - evaluations.index(best) >= patience
+        is_late = patience is not None and best in self.state.evaluations[:-patience]
+        return is_late or self.state.step >= self.total_steps
 
     @property
     def saved_step(self) -> int:
@@ -190,20 +188,16 @@ class TrainingRun:
 
     def due(self, *, ends_epoch: bool) -> tuple[bool, bool, bool]:
         """Tell whether to log, to evaluate and to save after a step."""
-        config, is_last = self.config, self.state.step == self.total_steps
+        config, step, is_last = self.config, self.state.step, self.state.step == self.total_steps
 
-        def is_due(strategy: str, every: int) -> bool:
-            return ends_epoch if strategy == "epoch" else not self.state.step % every
+        def is_due(strategy: str, every: float) -> bool:
+            in_time = ends_epoch if strategy == "epoch" else not step % every
+            return strategy != "no" and (is_last or in_time)
 
-        every = config.logging_steps
-        every = max(int(every if every >= 1 else every * self.total_steps), 1)
-
-        evaluates = is_last or (
-            config.eval_strategy != "no" and is_due(config.eval_strategy, config.eval_steps)
-        )
-        saves = config.save_strategy != "no" and (
-            is_last or is_due(config.save_strategy, config.save_steps)
-        )
+        share = config.logging_steps
+        every = max(int(share if share >= 1 else share * self.total_steps), 1)
+        evaluates = is_last or is_due(config.eval_strategy, config.eval_steps)
+        saves = is_due(config.save_strategy, config.save_steps)
         return evaluates or is_due("steps", every), evaluates, saves
 
     def result(self) -> TrainingResult:

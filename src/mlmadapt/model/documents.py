@@ -222,22 +222,21 @@ def _check_isolation(model: Model) -> None:
             "of documents; load it with attn_implementation='sdpa'"
         )
     config = bare.config.get_text_config()
-    pad_id = getattr(config, "pad_token_id", None)
+    pad_id = getattr(config, "pad_token_id", None) or 0
     # Long enough to reach out of the window of sliding attention; two are padded to each other.
     sizes = [6, 2 * min(attention_window(model), 512) + 7, 8]
     documents = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(config.vocab_size, (2, sum(sizes)), generator=generator)
-    if pad_id is not None:  # some models see it without a mask
-        drawn[drawn == pad_id] = (pad_id + 1) % config.vocab_size
+    drawn[drawn == pad_id] = (pad_id + 1) % config.vocab_size  # some see it without a mask
     middle = documents == 1
     row, others = drawn[:1], torch.where(middle, drawn[:1], drawn[1:])
     parts = list(torch.split(drawn[0], sizes))
-    padded = pad_sequence(parts, batch_first=True, padding_value=pad_id or 0)
+    padded = pad_sequence(parts, batch_first=True, padding_value=pad_id)
     is_token = pad_sequence([torch.ones_like(part) for part in parts], batch_first=True)
     # What fails here would without documents.
     alone = try_model(model, {"input_ids": padded, "attention_mask": is_token})[is_token == 1]
-    reason = None
+    reason = "a document's logits are not those that it has alone"
     try:
         together, in_other_company = (
             try_model(model, {"input_ids": tokens, "document_ids": documents[None]})[0]
@@ -248,13 +247,12 @@ def _check_isolation(model: Model) -> None:
     else:
         if not torch.equal(together[middle], in_other_company[middle]):
             reason = "a document's logits depend on the others in its row"
-        elif not (together - alone).norm() <= rounding(model) * alone.norm():
-            reason = "a document's logits are not those that it has alone"
-    if reason is not None:
-        cure = "use rows without 'document_ids': padded ones of one document each, or group_texts"
-        if attention not in ("eager", "sdpa"):
-            cure = "load it with attn_implementation='sdpa' or 'eager'"
-        raise ValueError(
-            f"model {type(bare).__name__} with attention {attention!r} does not keep the documents "
-            f"of packed rows apart: {reason}; {cure}"
-        )
+        elif (together - alone).norm() <= rounding(model) * alone.norm():
+            return
+    cure = "use rows without 'document_ids': padded ones of one document each, or group_texts"
+    if attention not in ("eager", "sdpa"):
+        cure = "load it with attn_implementation='sdpa' or 'eager'"
+    raise ValueError(
+        f"model {type(bare).__name__} with attention {attention!r} does not keep the documents of "
+        f"packed rows apart: {reason}; {cure}"
+    )

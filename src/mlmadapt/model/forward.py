@@ -141,13 +141,14 @@ def _is_inert(model: Model, inputs: Batch, positions: torch.Tensor, full: torch.
     padded = {name: nn.functional.pad(row[name], (0, _PADDING)) for name in row}
     pad_id = getattr(model.config.get_text_config(), "pad_token_id", None)
     padded["input_ids"][:, -_PADDING:] = pad_id or 0
-    expected = full[: int(positions[0].sum())].nan_to_num(neginf=0.0)
-    tried = (try_model(model, each)[0, : positions.shape[1]] for each in (padded, row))
-    off = ((each[positions[0]].nan_to_num(neginf=0.0) - expected).norm() for each in tried)
-    allowed = rounding(model) * expected.norm()
+
+    def is_off(tried: Batch) -> bool:
+        logits = try_model(model, tried)[0, : positions.shape[1]][positions[0]]
+        return _is_off(logits, full[: len(logits)], rounding(model))
+
     with suppress(ValueError):  # of a model that takes no padding
         # Of one whose logits differ anyway, at random or with the batch, padding is not the cause.
-        if next(off) <= allowed or next(off) > allowed:
+        if not is_off(padded) or is_off(row):
             return True
     logger.warning(
         "%s sees padding: rows have other logits where they are padded. It is evaluated on batches "
@@ -165,23 +166,24 @@ def try_sparse(
     Otherwise a warning says why, and the full head is used, which is slower and just as exact.
     """
     reason = "its head does not work position by position"
-    # A logit of -inf, of a token that is out of the vocabulary, differs from no other.
-    expected = full.nan_to_num(neginf=0.0)
     with ExitStack() as undo:
         try:
             check_encoder(model)
             sparse = undo.enter_context(SparsePrediction(model))
             logits = try_model(model, inputs, within=sparse.at(positions))
-        except ValueError as error:
-            reason = f"{reason}: {error}"
-        else:
-            gathered = masked_logits((logits,), positions).nan_to_num(neginf=0.0)
+            gathered = masked_logits((logits,), positions)
             # Wide enough for 16 bits; a head that is not position-wise is off by far more.
-            if (
-                gathered.shape == expected.shape
-                and (gathered - expected).norm() <= 0.05 * expected.norm()
-            ):
+            if gathered.shape == full.shape and not _is_off(gathered, full, 0.05):
                 undo.pop_all()
                 return sparse
+        except ValueError as error:
+            reason = f"{reason}: {error}"
     logger.warning("%s runs with its full head, more slowly: %s", type(model).__name__, reason)
     return None
+
+
+def _is_off(logits: torch.Tensor, expected: torch.Tensor, share: float) -> bool:
+    """Tell whether logits differ by more than a share of them."""
+    # One of -inf, of a token that is out of the vocabulary, differs from no other.
+    logits, expected = (each.nan_to_num(neginf=0.0) for each in (logits, expected))
+    return bool((logits - expected).norm() > share * expected.norm())

@@ -271,8 +271,8 @@ def masked_logits(outputs: Any, positions: torch.Tensor | MaskedPositions) -> to
     """Return the logits at `positions` in 32 bits, of shape ``(masked, vocabulary)``.
 
     Args:
-        outputs: A model's output, with logits of all positions or, by `predict_at`, of these only.
-            A tuple has no loss in it.
+        outputs: A model's output, with logits of all positions or, by `SparsePrediction.at`, of
+            these only. A tuple has no loss in it.
         positions: Booleans of shape ``(batch, sequence)``, or what was found of them.
     """
     logits: torch.Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]

@@ -110,12 +110,11 @@ def _check(tokenizer: Tokenizer, model: Model, pad_to_multiple_of: int | None) -
         check_whole("pad_to_multiple_of", pad_to_multiple_of)
     check_model(model)
     reason = None
-    weights = list(model.parameters())
     embedding: Any = model.get_input_embeddings()
     rows = len(embedding.weight)
     if unwrap(model) is not model or getattr(model, "_hf_peft_config_loaded", False):
         reason = "is compiled or has adapters; extend the bare model, and add them afterwards"
-    elif any(hasattr(weight, "device_mesh") or hasattr(weight, "ds_id") for weight in weights):
+    elif any(hasattr(each, "device_mesh") or hasattr(each, "ds_id") for each in model.parameters()):
         reason = "is sharded; extend it before FSDP or DeepSpeed get it"
     if reason is not None:
         raise ValueError(f"model {type(model).__name__} {reason}")

@@ -92,8 +92,7 @@ def check_encoder(model: Model) -> None:
     if reason is not None:
         raise ValueError(
             f"model {type(bare).__name__} {reason}; sparse_prediction needs an encoder with a "
-            "prediction head, such as AutoModelForMaskedLM gives for BERT or ModernBERT. Train it "
-            "with its full head"
+            "head, as of BERT or ModernBERT: train this one with its full head"
         )
 
 

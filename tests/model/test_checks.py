@@ -238,18 +238,6 @@ def test_a_collator_of_another_tokenizer_is_named(
             check_collator(kind, wordpiece)
 
 
-def test_rows_are_read_by_their_number(
-    bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast
-) -> None:
-    """Iterating rows that never raise `IndexError` would never end."""
-
-    class MapStyle(list[Any]):
-        def __iter__(self) -> Any:
-            raise AssertionError("iterated")
-
-    check_rows("eval", MapStyle(ROWS), model=bert)
-
-
 @pytest.mark.parametrize(
     ("architecture", "capacity"),
     [

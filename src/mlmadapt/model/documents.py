@@ -58,7 +58,8 @@ def isolate_documents(model: Model) -> "DocumentIsolation":
     Raises:
         ValueError: If the model does not isolate documents, is causal, or is wrapped for several
             devices. In a forward pass, if ``document_ids`` are not of the shape of ``input_ids`` or
-            do not rise along a row, or if an attention mask is made, and larger than 1 GiB.
+            do not rise along a row, if an attention mask is made, and larger than 1 GiB, or if code
+            runs that was compiled without this.
 
     Source:
         Krell et al. 2021, arXiv:2107.02027 (packing without cross-contamination).

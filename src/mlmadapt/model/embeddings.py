@@ -72,8 +72,8 @@ def extend_vocabulary(
         ValueError: If there are no words, or some cannot be added (white space, special tokens,
             tokens that are there, words that the tokenizer splits at once: characters of Chinese);
             the error counts and names them. If the tokenizer is not the model's or does not split
-            at white space, if the model is not a masked language model, has adapters or lies on
-            several devices, or if it could not use, predict or load a new word.
+            at white space, if the model is not a masked language model, has adapters, is compiled
+            or sharded, or if it could not use, predict or load a new word.
 
     Source:
         Gee et al. 2022, arXiv:2402.09977 (means of pieces).

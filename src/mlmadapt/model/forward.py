@@ -19,7 +19,7 @@ from torch import nn
 from mlmadapt._types import Batch, Model
 from mlmadapt.model.checks import attention_window, position_capacity, rounding, try_model
 from mlmadapt.model.documents import DocumentIsolation
-from mlmadapt.model.head import MaskedPositions, SparsePrediction, check_encoder, masked_logits
+from mlmadapt.model.head import MaskedPositions, SparsePrediction, masked_logits
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,6 @@ def try_sparse(
     reason = "its head does not work position by position"
     with ExitStack() as undo:
         try:
-            check_encoder(model)
             sparse = undo.enter_context(SparsePrediction(model))
             logits = try_model(model, inputs, within=sparse.at(positions))
             gathered = masked_logits((logits,), positions)

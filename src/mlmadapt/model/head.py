@@ -73,11 +73,10 @@ def sparse_prediction(model: Model) -> "SparsePrediction":
         torch.Size([1, 1])
     """
     check_model(model)
-    check_encoder(model)
     return SparsePrediction(model)
 
 
-def check_encoder(model: Model) -> None:
+def _check_encoder(model: Model) -> None:
     """Check that a model has an encoder below its head.
 
     Raises:
@@ -155,6 +154,7 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
     """
 
     def __init__(self, model: Model) -> None:
+        _check_encoder(model)
         # Per thread, since `DataParallel` calls replicas with the same hooks at the same time.
         self._masked: dict[int, MaskedPositions] = {}
         self._asked: MaskedPositions | None = None

@@ -369,6 +369,17 @@ def test_embeddings_in_place_of_tokens_have_positions() -> None:
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
+def test_tokens_out_of_the_vocabulary_are_no_difference() -> None:
+    """Their logits are -inf in any company."""
+    model: Any = build("bert")
+    with torch.no_grad():
+        model.get_output_embeddings().bias[7:9] = -torch.inf
+    ids, documents = torch.tensor([[7, 8, 9, 7]]), torch.tensor([[0, 0, 1, 1]])
+    with torch.no_grad(), isolate_documents(model):
+        together = model(input_ids=ids, document_ids=documents).logits[:, 2:]
+        torch.testing.assert_close(together, model(input_ids=ids[:, 2:]).logits)
+
+
 @pytest.mark.parametrize("architecture", ["bert", "modernbert"])
 def test_attention_that_can_end_the_process_is_refused_untried(architecture: str) -> None:
     """By name, with the cure, and without hooks."""

@@ -144,6 +144,17 @@ def test_rows_are_padded_to_a_multiple() -> None:
     assert (len(again), same.config.vocab_size) == (len(longer) + 1, 512)
 
 
+def test_words_of_tokens_out_of_the_vocabulary() -> None:
+    """Are out of it, as their pieces are; all others have their logits."""
+    tokenizer, model = make("bert")
+    pieces = tokenizer("placebo", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        model.get_output_embeddings().bias[pieces[0]] = -torch.inf
+    longer, larger = extend_vocabulary(tokenizer, model, NEW)
+    last = logits(larger, longer("film")["input_ids"])[0, -1]
+    assert last.isinf().nonzero().flatten().tolist() == [pieces[0], len(tokenizer)]
+
+
 def test_unused_rows_are_reused() -> None:
     """The model does not grow, and the rows of reserved tokens become those of words."""
     tokenizer = tiny_tokenizer("byte_bpe")

@@ -261,6 +261,13 @@ def rounding(model: Model) -> float:
     return 1e-4 if is_exact and model.dtype == torch.float32 else 0.05
 
 
+def is_off(logits: torch.Tensor, expected: torch.Tensor, share: float) -> bool:
+    """Tell whether logits differ by more than a share of them."""
+    # One of -inf, of a token that is out of the vocabulary, differs from no other.
+    logits, expected = (each.nan_to_num(neginf=0.0) for each in (logits, expected))
+    return bool((logits - expected).norm() > share * expected.norm())
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch off dropout and gradients inside the block; each module gets its own mode back."""

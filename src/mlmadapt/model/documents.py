@@ -25,6 +25,7 @@ from mlmadapt.model.checks import (
     attention_window,
     check_model,
     first_position,
+    is_off,
     rounding,
     try_model,
     unwrap,
@@ -248,7 +249,7 @@ def _check_isolation(model: Model) -> None:
     else:
         if not torch.equal(together[middle], in_other_company[middle]):
             reason = "a document's logits depend on the others in its row"
-        elif (together - alone).norm() <= rounding(model) * alone.norm():
+        elif not is_off(together, alone, rounding(model)):
             return
     cure = "use rows without 'document_ids': padded ones of one document each, or group_texts"
     if attention not in ("eager", "sdpa"):

@@ -17,7 +17,13 @@ import torch
 from torch import nn
 
 from mlmadapt._types import Batch, Model
-from mlmadapt.model.checks import attention_window, position_capacity, rounding, try_model
+from mlmadapt.model.checks import (
+    attention_window,
+    is_off,
+    position_capacity,
+    rounding,
+    try_model,
+)
 from mlmadapt.model.documents import DocumentIsolation
 from mlmadapt.model.head import MaskedPositions, SparsePrediction, masked_logits
 
@@ -142,13 +148,13 @@ def _is_inert(model: Model, inputs: Batch, positions: torch.Tensor, full: torch.
     pad_id = getattr(model.config.get_text_config(), "pad_token_id", None)
     padded["input_ids"][:, -_PADDING:] = pad_id or 0
 
-    def is_off(tried: Batch) -> bool:
+    def differs(tried: Batch) -> bool:
         logits = try_model(model, tried)[0, : positions.shape[1]][positions[0]]
-        return _is_off(logits, full[: len(logits)], rounding(model))
+        return is_off(logits, full[: len(logits)], rounding(model))
 
     with suppress(ValueError):  # of a model that takes no padding
         # Of one whose logits differ anyway, at random or with the batch, padding is not the cause.
-        if not is_off(padded) or is_off(row):
+        if not differs(padded) or differs(row):
             return True
     logger.warning(
         "%s sees padding: rows have other logits where they are padded. It is evaluated on batches "
@@ -172,17 +178,10 @@ def try_sparse(
             logits = try_model(model, inputs, within=sparse.at(positions))
             gathered = masked_logits((logits,), positions)
             # Wide enough for 16 bits; a head that is not position-wise is off by far more.
-            if gathered.shape == full.shape and not _is_off(gathered, full, 0.05):
+            if gathered.shape == full.shape and not is_off(gathered, full, 0.05):
                 undo.pop_all()
                 return sparse
         except ValueError as error:
             reason = f"{reason}: {error}"
     logger.warning("%s runs with its full head, more slowly: %s", type(model).__name__, reason)
     return None
-
-
-def _is_off(logits: torch.Tensor, expected: torch.Tensor, share: float) -> bool:
-    """Tell whether logits differ by more than a share of them."""
-    # One of -inf, of a token that is out of the vocabulary, differs from no other.
-    logits, expected = (each.nan_to_num(neginf=0.0) for each in (logits, expected))
-    return bool((logits - expected).norm() > share * expected.norm())

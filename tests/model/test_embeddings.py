@@ -184,14 +184,9 @@ def test_a_run_with_new_words(architecture: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
 
     def train(**more: Any) -> TrainingResult:
-        return accelerate_train(
-            copy.deepcopy(model),
-            rows[8:],
-            frozen_rows,
-            tokenizer=tokenizer,
-            data_collator=collator,
-            config=TrainingConfig(output_dir=str(tmp_path), **settings, **more),
-        )
+        config = TrainingConfig(output_dir=str(tmp_path), **settings, **more)
+        options: Any = {"tokenizer": tokenizer, "data_collator": collator, "config": config}
+        return accelerate_train(copy.deepcopy(model), rows[8:], frozen_rows, **options)
 
     result = train()
     resumed = train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

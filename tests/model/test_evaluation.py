@@ -34,6 +34,7 @@ from mlmadapt.model import evaluation
 from mlmadapt.model.evaluation import collate_frozen, evaluate_rows, rank_targets
 from mlmadapt.model.forward import MaskedForward
 from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_model, tiny_tokenizer
+from tests.scripts.short_run import rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -43,11 +44,7 @@ Rows = list[dict[str, Any]]
 
 def to_rows(columns: dict[str, Any]) -> Rows:
     """Turn columns into rows of plain lists."""
-    rows = zip(*columns.values(), strict=True)
-    return [
-        {name: np.asarray(values).tolist() for name, values in zip(columns, row, strict=True)}
-        for row in rows
-    ]
+    return [{name: np.asarray(row[name]).tolist() for name in row} for row in rows_of(columns)]
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from mlmadapt import masked_lm_loss, sparse_prediction
 from mlmadapt.model import head
 from mlmadapt.model.head import masked_logits, summed_cross_entropy
 from mlmadapt.testing import tiny_model, tiny_tokenizer
-from tests.scripts.short_run import drop_nothing
+from tests.scripts.short_run import drop_nothing, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -313,27 +313,13 @@ def train(
         lambda _, args, output: seen.append(args[0].shape[:-1].numel())
     )
     arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=len(rows["labels"]) // accumulation,
-        gradient_accumulation_steps=accumulation,
-        max_steps=2,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
+        output_dir=str(folder), per_device_train_batch_size=len(rows["labels"]) // accumulation,
+        gradient_accumulation_steps=accumulation, max_steps=2, learning_rate=1e-2, logging_steps=1,
+        save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
         dataloader_pin_memory=False,
-    )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=[
-            dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)
-        ],
-        data_collator=default_data_collator,
-        **kwargs,
-    )
+    )  # fmt: skip
+    options = {"train_dataset": rows_of(rows), "data_collator": default_data_collator}
+    trainer = Trainer(model, arguments, **options, **kwargs)
     trainer.train()
     log = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history[:2]]
     return trainer, log, sum(seen)

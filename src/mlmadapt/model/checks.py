@@ -136,8 +136,8 @@ def check_rows(name: str, dataset: Rows, *, model: Model) -> None:
             f"{name} has token id {highest}, the model's embedding {embeddings} rows; tokenize "
             "with the model's own tokenizer"
         )
-    positions = position_capacity(model)
-    if positions is not None and longest > positions:
+    positions = position_capacity(model) or longest
+    if longest > positions:
         raise ValueError(
             f"{name} has a row of {longest} tokens, the model has positions for {positions}; "
             f"shorten it: group_texts with chunk_size={positions} or less makes such rows"

@@ -21,15 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mlmadapt._types import Model
 from mlmadapt.data.rows import document_bounds
-from mlmadapt.model.checks import (
-    attention_window,
-    check_model,
-    first_position,
-    is_off,
-    rounding,
-    try_model,
-    unwrap,
-)
+from mlmadapt.model import checks
 from mlmadapt.model.document_mask import mask_documents
 
 
@@ -75,7 +67,7 @@ def isolate_documents(model: Model) -> "DocumentIsolation":
         >>> torch.allclose(both[:, 2:], alone, atol=1e-5)
         True
     """
-    check_model(model)
+    checks.check_model(model)
     return DocumentIsolation(model)
 
 
@@ -86,10 +78,10 @@ class DocumentIsolation(AbstractContextManager["DocumentIsolation"]):
     """
 
     def __init__(self, model: Model) -> None:
-        encoder = unwrap(model).base_model
+        encoder = checks.unwrap(model).base_model
         self._config = encoder.config
         self._parameters = list(inspect.signature(encoder.forward).parameters)
-        self._first_position = first_position(model)
+        self._first_position = checks.first_position(model)
         # Per thread, since `DataParallel` calls replicas with the same hooks at the same time.
         self._documents: dict[int, tuple[torch.Tensor, torch.Tensor, bool]] = {}
         self._hooks = [
@@ -216,7 +208,7 @@ def _check_isolation(model: Model) -> None:
     Raises:
         ValueError: If not.
     """
-    bare = unwrap(model)
+    bare = checks.unwrap(model)
     attention = getattr(bare.config, "_attn_implementation", None)
     if attention == "flex_attention":
         raise ValueError(
@@ -226,7 +218,7 @@ def _check_isolation(model: Model) -> None:
     config = bare.config.get_text_config()
     pad_id = getattr(config, "pad_token_id", None) or 0
     # Long enough to reach out of the window of sliding attention; two are padded to each other.
-    sizes = [6, 2 * min(attention_window(model), 512) + 7, 8]
+    sizes = [6, 2 * min(checks.attention_window(model), 512) + 7, 8]
     documents = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(config.vocab_size, (2, sum(sizes)), generator=generator)
@@ -236,12 +228,12 @@ def _check_isolation(model: Model) -> None:
     parts = list(torch.split(drawn[0], sizes))
     padded = pad_sequence(parts, batch_first=True, padding_value=pad_id)
     is_token = pad_sequence([torch.ones_like(part) for part in parts], batch_first=True)
-    # What fails here would without documents.
-    alone = try_model(model, {"input_ids": padded, "attention_mask": is_token})[is_token == 1]
+    inputs = {"input_ids": padded, "attention_mask": is_token}
+    alone = checks.try_model(model, inputs)[is_token == 1]  # what fails would without documents
     reason = "a document's logits are not those that it has alone"
     try:
         together, in_other_company = (
-            try_model(model, {"input_ids": tokens, "document_ids": documents[None]})[0]
+            checks.try_model(model, {"input_ids": tokens, "document_ids": documents[None]})[0]
             for tokens in (row, others)
         )
     except ValueError as error:  # of a model that takes no such mask
@@ -249,7 +241,7 @@ def _check_isolation(model: Model) -> None:
     else:
         if not torch.equal(together[middle], in_other_company[middle]):
             reason = "a document's logits depend on the others in its row"
-        elif not is_off(together, alone, rounding(model)):
+        elif not checks.is_off(together, alone, checks.rounding(model)):
             return
     cure = "use rows without 'document_ids': padded ones of one document each, or group_texts"
     if attention not in ("eager", "sdpa"):

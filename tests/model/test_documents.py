@@ -9,12 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    DataCollatorForLanguageModeling,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, set_seed
 
 from mlmadapt import (
     TrainingConfig,
@@ -27,10 +22,7 @@ from mlmadapt import (
     sparse_prediction,
 )
 from mlmadapt.model import documents as isolation
-from mlmadapt.testing import (
-    assert_documents_isolated,
-    tiny_model,
-)
+from mlmadapt.testing import assert_documents_isolated, tiny_model
 from tests.scripts.packed import (
     ALONE,
     IS_OLD,
@@ -71,8 +63,10 @@ def test_documents_see_themselves_alone(architecture: str, attention: str) -> No
 def test_models_that_mix_documents_are_refused(architecture: str) -> None:
     """A model that cannot keep documents apart is refused by name, and left without hooks."""
     model = tiny_model(TOKENIZER, architecture=architecture)
-    with pytest.raises(ValueError, match=f"{type(model).__name__}.* does not keep the documents"):
+    message = f"{type(model).__name__}.* does not keep the documents"
+    with pytest.raises(ValueError, match=message) as raised:
         isolate_documents(model)
+    assert len(str(raised.value)) <= 300
     assert not model._forward_pre_hooks
 
 
@@ -329,22 +323,15 @@ def test_collators_refuse_documents_that_fall() -> None:
 
 
 def test_rows_without_documents_are_not_touched() -> None:
-    """Batches without ``document_ids`` give the very same logits under the handle."""
-    model = build("bert")
+    """Nor global random state: the check's documents are drawn from a generator of their own."""
+    model, state = build("bert"), torch.get_rng_state()
     ids = torch.tensor([[7, 8, 9, 0]])
     mask = torch.tensor([[1, 1, 1, 0]])
     with torch.no_grad():
         before = model(input_ids=ids, attention_mask=mask).logits
         with isolate_documents(model):
             assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
-
-
-def test_global_randomness_stays() -> None:
-    """The made-up documents of the check are drawn from a generator of their own."""
-    model = build("bert")
-    before = torch.get_rng_state()
-    isolate_documents(model)
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("what", ["a hole", "a hole at the start", "padding", "padding at the end"])
@@ -382,6 +369,17 @@ def test_embeddings_in_place_of_tokens_have_positions() -> None:
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
+def test_tokens_out_of_the_vocabulary_are_no_difference() -> None:
+    """Their logits are -inf in any company."""
+    model: Any = build("bert")
+    with torch.no_grad():
+        model.get_output_embeddings().bias[7:9] = -torch.inf
+    ids, documents = torch.tensor([[7, 8, 9, 7]]), torch.tensor([[0, 0, 1, 1]])
+    with torch.no_grad(), isolate_documents(model):
+        together = model(input_ids=ids, document_ids=documents).logits[:, 2:]
+        torch.testing.assert_close(together, model(input_ids=ids[:, 2:]).logits)
+
+
 @pytest.mark.parametrize("architecture", ["bert", "modernbert"])
 def test_attention_that_can_end_the_process_is_refused_untried(architecture: str) -> None:
     """By name, with the cure, and without hooks."""
@@ -411,10 +409,3 @@ def test_an_encoder_that_does_not_take_the_documents_is_told(
             model(input_ids=ids)
         again = model(input_ids=ids, attention_mask=mask, document_ids=documents).logits
     assert torch.equal(again, expected)
-
-
-def test_reasons_are_short() -> None:
-    """Whatever a model's own error is."""
-    with pytest.raises(ValueError, match="does not keep the documents") as raised:
-        isolate_documents(tiny_model(TOKENIZER, architecture="deberta-v2"))
-    assert len(str(raised.value)) <= 300

@@ -33,6 +33,7 @@ from mlmadapt import (
     tokenize_with_word_ids,
 )
 from mlmadapt.testing import tiny_corpus, tiny_model, tiny_tokenizer
+from tests.scripts.short_run import rows_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -143,6 +144,17 @@ def test_rows_are_padded_to_a_multiple() -> None:
     assert (len(again), same.config.vocab_size) == (len(longer) + 1, 512)
 
 
+def test_words_of_tokens_out_of_the_vocabulary() -> None:
+    """Are out of it, as their pieces are; all others have their logits."""
+    tokenizer, model = make("bert")
+    pieces = tokenizer("placebo", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        model.get_output_embeddings().bias[pieces[0]] = -torch.inf
+    longer, larger = extend_vocabulary(tokenizer, model, NEW)
+    last = logits(larger, longer("film")["input_ids"])[0, -1]
+    assert last.isinf().nonzero().flatten().tolist() == [pieces[0], len(tokenizer)]
+
+
 def test_unused_rows_are_reused() -> None:
     """The model does not grow, and the rows of reserved tokens become those of words."""
     tokenizer = tiny_tokenizer("byte_bpe")
@@ -155,39 +167,26 @@ def test_unused_rows_are_reused() -> None:
     torch.testing.assert_close(row, model.get_input_embeddings().weight[pieces].mean(0))
 
 
-def rows_of(tokenizer: Any, documents: int) -> list[dict[str, Any]]:
-    """Chunks of documents with new words in them."""
-    texts = [f"{text} placebo goodness" for text in tiny_corpus(documents)]
-    chunks = group_texts(tokenize_with_word_ids({"text": texts}, tokenizer), chunk_size=32)
-    return [dict(zip(chunks, row, strict=True)) for row in zip(*chunks.values(), strict=True)]
-
-
 @pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("architecture", ["bert", "roberta"])
 def test_a_run_with_new_words(architecture: str, tmp_path: Path) -> None:
     """Trained, saved, resumed and evaluated as any other; new words are masked as any other."""
     tokenizer, model = extend_vocabulary(*make(architecture), NEW)
-    rows = rows_of(tokenizer, 60)
+    texts = [f"{text} placebo goodness" for text in tiny_corpus(60)]
+    rows = rows_of(group_texts(tokenize_with_word_ids({"text": texts}, tokenizer), chunk_size=32))
     collator = WholeWordMaskingCollator(tokenizer, seed=0)
     labels = collator(rows)["labels"]
     assert (labels >= len(tokenizer) - len(NEW)).any()
     frozen = insert_random_mask(
         {name: [row[name] for row in rows[:8]] for name in rows[0]}, collator
     )
-    frozen_rows = [
-        dict(zip(frozen, row, strict=True)) for row in zip(*frozen.values(), strict=True)
-    ]
+    frozen_rows = rows_of(frozen)
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
 
     def train(**more: Any) -> TrainingResult:
-        return accelerate_train(
-            copy.deepcopy(model),
-            rows[8:],
-            frozen_rows,
-            tokenizer=tokenizer,
-            data_collator=collator,
-            config=TrainingConfig(output_dir=str(tmp_path), **settings, **more),
-        )
+        config = TrainingConfig(output_dir=str(tmp_path), **settings, **more)
+        options: Any = {"tokenizer": tokenizer, "data_collator": collator, "config": config}
+        return accelerate_train(copy.deepcopy(model), rows[8:], frozen_rows, **options)
 
     result = train()
     resumed = train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -202,12 +201,8 @@ def test_a_run_with_new_words(architecture: str, tmp_path: Path) -> None:
 
 # Architectures with a second table to read by, a part of the head that lies across, and numbers of
 # words beside the configuration's.
-SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL["intermediate_size"] = 48
 SIZES: dict[str, dict[str, Any]] = {
     "xlm": {"emb_dim": 32, "n_layers": 1, "n_heads": 2},
     "flaubert": {"emb_dim": 32, "n_layers": 1, "n_heads": 2},
@@ -334,18 +329,12 @@ def test_models_that_cannot_have_new_rows(make_model: Any, reason: str) -> None:
     assert all(torch.equal(model.state_dict()[name], values) for name, values in before.items())
 
 
-@pytest.mark.parametrize("size", [0, 1.5, True, "8"])
-def test_wrong_multiples(size: Any) -> None:
-    """Rows are counted in whole numbers."""
-    with pytest.raises(
-        ValueError, match=f"pad_to_multiple_of is {size!r}; it must be a whole number"
-    ):
-        extend_vocabulary(*make("bert"), NEW, pad_to_multiple_of=size)
-
-
 def test_models_that_are_not_the_tokenizers() -> None:
-    """Fewer rows than tokens, or another padding token."""
+    """Fewer rows than tokens, or another padding token; and rows are whole numbers."""
     tokenizer, model = make("bert")
+    for size in (0, 1.5, True, "8"):
+        with pytest.raises(ValueError, match=f"pad_to_multiple_of is {size!r}; it must be a whole"):
+            extend_vocabulary(tokenizer, model, NEW, pad_to_multiple_of=size)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tokenizer has 512 tokens and padding id 1, the model 4"):
         extend_vocabulary(tiny_tokenizer("byte_bpe"), model, NEW)
     model.config.pad_token_id = 1

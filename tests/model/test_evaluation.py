@@ -34,6 +34,7 @@ from mlmadapt.model import evaluation
 from mlmadapt.model.evaluation import collate_frozen, evaluate_rows, rank_targets
 from mlmadapt.model.forward import MaskedForward
 from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_model, tiny_tokenizer
+from tests.scripts.short_run import rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -43,11 +44,7 @@ Rows = list[dict[str, Any]]
 
 def to_rows(columns: dict[str, Any]) -> Rows:
     """Turn columns into rows of plain lists."""
-    rows = zip(*columns.values(), strict=True)
-    return [
-        {name: np.asarray(values).tolist() for name, values in zip(columns, row, strict=True)}
-        for row in rows
-    ]
+    return [{name: np.asarray(row[name]).tolist() for name in row} for row in rows_of(columns)]
 
 
 @pytest.fixture(scope="module")
@@ -175,10 +172,16 @@ def test_rows_are_sorted_by_length(bert: PreTrainedModel, rows: Rows, form: str)
     handle.remove()
 
 
+@pytest.mark.parametrize("architecture", ["bert", "fnet"])
 def test_rows_whose_lengths_are_not_known_are_taken_as_they_come(
-    bert: PreTrainedModel, rows: Rows, expected: MaskedLMMetrics
+    wordpiece: PreTrainedTokenizerFast, rows: Rows, architecture: str
 ) -> None:
-    """Of a dataset whose rows are made when they are read, and of a class of one's own."""
+    """Of a dataset whose rows are made when they are read, and of a class of one's own.
+
+    Of FNet, which sees padding, each is a batch of its own.
+    """
+    model = tiny_model(wordpiece, architecture=architecture)
+    expected = evaluate_mlm(model, rows, tokenizer=wordpiece)
 
     class Lazy:
         def __len__(self) -> int:
@@ -192,8 +195,7 @@ def test_rows_whose_lengths_are_not_known_are_taken_as_they_come(
 
     made = Dataset.from_dict({"place": [*range(len(rows))]}).with_transform(make)
     for form in (Lazy(), made):
-        metrics = evaluate_mlm(bert, form, tokenizer=tiny_tokenizer(), batch_size=16)
-        assert_same(metrics, expected)
+        assert_same(evaluate_mlm(model, form, tokenizer=wordpiece, batch_size=16), expected)
 
 
 def test_never_all_logits_at_once(
@@ -253,17 +255,13 @@ FROZEN = {"input_ids": [2, 4, 3], "labels": [-100, 9, -100]}
     [
         ([], ValueError, "no rows; group_texts drops"),
         ([{"input_ids": [2, 9, 3]}], ValueError, r"not frozen: its rows have \['input_ids'\]"),
-        (
-            [{"input_ids": [2, 9], "labels": [2, 9]}] * 9,
-            ValueError,
-            "not frozen.*insert_random_mask",
-        ),
         ([{"input_ids": [2, 9], "labels": 1}], ValueError, "dataset is not frozen"),
-        # A copy of the tokens, with -100 at the padding as some collators leave it.
+        # A copy of the tokens, and one with -100 at the padding as some collators leave it.
+        ([{"input_ids": [2, 9], "labels": [2, 9]}] * 9, ValueError, "not frozen.*insert_random"),
         (
             [{"input_ids": [2, 9, 0, 0], "labels": [2, 9, -100, -100]}] * 9,
             ValueError,
-            "not frozen.*insert_random_mask",
+            "not frozen: .*, without a label other than -100 and its token",
         ),
         (
             [{"masked_input_ids": [2, 4, 3], "masked_labels": [-100] * 3}],
@@ -272,11 +270,6 @@ FROZEN = {"input_ids": [2, 4, 3], "labels": [-100, 9, -100]}
         ),
         ({"test": [FROZEN]}, TypeError, "dataset is a dict, .*; it must be a Dataset or a list"),
         (iter([FROZEN]), TypeError, "dataset is a list_iterator, .*; it must be a Dataset or a"),
-        (
-            [{"input_ids": [2, 9], "labels": [-100, -100]}] * 9,
-            ValueError,
-            "not frozen: .*, without a label other than -100 and its token",
-        ),
         ([{**FROZEN, "text": "a film"}], ValueError, "'text' is not a column of tokens"),
         ([{**FROZEN, "input_ids": [2, 4, 10**6]}], ValueError, "dataset has token id 1000000"),
         (
@@ -296,14 +289,6 @@ def test_wrong_rows_are_told(
     """No rows, rows without masks, several sets, a column too many, and rows of another model."""
     with pytest.raises(error, match=message):
         evaluate_mlm(bert, dataset, tokenizer=wordpiece)
-
-
-def test_wrong_batch_size_is_told(
-    bert: PreTrainedModel, wordpiece: PreTrainedTokenizerFast
-) -> None:
-    """A batch of no rows is none."""
-    with pytest.raises(ValueError, match="batch_size is 0; it must be 1 or more"):
-        evaluate_mlm(bert, [FROZEN], tokenizer=wordpiece, batch_size=0)
 
 
 @given(st.integers(1, 4), st.integers(2, 12), st.integers(0, 10**6))
@@ -455,15 +440,6 @@ def test_words_are_those_of_the_reference(kind: str, prefix: str) -> None:
     assert by_word.loss * by_word.masked_words == pytest.approx(total)
 
 
-def test_words_of_one_token_have_the_loss_of_tokens(bert: PreTrainedModel) -> None:
-    """Where each word is a token, both have one mean."""
-    tokenizer = tiny_tokenizer()
-    rows = freeze_words(tokenizer)
-    by_token = evaluate_mlm(bert, rows, tokenizer=tokenizer)
-    single = [{**row, "word_ids": [*range(len(row["word_ids"]))]} for row in rows]
-    assert evaluate_words(bert, single, tokenizer=tokenizer).loss == pytest.approx(by_token.loss)
-
-
 def test_a_word_is_right_if_all_its_pieces_are() -> None:
     """And a byte of it is a byte of its text, without what stands around it."""
     tokenizer = tiny_tokenizer("byte_bpe")
@@ -525,8 +501,9 @@ def test_rows_that_do_not_know_their_words(bert: PreTrainedModel) -> None:
         evaluate(unmasked)
     with pytest.raises(ValueError, match=r"dataset is not frozen"):
         evaluate([{"input_ids": [2, 7, 3], "word_ids": [-1, 0, -1]}])
-    with pytest.raises(ValueError, match=r"batch_size is 0"):
-        evaluate_words(bert, rows, tokenizer=tokenizer, batch_size=0)
+    for measure in (evaluate_words, evaluate_mlm):
+        with pytest.raises(ValueError, match="batch_size is 0; it must be 1 or more"):
+            measure(bert, rows, tokenizer=tokenizer, batch_size=0)
 
 
 # All that `tiny_model` builds small.
@@ -595,21 +572,3 @@ def test_a_row_is_alone_in_every_batch(architecture: str, caplog: pytest.LogCapt
     assert state_of(model) == before
     is_named = f"{type(model).__name__} sees padding" in caplog.text
     assert is_named == (architecture in SEES_PADDING)
-
-
-def test_rows_of_unknown_length_of_a_model_that_sees_padding(
-    wordpiece: PreTrainedTokenizerFast, rows: Rows
-) -> None:
-    """Each is a batch of its own, and the figure is the same."""
-
-    class Unknown:
-        def __len__(self) -> int:
-            return 20
-
-        def __getitem__(self, place: int) -> dict[str, Any]:
-            return rows[range(20)[place]]
-
-    model = tiny_model(wordpiece, architecture="fnet")
-    known = evaluate_mlm(model, rows[:20], tokenizer=wordpiece)
-    unknown: Any = Unknown()
-    assert evaluate_mlm(model, unknown, tokenizer=wordpiece).loss == pytest.approx(known.loss)

@@ -46,9 +46,7 @@ def check_model(model: Model, called: str = "model") -> None:
         reason = "is on the device 'meta', where weights have no values"
     elif not hasattr(bare.get_input_embeddings(), "weight"):
         reason = "has no table of token embeddings"
-    elif isinstance(bare, masked):
-        return
-    elif isinstance(bare, causal):
+    elif isinstance(bare, causal) and not isinstance(bare, masked):
         reason = "is a causal language model, which shifts its labels"
     elif type(bare) in np.atleast_1d(base):
         reason = "has no prediction head, as AutoModel loads it"
@@ -67,9 +65,10 @@ def check_ties(model: Model) -> None:
     """
     bare = unwrap(model)
     both = [bare.get_input_embeddings(), bare.get_output_embeddings() or nn.Module()]
-    # Without biases, which are the head's alone.
-    read, told = ({w for w in part.parameters() if w.requires_grad and w.ndim > 1} for part in both)
-    if hasattr(model, "peft_config") and bare.config.tie_word_embeddings and read != told:
+    # Without biases, which are the head's alone. What was tied shares its frozen matrix still.
+    read, told = ({weight for weight in part.parameters() if weight.ndim > 1} for part in both)
+    is_apart = read & told and any(weight.requires_grad for weight in read ^ told)
+    if hasattr(model, "peft_config") and is_apart:
         raise ValueError(
             f"model {type(bare).__name__} ties its head to its embeddings, but adapters train them "
             "apart; give LoraConfig trainable_token_indices=[ids of new words], not modules_to_save"
@@ -90,12 +89,12 @@ def check_collator(data_collator: DataCollator, tokenizer: Tokenizer) -> None:
         )
     other: Tokenizer = getattr(data_collator, "tokenizer", tokenizer)
     if other is not tokenizer and other.get_vocab() != tokenizer.get_vocab():
+        theirs, own = (
+            f"{len(each)} tokens, mask {each.mask_token!r}" for each in (other, tokenizer)
+        )
         raise ValueError(
-            f"data_collator was made with another tokenizer: {type(other).__name__} of "
-            f"{len(other)} tokens, its mask {other.mask_token!r} the id {other.mask_token_id}; "
-            f"tokenizer is {type(tokenizer).__name__} of {len(tokenizer)}, its mask "
-            f"{tokenizer.mask_token!r} {tokenizer.mask_token_id}. Make the "
-            "collator with the tokenizer that is passed"
+            f"data_collator was made with another tokenizer: one of {theirs}, in place of {own}; "
+            "make the collator with the tokenizer that is passed"
         )
 
 
@@ -137,8 +136,8 @@ def check_rows(name: str, dataset: Rows, *, model: Model) -> None:
             f"{name} has token id {highest}, the model's embedding {embeddings} rows; tokenize "
             "with the model's own tokenizer"
         )
-    positions = position_capacity(model)
-    if positions is not None and longest > positions:
+    positions = position_capacity(model) or longest
+    if longest > positions:
         raise ValueError(
             f"{name} has a row of {longest} tokens, the model has positions for {positions}; "
             f"shorten it: group_texts with chunk_size={positions} or less makes such rows"
@@ -180,20 +179,20 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         TypeError: If it needs a closure.
         ValueError: If it has no weight of the model that is to be trained, as a class has none.
     """
-    name = str(optimizer).partition(" (")[0]
+    name = str(optimizer).partition(" (")[0][:80]
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError(f"optimizer is {name}, whose step needs a closure; pass another, as AdamW")
     groups = getattr(optimizer, "param_groups", ())
-    held = {id(weight) for group in groups for weight in group["params"]}
-    trained = [id(weight) for weight in model.parameters() if weight.requires_grad]
+    trained = {weight for weight in model.parameters() if weight.requires_grad}
+    held = {weight for group in groups for weight in group["params"]} & trained
     text = (
-        f"optimizer is {name}, with {len(held & {*trained})} of the {len(trained)} weights of the "
-        "model that are to be trained; make an object of those of the model that is passed "
+        f"optimizer is {name}, with {len(held)} of the {len(trained)} weights of the model that "
+        "are to be trained; make an object of those of the model that is passed "
         "(extend_vocabulary and get_peft_model return another)"
     )
-    if held.isdisjoint(trained):
+    if not held:
         raise ValueError(text)
-    if not held.issuperset(trained):
+    if held != trained:
         logger.warning("%s", text)
 
 
@@ -262,6 +261,13 @@ def rounding(model: Model) -> float:
     return 1e-4 if is_exact and model.dtype == torch.float32 else 0.05
 
 
+def is_off(logits: torch.Tensor, expected: torch.Tensor, share: float) -> bool:
+    """Tell whether logits differ by more than a share of them."""
+    # One of -inf, of a token that is out of the vocabulary, differs from no other.
+    logits, expected = (each.nan_to_num(neginf=0.0) for each in (logits, expected))
+    return bool((logits - expected).norm() > share * expected.norm())
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch off dropout and gradients inside the block; each module gets its own mode back."""
@@ -311,12 +317,11 @@ def try_model(
             f"model {name} has attention_type 'block_sparse', which a short batch switches off for "
             "good, so that what follows depends on it; load it with attention_type='original_full'"
         )
+    moved = {name: values.to(model.device) for name, values in inputs.items()}
     plain_code = torch.compiler.set_stance("force_eager")
     with plain_code, evaluation_mode(model), within or nullcontext():
         try:
-            output: Any = model(
-                **{name: values.to(model.device) for name, values in inputs.items()}
-            )
+            output: Any = model(**moved)
         except torch.OutOfMemoryError:  # no fault of the model
             raise
         except Exception as error:

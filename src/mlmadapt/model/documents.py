@@ -21,14 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mlmadapt._types import Model
 from mlmadapt.data.rows import document_bounds
-from mlmadapt.model.checks import (
-    attention_window,
-    check_model,
-    first_position,
-    rounding,
-    try_model,
-    unwrap,
-)
+from mlmadapt.model import checks
 from mlmadapt.model.document_mask import mask_documents
 
 
@@ -58,7 +51,8 @@ def isolate_documents(model: Model) -> "DocumentIsolation":
     Raises:
         ValueError: If the model does not isolate documents, is causal, or is wrapped for several
             devices. In a forward pass, if ``document_ids`` are not of the shape of ``input_ids`` or
-            do not rise along a row, or if an attention mask is made, and larger than 1 GiB.
+            do not rise along a row, if an attention mask is made, and larger than 1 GiB, or if code
+            runs that was compiled without this.
 
     Source:
         Krell et al. 2021, arXiv:2107.02027 (packing without cross-contamination).
@@ -73,7 +67,7 @@ def isolate_documents(model: Model) -> "DocumentIsolation":
         >>> torch.allclose(both[:, 2:], alone, atol=1e-5)
         True
     """
-    check_model(model)
+    checks.check_model(model)
     return DocumentIsolation(model)
 
 
@@ -84,10 +78,10 @@ class DocumentIsolation(AbstractContextManager["DocumentIsolation"]):
     """
 
     def __init__(self, model: Model) -> None:
-        encoder = unwrap(model).base_model
+        encoder = checks.unwrap(model).base_model
         self._config = encoder.config
         self._parameters = list(inspect.signature(encoder.forward).parameters)
-        self._first_position = first_position(model)
+        self._first_position = checks.first_position(model)
         # Per thread, since `DataParallel` calls replicas with the same hooks at the same time.
         self._documents: dict[int, tuple[torch.Tensor, torch.Tensor, bool]] = {}
         self._hooks = [
@@ -214,7 +208,7 @@ def _check_isolation(model: Model) -> None:
     Raises:
         ValueError: If not.
     """
-    bare = unwrap(model)
+    bare = checks.unwrap(model)
     attention = getattr(bare.config, "_attn_implementation", None)
     if attention == "flex_attention":
         raise ValueError(
@@ -222,25 +216,24 @@ def _check_isolation(model: Model) -> None:
             "of documents; load it with attn_implementation='sdpa'"
         )
     config = bare.config.get_text_config()
-    pad_id = getattr(config, "pad_token_id", None)
+    pad_id = getattr(config, "pad_token_id", None) or 0
     # Long enough to reach out of the window of sliding attention; two are padded to each other.
-    sizes = [6, 2 * min(attention_window(model), 512) + 7, 8]
+    sizes = [6, 2 * min(checks.attention_window(model), 512) + 7, 8]
     documents = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(config.vocab_size, (2, sum(sizes)), generator=generator)
-    if pad_id is not None:  # some models see it without a mask
-        drawn[drawn == pad_id] = (pad_id + 1) % config.vocab_size
+    drawn[drawn == pad_id] = (pad_id + 1) % config.vocab_size  # some see it without a mask
     middle = documents == 1
     row, others = drawn[:1], torch.where(middle, drawn[:1], drawn[1:])
     parts = list(torch.split(drawn[0], sizes))
-    padded = pad_sequence(parts, batch_first=True, padding_value=pad_id or 0)
+    padded = pad_sequence(parts, batch_first=True, padding_value=pad_id)
     is_token = pad_sequence([torch.ones_like(part) for part in parts], batch_first=True)
-    # What fails here would without documents.
-    alone = try_model(model, {"input_ids": padded, "attention_mask": is_token})[is_token == 1]
-    reason = None
+    inputs = {"input_ids": padded, "attention_mask": is_token}
+    alone = checks.try_model(model, inputs)[is_token == 1]  # what fails would without documents
+    reason = "a document's logits are not those that it has alone"
     try:
         together, in_other_company = (
-            try_model(model, {"input_ids": tokens, "document_ids": documents[None]})[0]
+            checks.try_model(model, {"input_ids": tokens, "document_ids": documents[None]})[0]
             for tokens in (row, others)
         )
     except ValueError as error:  # of a model that takes no such mask
@@ -248,13 +241,12 @@ def _check_isolation(model: Model) -> None:
     else:
         if not torch.equal(together[middle], in_other_company[middle]):
             reason = "a document's logits depend on the others in its row"
-        elif not (together - alone).norm() <= rounding(model) * alone.norm():
-            reason = "a document's logits are not those that it has alone"
-    if reason is not None:
-        cure = "use rows without 'document_ids': padded ones of one document each, or group_texts"
-        if attention not in ("eager", "sdpa"):
-            cure = "load it with attn_implementation='sdpa' or 'eager'"
-        raise ValueError(
-            f"model {type(bare).__name__} with attention {attention!r} does not keep the documents "
-            f"of packed rows apart: {reason}; {cure}"
-        )
+        elif not checks.is_off(together, alone, checks.rounding(model)):
+            return
+    cure = "use rows without 'document_ids': padded ones of one document each, or group_texts"
+    if attention not in ("eager", "sdpa"):
+        cure = "load it with attn_implementation='sdpa' or 'eager'"
+    raise ValueError(
+        f"model {type(bare).__name__} with attention {attention!r} does not keep the documents of "
+        f"packed rows apart: {reason}; {cure}"
+    )

@@ -72,8 +72,8 @@ def extend_vocabulary(
         ValueError: If there are no words, or some cannot be added (white space, special tokens,
             tokens that are there, words that the tokenizer splits at once: characters of Chinese);
             the error counts and names them. If the tokenizer is not the model's or does not split
-            at white space, if the model is not a masked language model, has adapters or lies on
-            several devices, or if it could not use, predict or load a new word.
+            at white space, if the model is not a masked language model, has adapters, is compiled
+            or sharded, or if it could not use, predict or load a new word.
 
     Source:
         Gee et al. 2022, arXiv:2402.09977 (means of pieces).
@@ -110,12 +110,11 @@ def _check(tokenizer: Tokenizer, model: Model, pad_to_multiple_of: int | None) -
         check_whole("pad_to_multiple_of", pad_to_multiple_of)
     check_model(model)
     reason = None
-    weights = list(model.parameters())
     embedding: Any = model.get_input_embeddings()
     rows = len(embedding.weight)
     if unwrap(model) is not model or getattr(model, "_hf_peft_config_loaded", False):
         reason = "is compiled or has adapters; extend the bare model, and add them afterwards"
-    elif any(hasattr(weight, "device_mesh") or hasattr(weight, "ds_id") for weight in weights):
+    elif any(hasattr(each, "device_mesh") or hasattr(each, "ds_id") for each in model.parameters()):
         reason = "is sharded; extend it before FSDP or DeepSpeed get it"
     if reason is not None:
         raise ValueError(f"model {type(model).__name__} {reason}")
@@ -188,6 +187,8 @@ def _check_grown(
     expected = torch.cat([before, after[..., before.shape[-1] :]], -1)
     for token_id, old_ids in pieces.items():
         expected[..., token_id] = before[..., old_ids].mean(-1)
+    # Of tokens that are out of the vocabulary, all are -inf.
+    after, expected = (each.nan_to_num(neginf=0.0) for each in (after, expected))
     off, tolerance = (after - expected).abs().max(), torch.finfo(old.dtype).eps ** 0.5
     if not off <= tolerance * expected.abs().max():
         raise ValueError(f"its logits are off by {off:.2g}, as if part of its head was not found")

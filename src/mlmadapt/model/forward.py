@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from mlmadapt._types import Batch, Model
-from mlmadapt.model.checks import attention_window, position_capacity, rounding, try_model
+from mlmadapt.model import checks
 from mlmadapt.model.documents import DocumentIsolation
-from mlmadapt.model.head import MaskedPositions, SparsePrediction, check_encoder, masked_logits
+from mlmadapt.model.head import MaskedPositions, SparsePrediction, masked_logits
 
 logger = logging.getLogger(__name__)
 
@@ -112,14 +112,14 @@ def masked_forward(
         places = torch.arange(labels.shape[1])
         is_tried = places % 8 == places[:5][-1]
         positions = (is_tried | (places == places[-1])).expand_as(labels)
-        full = masked_logits((try_model(model, inputs, labels=labels),), positions)
+        full = masked_logits((checks.try_model(model, inputs, labels=labels),), positions)
         sparse = try_sparse(model, inputs, positions, full)
         undo.enter_context(sparse or nullcontext())
         is_inert = _is_inert(model, inputs, positions, full)
         del inputs["attention_mask"]
         is_free = False
         with suppress(ValueError):  # of a model that wants a mask
-            is_free = full.equal(masked_logits((try_model(model, inputs),), positions))
+            is_free = full.equal(masked_logits((checks.try_model(model, inputs),), positions))
         yield MaskedForward(device=model.device, sparse=sparse, is_free=is_free, is_inert=is_inert)
 
 
@@ -127,9 +127,9 @@ def _cut(model: Model, probe: Batch) -> tuple[Batch, torch.Tensor]:
     """Return a few rows, of which nothing is padding to the model, and their labels."""
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     # Rows within the window of some layers would not show it.
-    window = attention_window(model) if "sliding_attention" in kinds else 0
+    window = checks.attention_window(model) if "sliding_attention" in kinds else 0
     copies = 1 + 2 * window // probe["labels"].shape[1]
-    width = max(1, (position_capacity(model) or 2**30) - _PADDING)
+    width = max(1, (checks.position_capacity(model) or 2**30) - _PADDING)
     rows = {name: probe[name][:4, :width].repeat(1, copies) for name in probe}
     inputs = {name: rows[name] for name in rows if name not in (*_TARGETS, "document_ids")}
     return {**inputs, "attention_mask": torch.ones_like(rows["input_ids"])}, rows["labels"]
@@ -141,13 +141,14 @@ def _is_inert(model: Model, inputs: Batch, positions: torch.Tensor, full: torch.
     padded = {name: nn.functional.pad(row[name], (0, _PADDING)) for name in row}
     pad_id = getattr(model.config.get_text_config(), "pad_token_id", None)
     padded["input_ids"][:, -_PADDING:] = pad_id or 0
-    expected = full[: int(positions[0].sum())].nan_to_num(neginf=0.0)
-    tried = (try_model(model, each)[0, : positions.shape[1]] for each in (padded, row))
-    off = ((each[positions[0]].nan_to_num(neginf=0.0) - expected).norm() for each in tried)
-    allowed = rounding(model) * expected.norm()
+
+    def differs(tried: Batch) -> bool:
+        logits = checks.try_model(model, tried)[0, : positions.shape[1]][positions[0]]
+        return checks.is_off(logits, full[: len(logits)], checks.rounding(model))
+
     with suppress(ValueError):  # of a model that takes no padding
         # Of one whose logits differ anyway, at random or with the batch, padding is not the cause.
-        if next(off) <= allowed or next(off) > allowed:
+        if not differs(padded) or differs(row):
             return True
     logger.warning(
         "%s sees padding: rows have other logits where they are padded. It is evaluated on batches "
@@ -165,23 +166,16 @@ def try_sparse(
     Otherwise a warning says why, and the full head is used, which is slower and just as exact.
     """
     reason = "its head does not work position by position"
-    # A logit of -inf, of a token that is out of the vocabulary, differs from no other.
-    expected = full.nan_to_num(neginf=0.0)
     with ExitStack() as undo:
         try:
-            check_encoder(model)
             sparse = undo.enter_context(SparsePrediction(model))
-            logits = try_model(model, inputs, within=sparse.at(positions))
-        except ValueError as error:
-            reason = f"{reason}: {error}"
-        else:
-            gathered = masked_logits((logits,), positions).nan_to_num(neginf=0.0)
+            logits = checks.try_model(model, inputs, within=sparse.at(positions))
+            gathered = masked_logits((logits,), positions)
             # Wide enough for 16 bits; a head that is not position-wise is off by far more.
-            if (
-                gathered.shape == expected.shape
-                and (gathered - expected).norm() <= 0.05 * expected.norm()
-            ):
+            if gathered.shape == full.shape and not checks.is_off(gathered, full, 0.05):
                 undo.pop_all()
                 return sparse
+        except ValueError as error:
+            reason = f"{reason}: {error}"
     logger.warning("%s runs with its full head, more slowly: %s", type(model).__name__, reason)
     return None

@@ -73,11 +73,10 @@ def sparse_prediction(model: Model) -> "SparsePrediction":
         torch.Size([1, 1])
     """
     check_model(model)
-    check_encoder(model)
     return SparsePrediction(model)
 
 
-def check_encoder(model: Model) -> None:
+def _check_encoder(model: Model) -> None:
     """Check that a model has an encoder below its head.
 
     Raises:
@@ -92,8 +91,7 @@ def check_encoder(model: Model) -> None:
     if reason is not None:
         raise ValueError(
             f"model {type(bare).__name__} {reason}; sparse_prediction needs an encoder with a "
-            "prediction head, such as AutoModelForMaskedLM gives for BERT or ModernBERT. Train it "
-            "with its full head"
+            "head, as of BERT or ModernBERT: train this one with its full head"
         )
 
 
@@ -156,6 +154,7 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
     """
 
     def __init__(self, model: Model) -> None:
+        _check_encoder(model)
         # Per thread, since `DataParallel` calls replicas with the same hooks at the same time.
         self._masked: dict[int, MaskedPositions] = {}
         self._asked: MaskedPositions | None = None
@@ -271,8 +270,8 @@ def masked_logits(outputs: Any, positions: torch.Tensor | MaskedPositions) -> to
     """Return the logits at `positions` in 32 bits, of shape ``(masked, vocabulary)``.
 
     Args:
-        outputs: A model's output, with logits of all positions or, by `predict_at`, of these only.
-            A tuple has no loss in it.
+        outputs: A model's output, with logits of all positions or, by `SparsePrediction.at`, of
+            these only. A tuple has no loss in it.
         positions: Booleans of shape ``(batch, sequence)``, or what was found of them.
     """
     logits: torch.Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]

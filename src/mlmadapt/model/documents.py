@@ -68,6 +68,7 @@ def isolate_documents(model: Model) -> "DocumentIsolation":
         True
     """
     checks.check_model(model)
+    torch.compiler.reset()  # whoever holds code that was compiled without the hooks
     return DocumentIsolation(model)
 
 
@@ -90,7 +91,6 @@ class DocumentIsolation(AbstractContextManager["DocumentIsolation"]):
             model.register_forward_hook(self._finish, always_call=True),
             encoder.register_forward_pre_hook(self._isolate, with_kwargs=True),
         ]
-        torch.compiler.reset()  # whoever holds code that was compiled without the hooks
         try:
             _check_isolation(model)
         except BaseException:

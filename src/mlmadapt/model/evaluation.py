@@ -303,7 +303,8 @@ def sum_rows(
     filler["labels"].fill_(-100)
     # In 64 bits, so that the order of the batches makes no difference.
     sums = torch.zeros((), dtype=torch.float64)
-    with evaluation_mode(model):
+    # Compiled code is left aside: rows have many shapes, and it may know nothing of the hooks.
+    with evaluation_mode(model), torch.compiler.set_stance("force_eager"):
         while True:
             part = next(parts, None)
             is_left = part is not None

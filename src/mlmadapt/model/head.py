@@ -73,6 +73,7 @@ def sparse_prediction(model: Model) -> "SparsePrediction":
         torch.Size([1, 1])
     """
     check_model(model)
+    torch.compiler.reset()  # whoever holds code that was compiled without the hooks
     return SparsePrediction(model)
 
 
@@ -164,7 +165,6 @@ class SparsePrediction(AbstractContextManager["SparsePrediction"]):
             model.register_forward_hook(self._finish, always_call=True),
             unwrap(model).base_model.register_forward_hook(self._gather),
         ]
-        torch.compiler.reset()  # whoever holds code that was compiled without the hooks
 
     def remove(self) -> None:
         """Give the model its full head back.

@@ -150,6 +150,7 @@ def prepare(
         is_packed = not columns.isdisjoint({"document_ids", "masked_document_ids"})
         # Hooks go to the model itself, which is evaluated too, not to what wraps it.
         forward = undo.enter_context(masked_forward(model, first, is_packed=is_packed))
+        torch.compiler.reset()  # whoever holds code that was compiled without the hooks
         if accelerator.num_processes > 1:
             undo.enter_context(without_unused_weights(model, first, forward))
         # Behind all that decides which weights are trained.

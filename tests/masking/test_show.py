@@ -238,7 +238,7 @@ def test_wrong_input_is_told(wordpiece: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match=r"features \(1 rows\) have other tokens than batch"):
         show_masks(batch, wordpiece, rows[:1])
     plain = [{"input_ids": row["input_ids"]} for row in rows]
-    with pytest.raises(ValueError, match="features have no 'word_ids', of columns"):
+    with pytest.raises(ValueError, match="row 0 of the batch has no 'word_ids', of columns"):
         show_masks(batch, wordpiece, plain)
 
 

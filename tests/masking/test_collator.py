@@ -745,6 +745,8 @@ def test_copies_of_the_tokens_are_no_masks() -> None:
         for row, (inputs, labels) in zip(rows, masks(plain), strict=True)
     ]
     assert masks(collator(frozen)) == masks(plain)
+    empty: dict[str, list[int]] = {name: [] for name in frozen[0]}
+    assert masks(collator([empty, *frozen]))[1:] == masks(plain)  # labels that are no copy either
 
 
 def random_rows(rows: int, words: int, *, low: int = 5, high: int = 105) -> np.ndarray:

@@ -179,13 +179,7 @@ class PackedAttentionMask(torch.Tensor):
         return self.clone()
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Refuse what makes fractions or flags of a mask, and let all else pass.
 
         Raises:

@@ -246,22 +246,20 @@ def _read_texts(columns: Mapping[str, Any], text_column: str) -> list[str]:
         seen = f"column {text_column!r} is {column!r:.40}, not a batch of documents"
         raise TypeError(f"{seen}; call map with batched=True")
     texts = column.to_pylist() if isinstance(column, pa.ChunkedArray) else list(column)
+    where = f"of column {text_column!r} in this batch is"
     for row, text in enumerate(texts):
-        where = f"row {row} of column {text_column!r} in this batch is"
         try:
             str.encode(text)
         except UnicodeEncodeError as error:
             cure = "clean it with text.encode(errors='replace').decode()"
-            raise ValueError(f"{where} not valid Unicode ({error}); {cure}") from None
+            raise ValueError(f"row {row} {where} not valid Unicode ({error}); {cure}") from None
         except TypeError:
             cure = "convert it, or drop it with dataset.filter"
             if text is None:
                 cure = f"{texts.count(None)} of {len(texts)} here are None; drop them with "
                 cure += f"dataset.filter(lambda row: row[{text_column!r}] is not None)"
-            kind = type(text).__name__
-            raise TypeError(
-                f"{where} {text!r:.40}, of type {kind}; each document must be a str: {cure}"
-            ) from None
+            seen = f"{text!r:.40}, of type {type(text).__name__}"
+            raise TypeError(f"row {row} {where} {seen}; each must be a str: {cure}") from None
     return texts
 
 
@@ -437,11 +435,7 @@ def _split(text: str, *, ignore_case: bool) -> tuple[list[tuple[int, int]], list
 
 
 def _find_phrases(
-    text: str,
-    *,
-    known: set[tuple[str, ...]],
-    lengths: Mapping[str, list[int]],
-    ignore_case: bool,
+    text: str, *, known: set[tuple[str, ...]], lengths: Mapping[str, list[int]], ignore_case: bool
 ) -> list[tuple[int, int]]:
     places, words = _split(text, ignore_case=ignore_case)
     spans, position = [], 0

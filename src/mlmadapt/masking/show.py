@@ -124,9 +124,7 @@ class MaskView:
 
 
 def show_masks(
-    batch: Mapping[str, Any] | Features,
-    tokenizer: Tokenizer,
-    features: Features | None = None,
+    batch: Mapping[str, Any] | Features, tokenizer: Tokenizer, features: Features | None = None
 ) -> MaskView:
     """Show what is masked, replaced and kept in a batch, word by word.
 

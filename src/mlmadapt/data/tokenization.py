@@ -213,10 +213,23 @@ def spell_word(word: Sequence[int], tokenizer: Tokenizer) -> str:
         'afilmableone'
     """
     text = "".join(str(tokenizer.decode([*word])).split())
-    first = str(tokenizer.convert_ids_to_tokens(word[0]))
+    first, mark = str(tokenizer.convert_ids_to_tokens(word[0])), continuing_mark(tokenizer)
     # Of a word that a row has cut, which begins inside.
-    mark = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None) or ""
     return text.removeprefix(mark) if first.startswith(mark) else text
+
+
+def continuing_mark(tokenizer: Tokenizer) -> str:
+    """Return what a token that goes on with a word begins with, such as ``##``, or nothing.
+
+    Slow tokenizers do not tell.
+
+    Examples:
+        >>> from mlmadapt.testing import tiny_tokenizer
+        >>> continuing_mark(tiny_tokenizer("wordpiece")), continuing_mark(tiny_tokenizer("unigram"))
+        ('##', '')
+    """
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    return getattr(model, "continuing_subword_prefix", None) or ""
 
 
 def count_bytes(word: Sequence[int], tokenizer: Tokenizer) -> int:
@@ -292,8 +305,8 @@ def _place_words(texts: list[str], unsplit: list[str]) -> Ints:
 
 def _place_spans(texts: list[str], word_boundaries: WordBoundaries) -> Ints:
     """Return the spans of the user, of shape (spans, 2), with the texts on one line."""
-    placed = [np.empty((0, 2), np.int64)]
-    for row, (text, text_start) in enumerate(zip(texts, _text_starts(texts), strict=True)):
+    placed: list[list[int]] = []
+    for row, (text, text_start) in enumerate(zip(texts, _text_starts(texts).tolist(), strict=True)):
         returned = word_boundaries(text)
         try:
             pairs = [(index(start), index(end)) for start, end in returned]
@@ -302,20 +315,19 @@ def _place_spans(texts: list[str], word_boundaries: WordBoundaries) -> Ints:
                 f"word_boundaries returned {returned!r:.60} for row {row} of this batch; it must "
                 "return a list of (start, end) character positions"
             ) from error
-        spans = np.array(pairs, np.int64).reshape(-1, 2)
-        wrong = (spans[:, 0] >= spans[:, 1]) | (spans[:, 1] > len(text))
-        wrong |= spans[:, 0] < np.concatenate([[0], spans[:-1, 1]])[: len(spans)]
-        if wrong.any():
-            raise ValueError(
-                f"word_boundaries returned span {pairs[int(wrong.argmax())]} for row {row} of this "
-                f"batch, a text of {len(text)} characters; spans must be in order, not overlap, "
-                "not be empty, and lie in the text"
-            )
-        # Without white space at the ends, which on some tokenizers is part of the next token.
-        trimmed = [_TRIMMED.search(text, *pair) for pair in pairs]
-        spans = np.array([match.span() for match in trimmed if match], np.int64).reshape(-1, 2)
-        placed.append(spans + text_start)
-    return np.concatenate(placed)
+        last = 0
+        for start, end in pairs:
+            if not last <= start < end <= len(text):
+                raise ValueError(
+                    f"word_boundaries returned span {(start, end)} for row {row} of this batch, a "
+                    f"text of {len(text)} characters; spans must be in order, not overlap, not be "
+                    "empty, and lie in the text"
+                )
+            last = end
+            # Without white space at the ends, which on some tokenizers is part of the next token.
+            if trimmed := _TRIMMED.search(text, start, end):
+                placed.append([text_start + place for place in trimmed.span()])
+    return np.array(placed, np.int64).reshape(-1, 2)
 
 
 def _words_of_spans(

@@ -147,10 +147,9 @@ class WholeWordMaskingCollator:
             check_whole("pad_to_multiple_of", self.pad_to_multiple_of)
         if self.seed is not None:
             check_whole("seed", self.seed, least=None, error=TypeError)
-        mask_id = getattr(self.tokenizer, "mask_token_id", None)
-        mask = None if mask_id is None else self.tokenizer.convert_ids_to_tokens(mask_id)
-        # A token that the vocabulary lacks has the id of the unknown token.
-        if mask is None or mask != self.tokenizer.mask_token:
+        mask = getattr(self.tokenizer, "mask_token", None)
+        # One that the vocabulary lacks has the id of the unknown token.
+        if mask is None or mask not in self.tokenizer.get_vocab():
             raise ValueError(
                 f"tokenizer {self.tokenizer!r:.60} has no mask token; use the tokenizer of a "
                 "masked language model, or add one with tokenizer.add_special_tokens("

@@ -20,7 +20,7 @@ import numpy as np
 
 from mlmadapt._types import Features, Tokenizer
 from mlmadapt.data.rows import check_words, join_rows, split_rows, to_columns
-from mlmadapt.data.tokenization import special_token_ids
+from mlmadapt.data.tokenization import continuing_mark, special_token_ids
 
 # For a terminal, and for a page that may be white or black.
 _ANSI = {"masked": "30;43", "replaced": "30;45", "kept": "30;46", "special": "2"}
@@ -215,9 +215,7 @@ def _read_words(
     row: dict[str, list[int]], tokenizer: Tokenizer, special: set[int]
 ) -> list[list[Piece]]:
     """Return the words of a row in pieces, each with its fate."""
-    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    mark = getattr(model, "continuing_subword_prefix", None)
-    true, word_ids = row["true"], row.get("word_ids")
+    true, word_ids, mark = row["true"], row.get("word_ids"), continuing_mark(tokenizer)
     is_target = [label != -100 for label in row["labels"]]
 
     def goes_on(place: int) -> bool:

@@ -219,10 +219,8 @@ def test_spans_stay_in_their_document(kind: str) -> None:
     """Not even a token that covers nothing, at the end of a document, reaches the next one."""
     tokenizer, special_free = tiny_tokenizer(kind), tiny_tokenizer(kind)
     special_free.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
-    texts, options = (
-        ["film ", "film", "", "the", "the", " "],
-        {"word_boundaries": phrases(["film"])},
-    )
+    texts = ["film ", "film", "", "the", "the", " "]
+    options = {"word_boundaries": phrases(["film"])}
     for kept in (tokenizer, special_free):
         rows = tokenize(texts, kept, **options)
         assert rows == [*chain(*(tokenize([text], kept, **options) for text in texts))]
@@ -398,24 +396,14 @@ def test_frames_and_record_batches_are_tables() -> None:
 @pytest.mark.parametrize(
     ("batch", "options", "error", "message"),
     [
-        (
-            {"txt": []},
-            {},
-            ValueError,
-            r"text_column is 'text', but the .* \['txt'\]; name the column",
-        ),
+        ({"txt": []}, {}, ValueError, r"text_column is 'text', but the .* \['txt'\]; name the col"),
         (pa.table({"a": ["b"]}), {}, ValueError, r"text_column is 'text', but the .*\['a'\]; name"),
         ({"a": ["b"]}, {"text_column": "c"}, ValueError, r"text_column is 'c', but .*\['a'\]"),
         ({"text": ["a", None]}, {}, TypeError, "row 1 of column 'text' in this batch is None, of "),
         ({"text": ["a", b"b"]}, {}, TypeError, "row 1 .* is b'b', of type bytes; .* must be a str"),
         ({"text": [3.5]}, {}, TypeError, "row 0 .* is 3.5, of type float; .*dataset.filter"),
         (pa.table({"text": ["a", None]}), {}, TypeError, "row 1 .* is None, of type NoneType"),
-        (
-            {"text": ["a", None]},
-            {},
-            TypeError,
-            r"1 of 2 here are None; .*lambda row: row\['text'\] is",
-        ),
+        ({"text": ["a", None]}, {}, TypeError, r"1 of 2 here are None; .*lambda row: row\['text'"),
         (pa.table({"text": [b"a"]}), {}, TypeError, "row 0 .* is b'a', of type bytes"),
         ({"text": "a film"}, {}, TypeError, "column 'text' is 'a film', not .* map with batched=T"),
         ({"text": None}, {}, TypeError, "column 'text' is None, not .* map with batched=True"),
@@ -441,11 +429,7 @@ def test_slow_tokenizers_are_refused() -> None:
     ("spans", "error", "message"),
     [
         ([(0, 3), (2, 5)], ValueError, r"returned span \(2, 5\) for row 1 .* a text of 8 char"),
-        (
-            [(4, 6), (0, 2)],
-            ValueError,
-            r"returned span \(0, 2\) for row 1 .* in order, not overlap",
-        ),
+        ([(4, 6), (0, 2)], ValueError, r"returned span \(0, 2\) for row 1 .* in order, not over"),
         ([(0, 1), (5, 4)], ValueError, r"returned span \(5, 4\) for row 1"),
         ([(2, 2)], ValueError, r"returned span \(2, 2\) for row 1 .* not be empty"),
         ([(0, 3), (4, 9)], ValueError, r"returned span \(4, 9\) for row 1 .* lie in the text"),

@@ -409,12 +409,7 @@ def test_wrong_words_are_counted_and_named(
     [
         ("a text", {}, TypeError, "texts is 'a text'; it must be a list or column of documents"),
         (None, {}, TypeError, "texts is None"),
-        (
-            ["a", None],
-            {},
-            TypeError,
-            "document 1 of texts is None, of type NoneType; each document",
-        ),
+        (["a", None], {}, TypeError, "document 1 of texts is None, of type NoneType; each doc"),
         (["a"], {"general_texts": [b"a"]}, TypeError, "document 0 of general_texts is b'a'"),
         ([], {"size": 0}, ValueError, "size is 0; it must be a whole number, 1 or more"),
         ([], {"min_count": 1.5}, ValueError, "min_count is 1.5; it must be a whole number"),

@@ -268,7 +268,7 @@ def split_rows(joined: npt.NDArray[Any], lengths: Ints) -> npt.NDArray[Any]:
         [array([7, 8]), array([9])]
     """
     if len(lengths) and (lengths == lengths[0]).all():
-        return joined.reshape(len(lengths), -1 if lengths[0] else 0)
+        return joined.reshape(len(lengths), lengths[0])
     rows = np.empty(len(lengths), object)
     for row, (start, end) in enumerate(pairwise([0, *np.cumsum(lengths).tolist()])):
         rows[row] = joined[start:end]

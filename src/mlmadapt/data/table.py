@@ -138,9 +138,8 @@ def measure_rows(name: str, dataset: Rows) -> tuple[int, int]:
         rows = [dataset[place][column] for place in range(len(dataset))]
         return max(map(len, rows)), max((int(max(row)) for row in rows if len(row)), default=0)
     table, places = dataset.data.column(column), _row_places(dataset)
-    is_used = np.full(len(table), places is None)  # rows that are left out do not count
-    if places is not None:
-        is_used[places] = True
+    is_used = np.zeros(len(table), bool)  # rows that are left out do not count
+    is_used[slice(None) if places is None else places] = True
     longest = highest = start = 0
     for chunk in table.chunks:
         here = is_used[start : start + len(chunk)]

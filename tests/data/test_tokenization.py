@@ -301,19 +301,6 @@ def test_baked_in_truncation_and_padding_do_nothing_and_stay(kind: str) -> None:
     assert tokenizer.backend_tokenizer.to_str() == before
 
 
-def test_baked_in_truncation_stays_after_an_error() -> None:
-    """Here, of a tokenizer that has no token for an unknown word."""
-    backend = Tokenizer(WordLevel({"a": 0}, unk_token="[UNK]"))  # noqa: S106
-    backend.enable_truncation(3)
-    backend.enable_padding(length=5)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    before = tokenizer.backend_tokenizer.to_str()
-    assert '"truncation":null' not in before
-    with pytest.raises(Exception, match="UNK"):
-        tokenize_with_word_ids({"text": ["b"]}, tokenizer)
-    assert tokenizer.backend_tokenizer.to_str() == before
-
-
 @kinds
 def test_fingerprint_of_the_tokenizer_stays(kind: str) -> None:
     """Also one that has truncated before, as tokenizers keep the setting."""

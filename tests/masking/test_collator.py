@@ -41,6 +41,7 @@ from mlmadapt.data.table import table_reader
 from mlmadapt.masking.selection import derive_key
 from mlmadapt.testing import TOKENIZER_KINDS, tiny_corpus, tiny_model, tiny_tokenizer
 from tests.masking.reference_masking import (
+    random_states,
     reference_collate,
     reference_key,
     reference_mask,
@@ -394,12 +395,6 @@ def test_trainer_evaluates_what_was_frozen(
         assert loss == pytest.approx(expected.loss, rel=1e-5)
 
 
-def random_states() -> tuple[Any, ...]:
-    """Return the states of the three global generators."""
-    states = random.getstate(), str(np.random.get_state())  # noqa: NPY002
-    return *states, torch.get_rng_state().tolist()
-
-
 def test_seed_none_follows_torch_and_a_seed_leaves_it_alone() -> None:
     """`torch.manual_seed` decides where there is no seed; where there is one, no state is moved."""
     rows = list(rows_of("wordpiece"))
@@ -745,8 +740,9 @@ def test_copies_of_the_tokens_are_no_masks() -> None:
         for row, (inputs, labels) in zip(rows, masks(plain), strict=True)
     ]
     assert masks(collator(frozen)) == masks(plain)
-    empty: dict[str, list[int]] = {name: [] for name in frozen[0]}
-    assert masks(collator([empty, *frozen]))[1:] == masks(plain)  # labels that are no copy either
+    for nothing in ([], torch.tensor([], dtype=torch.int64)):  # an empty first row is no copy
+        empty: dict[str, Any] = dict.fromkeys(frozen[0], nothing)
+        assert masks(collator([empty, *frozen]))[1:] == masks(plain)
 
 
 def random_rows(rows: int, words: int, *, low: int = 5, high: int = 105) -> np.ndarray:

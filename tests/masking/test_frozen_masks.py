@@ -29,7 +29,7 @@ from mlmadapt import (
 )
 from mlmadapt.masking.frozen_masks import collate_seeded, purify, seeded
 from mlmadapt.testing import tiny_corpus, tiny_tokenizer
-from tests.masking.reference_masking import reference_key, reference_mask
+from tests.masking.reference_masking import random_states, reference_key, reference_mask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -195,12 +195,6 @@ def test_map_serves_each_seed_its_own_rows(name: str, tmp_path: Path) -> None:
         torch.rand(3)
     assert files[0] == files[2] != files[1]
     assert rows[0] == rows[2] != rows[1]
-
-
-def random_states() -> tuple[Any, ...]:
-    """Return the states of the three global generators."""
-    states = random.getstate(), str(np.random.get_state())  # noqa: NPY002
-    return *states, torch.get_rng_state().tolist()
 
 
 @collators

@@ -452,7 +452,8 @@ _REPLACEMENT = np.uint64(0x6A09E667F3BCC909)
 def _has_masks(columns: Mapping[str, Any]) -> bool:
     """Tell whether rows are frozen, for which all are looked at unless the first one is a copy."""
     labels, tokens = (next(iter(columns.get(name, ())), ()) for name in ("labels", "input_ids"))
-    is_copy = np.size(labels) and np.array_equal(labels, tokens)  # one of no tokens tells nothing
+    # An empty row is no copy, since it tells nothing of the others.
+    is_copy = np.asarray(labels).size and np.array_equal(labels, tokens)
     if is_copy and "masked_labels" not in columns:
         return False
     # Without words, each token without a label tells.

@@ -167,16 +167,15 @@ def show_masks(
             "masking collator or insert_random_mask returned"
         )
     rows = _read_rows(columns, prefix)
-    size = max(tokenizer.get_vocab().values()) + 1
+    known = {*tokenizer.get_vocab().values()}
     for number, row in enumerate(rows):
         pairs = zip(row["input_ids"], row["labels"], strict=True)
         row["true"] = [token if label == -100 else label for token, label in pairs]
-        for token in (*row["input_ids"], *row["true"]):
-            if not 0 <= token < size:
-                raise ValueError(
-                    f"row {number} of the batch has token id {token}, but the tokenizer has ids 0 "
-                    f"to {size - 1}; pass the tokenizer that made the rows"
-                )
+        if unknown := {*row["input_ids"], *row["true"]} - known:
+            raise ValueError(
+                f"row {number} of the batch has token id {min(unknown)}, but the tokenizer has ids "
+                f"0 to {max(known)}; pass the tokenizer that made the rows"
+            )
     if features is not None:
         feature_columns = to_columns(features)
         check_words(feature_columns)

@@ -208,24 +208,12 @@ def test_rows_of_real_sentences_are_full(chunk_size: int, least: float, data_dir
         (DOCUMENTS, 0, "chunk_size is 0; it must be a whole number, 2 or more"),
         (DOCUMENTS, 1, "chunk_size is 1; it must be a whole number, 2 or more"),
         (DOCUMENTS, "128", "chunk_size is '128'; it must be a whole number"),
-        (
-            {"ids": [[1]]},
-            4,
-            r"the batch has \['ids'\], without 'input_ids'; tokenize the documents",
-        ),
+        ({"ids": [[1]]}, 4, r"the batch has \['ids'\], without 'input_ids'; tokenize the doc"),
         (pa.table({"text": ["a"]}), 4, r"the batch has \['text'\], without 'input_ids'"),
-        (
-            {"input_ids": [], "document_ids": []},
-            4,
-            "'document_ids' is there already; the batch must",
-        ),
+        ({"input_ids": [], "document_ids": []}, 4, "'document_ids' is there already; the batch "),
         (pa.table({"input_ids": [[1], None]}), 4, "column 'input_ids' is not .* row 1 is None"),
         ({"input_ids": [[1], [2]], "a": [[1]]}, 4, "column 'a' has 1 rows, 'input_ids' has 2; all"),
-        (
-            {"input_ids": [[1]], "word_ids": [[0.5]]},
-            4,
-            "'word_ids' holds float64 .* one whole number",
-        ),
+        ({"input_ids": [[1]], "word_ids": [[0.5]]}, 4, "'word_ids' holds float64 .* one whole num"),
     ],
 )
 def test_wrong_input_is_named(batch: Any, chunk_size: Any, message: str) -> None:

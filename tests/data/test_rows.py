@@ -99,10 +99,7 @@ def test_word_ids_can_hold_nothing(nothing: float | None, form: Any) -> None:
         ([[1, 2], None], "is not a column of tokens: row 1 is None, of type NoneType"),
         ([1, 2], "is not a column of tokens: row 0 is 1, of type int"),
         (torch.tensor([1, 2]), r"is not a column of tokens: row 0 is tensor\(1\), of type Tensor"),
-        (
-            [[1, 2], {"a": 1, "b": 2}],
-            "is not a column of tokens: row 1 is {'a': 1, 'b': 2}, of type",
-        ),
+        ([[1, 2], {"a": 1}], "is not a column of tokens: row 1 is {'a': 1}, of type dict"),
         ([[1, 2]], "has 1 rows, 'input_ids' has 2; all columns must come from the same"),
     ],
 )
@@ -112,15 +109,11 @@ def test_columns_that_are_not_one_number_a_token(values: Any, message: str) -> N
         join_rows({"input_ids": [[5, 6], [7, 8]], "extra": values})
 
 
-def test_rows_of_unequal_columns() -> None:
-    """The first row that differs, both lengths, and what to do."""
+def test_rows_without_tokens() -> None:
+    """The missing column or the first row that differs, and what to do."""
     message = "row 1 has 2 'input_ids' but 1 'extra'; all .* together, or remove 'extra'"
     with pytest.raises(ValueError, match=message):
         join_rows({"extra": [[1, 2], [3]], "input_ids": [[5, 6], [7, 8]]})
-
-
-def test_rows_without_tokens() -> None:
-    """The missing column, and what to do."""
     with pytest.raises(ValueError, match=r"the batch has \['labels'\], without 'input_ids'; tok"):
         join_rows({"labels": [[1]]})
     with pytest.raises(ValueError, match=r"column 'input_ids' is not .* row 0 is None"):

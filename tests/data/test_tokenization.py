@@ -219,10 +219,8 @@ def test_spans_stay_in_their_document(kind: str) -> None:
     """Not even a token that covers nothing, at the end of a document, reaches the next one."""
     tokenizer, special_free = tiny_tokenizer(kind), tiny_tokenizer(kind)
     special_free.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
-    texts, options = (
-        ["film ", "film", "", "the", "the", " "],
-        {"word_boundaries": phrases(["film"])},
-    )
+    texts = ["film ", "film", "", "the", "the", " "]
+    options = {"word_boundaries": phrases(["film"])}
     for kept in (tokenizer, special_free):
         rows = tokenize(texts, kept, **options)
         assert rows == [*chain(*(tokenize([text], kept, **options) for text in texts))]
@@ -300,19 +298,6 @@ def test_baked_in_truncation_and_padding_do_nothing_and_stay(kind: str) -> None:
     tokenizer.backend_tokenizer.enable_padding(direction="left", length=20, pad_to_multiple_of=8)
     before = tokenizer.backend_tokenizer.to_str()
     assert tokenize(texts, tokenizer) == expected
-    assert tokenizer.backend_tokenizer.to_str() == before
-
-
-def test_baked_in_truncation_stays_after_an_error() -> None:
-    """Here, of a tokenizer that has no token for an unknown word."""
-    backend = Tokenizer(WordLevel({"a": 0}, unk_token="[UNK]"))  # noqa: S106
-    backend.enable_truncation(3)
-    backend.enable_padding(length=5)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    before = tokenizer.backend_tokenizer.to_str()
-    assert '"truncation":null' not in before
-    with pytest.raises(Exception, match="UNK"):
-        tokenize_with_word_ids({"text": ["b"]}, tokenizer)
     assert tokenizer.backend_tokenizer.to_str() == before
 
 
@@ -398,24 +383,14 @@ def test_frames_and_record_batches_are_tables() -> None:
 @pytest.mark.parametrize(
     ("batch", "options", "error", "message"),
     [
-        (
-            {"txt": []},
-            {},
-            ValueError,
-            r"text_column is 'text', but the .* \['txt'\]; name the column",
-        ),
+        ({"txt": []}, {}, ValueError, r"text_column is 'text', but the .* \['txt'\]; name the col"),
         (pa.table({"a": ["b"]}), {}, ValueError, r"text_column is 'text', but the .*\['a'\]; name"),
         ({"a": ["b"]}, {"text_column": "c"}, ValueError, r"text_column is 'c', but .*\['a'\]"),
         ({"text": ["a", None]}, {}, TypeError, "row 1 of column 'text' in this batch is None, of "),
         ({"text": ["a", b"b"]}, {}, TypeError, "row 1 .* is b'b', of type bytes; .* must be a str"),
         ({"text": [3.5]}, {}, TypeError, "row 0 .* is 3.5, of type float; .*dataset.filter"),
         (pa.table({"text": ["a", None]}), {}, TypeError, "row 1 .* is None, of type NoneType"),
-        (
-            {"text": ["a", None]},
-            {},
-            TypeError,
-            r"1 of 2 here are None; .*lambda row: row\['text'\] is",
-        ),
+        ({"text": ["a", None]}, {}, TypeError, r"1 of 2 here are None; .*lambda row: row\['text'"),
         (pa.table({"text": [b"a"]}), {}, TypeError, "row 0 .* is b'a', of type bytes"),
         ({"text": "a film"}, {}, TypeError, "column 'text' is 'a film', not .* map with batched=T"),
         ({"text": None}, {}, TypeError, "column 'text' is None, not .* map with batched=True"),
@@ -441,11 +416,7 @@ def test_slow_tokenizers_are_refused() -> None:
     ("spans", "error", "message"),
     [
         ([(0, 3), (2, 5)], ValueError, r"returned span \(2, 5\) for row 1 .* a text of 8 char"),
-        (
-            [(4, 6), (0, 2)],
-            ValueError,
-            r"returned span \(0, 2\) for row 1 .* in order, not overlap",
-        ),
+        ([(4, 6), (0, 2)], ValueError, r"returned span \(0, 2\) for row 1 .* in order, not over"),
         ([(0, 1), (5, 4)], ValueError, r"returned span \(5, 4\) for row 1"),
         ([(2, 2)], ValueError, r"returned span \(2, 2\) for row 1 .* not be empty"),
         ([(0, 3), (4, 9)], ValueError, r"returned span \(4, 9\) for row 1 .* lie in the text"),
@@ -647,3 +618,4 @@ def test_marks_and_broken_characters() -> None:
     assert count_bytes([2], plain) == 6
     emoji = shared("byte_bpe")(" 😀", add_special_tokens=False)["input_ids"]
     assert [count_bytes([token], shared("byte_bpe")) for token in emoji[-3:]] == [1, 1, 1]
+    assert spell_word([*map(ord, "defg")], ByT5Tokenizer()) == "abcd"  # a slow one tells no mark

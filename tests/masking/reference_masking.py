@@ -6,7 +6,11 @@ import functools
 import hashlib
 import json
 import math
+import random
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     Row = Mapping[str, Sequence[int]]
+
+
+def random_states() -> tuple[Any, ...]:
+    """Return the states of the three global generators."""
+    states = random.getstate(), str(np.random.get_state())  # noqa: NPY002
+    return *states, torch.get_rng_state().tolist()
 
 
 def reference_key(*parts: int | str) -> int:

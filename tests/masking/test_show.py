@@ -98,7 +98,7 @@ def test_without_features_tokens_go_on_as_the_tokenizer_says(
         type(tokenizer.backend_tokenizer.model).__name__.lower(), {"boring", "film", "unfilmable"}
     )
     assert known <= {word.strip() for word in re.findall(r"\{(\S+) ->", shown)}
-    if tokenizer.backend_tokenizer.model.__class__.__name__ == "WordPiece":
+    if type(tokenizer.backend_tokenizer.model).__name__ == "WordPiece":
         assert shown == str(show_masks(batch, tokenizer, rows)).splitlines()[0]
 
 
@@ -195,17 +195,17 @@ def test_color_is_for_terminals(
     monkeypatch.setattr(sys, "stdout", Screen(is_terminal=is_terminal))
     text = str(view)
     assert ("\x1b[" in text) == is_colored
-    assert re.sub(r"\x1b\[[\d;]*m", "", text) == view.to_text(color=False) == repr_plain(view)
-
-
-def repr_plain(view: Any) -> str:
-    """Return the representation without color."""
-    return re.sub(r"\x1b\[[\d;]*m", "", repr(view))
+    assert repr(view) == text
+    assert re.sub(r"\x1b\[[\d;]*m", "", text) == view.to_text(color=False)
 
 
 def test_text_cannot_steer_a_terminal_or_a_page() -> None:
-    """What stands in a document is shown, not obeyed."""
+    """What stands in a document is shown, not obeyed; separators of lines too."""
     tokenizer = tiny_tokenizer("byte_bpe")
+    ids = tokenizer("a\u2028b\u2029c", add_special_tokens=False)["input_ids"]
+    one = {"input_ids": ids, "labels": [-100] * len(ids)}
+    text = show_masks(one, tokenizer, [{"input_ids": ids, "word_ids": [0] * len(ids)}])
+    assert text.to_text(color=False).splitlines()[0] == r"0: a\u2028b\u2029c"
     rows = tiny_rows(tokenizer, ["a\x1b[31mb <script>alert(1)</script> & \"'"])
     batch = WholeWordMaskingCollator(tokenizer, wwm_probability=0.5, seed=1)(rows)
     view = show_masks(batch, tokenizer, rows)
@@ -228,7 +228,7 @@ def test_a_page_shows_what_the_text_does(wordpiece: PreTrainedTokenizerFast) -> 
 
 
 def test_wrong_input_is_told(wordpiece: PreTrainedTokenizerFast) -> None:
-    """Rows without masks, features of other rows, features without words."""
+    """Rows without masks, features of other rows, features without words, no tokenizer."""
     rows = tiny_rows(wordpiece, TEXTS[:2])
     batch = WholeWordMaskingCollator(wordpiece)(rows)
     with pytest.raises(ValueError, match=r"batch has no labels, only \['input_ids', .* pass what"):
@@ -238,8 +238,10 @@ def test_wrong_input_is_told(wordpiece: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match=r"features \(1 rows\) have other tokens than batch"):
         show_masks(batch, wordpiece, rows[:1])
     plain = [{"input_ids": row["input_ids"]} for row in rows]
-    with pytest.raises(ValueError, match="features have no 'word_ids', of columns"):
+    with pytest.raises(ValueError, match="row 0 of the batch has no 'word_ids', of columns"):
         show_masks(batch, wordpiece, plain)
+    with pytest.raises(TypeError, match="tokenizer is None; pass the tokenizer that made the rows"):
+        show_masks(ONE, None)  # type: ignore[arg-type]
 
 
 def test_nothing_is_printed_and_nothing_changed(
@@ -276,25 +278,8 @@ def test_batches_that_cannot_be_shown(
         show_masks(batch, wordpiece)
 
 
-def test_no_tokenizer_is_said() -> None:
-    """As by the collator, which needs one as well."""
-    with pytest.raises(TypeError, match="tokenizer is None; pass the tokenizer that made the rows"):
-        show_masks(ONE, None)  # type: ignore[arg-type]
-
-
 def test_word_ids_of_nan_are_no_word(wordpiece: PreTrainedTokenizerFast) -> None:
     """As everywhere else."""
     features = [{"input_ids": [2, 9, 3], "word_ids": [np.nan, 0, np.nan]}]
     batch = WholeWordMaskingCollator(wordpiece)(features)
     assert "1 of 1 words" in str(show_masks(batch, wordpiece, features))
-
-
-def test_a_row_is_one_line() -> None:
-    """Also where its text holds separators of lines that are not control characters."""
-    odd = tiny_tokenizer("byte_bpe")
-    ids = odd("a\u2028b\u2029c", add_special_tokens=False)["input_ids"]
-    batch = {"input_ids": [ids], "labels": [[-100] * len(ids)]}
-    features = [{"input_ids": ids, "word_ids": [0] * len(ids)}]
-    text = show_masks(batch, odd, features).to_text(color=False)
-    assert len(text.splitlines()) == 2
-    assert r"a\u2028b\u2029c" in text

@@ -11,7 +11,7 @@ The mask of such rows is one that a model cannot take for an ordinary one.
 import logging
 from collections import defaultdict
 from itertools import chain
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -64,31 +64,25 @@ def pack_texts(examples: Columns, *, chunk_size: int = 128) -> Columns:
     check_tokens("the batch", columns)
     refuse_document_ids(columns)
     lengths = column_lengths(columns)
-    layout = _lay_out(lengths, chunk_size)
-    _say_how_full(lengths, chunk_size, rows=len(layout.row_starts))
+    places, document_starts, row_starts = _lay_out(lengths, chunk_size)
+    _say_how_full(lengths, chunk_size, rows=len(row_starts))
 
     result: dict[str, Any] = {}
     for name, column in columns.items():
-        line = _move(flatten_column(name, column), layout)
+        line = _move(flatten_column(name, column), places, document_starts)
         if name == "word_ids":
-            line = number_words(line, layout.document_starts, layout.row_starts)
-        result[name] = cut_rows(line, layout.row_starts, like=column)
-    zeros = np.zeros(len(layout.places), np.int32)
-    line = number_words(zeros, layout.document_starts, layout.row_starts)
-    result["document_ids"] = cut_rows(line, layout.row_starts, like=columns["input_ids"])
+            line = number_words(line, document_starts, row_starts)
+        result[name] = cut_rows(line, row_starts, like=column)
+    line = number_words(np.zeros(len(places), np.int32), document_starts, row_starts)
+    result["document_ids"] = cut_rows(line, row_starts, like=columns["input_ids"])
     return cast("Columns", pa.table(result) if is_table else result)
 
 
-class _Layout(NamedTuple):
-    """Where the tokens of all rows are taken from, and where documents and rows begin in them."""
+def _lay_out(lengths: Ints, chunk_size: int) -> tuple[Ints, Ints, Ints]:
+    """Cut documents into pieces that fit a row, and order the pieces by row.
 
-    places: Ints
-    document_starts: Ints
-    row_starts: Ints
-
-
-def _lay_out(lengths: Ints, chunk_size: int) -> _Layout:
-    """Cut documents into pieces that fit a row, and order the pieces by row."""
+    Returned are the places of all tokens, and where documents and rows begin in them.
+    """
     chunk_size = min(chunk_size, max(int(lengths.sum()), 1))  # no room that no token fills
     counts = -(-lengths // chunk_size)
     pieces = np.full(counts.sum(), chunk_size)
@@ -104,7 +98,7 @@ def _lay_out(lengths: Ints, chunk_size: int) -> _Layout:
     document_starts = np.cumsum(pieces) - pieces
     places = np.repeat(starts[order] - document_starts, pieces) + np.arange(pieces.sum())
     is_first = np.diff(rows[order], prepend=-1) != 0
-    return _Layout(places, document_starts, document_starts[is_first])
+    return places, document_starts, document_starts[is_first]
 
 
 def _best_fit(pieces: Ints, chunk_size: int) -> Ints:
@@ -132,9 +126,8 @@ def _best_fit(pieces: Ints, chunk_size: int) -> Ints:
     return result
 
 
-def _move(line: Any, layout: _Layout) -> Any:
-    """Take the values of a line from their places, all at once."""
-    places, starts = layout.places, layout.document_starts
+def _move(line: Any, places: Ints, starts: Ints) -> Any:
+    """Take the values of a line from their places, all at once; documents begin at `starts`."""
     if isinstance(line, pa.ChunkedArray):
         return line.combine_chunks().take(pa.array(places))
     if isinstance(line, np.ndarray):
@@ -179,13 +172,7 @@ class PackedAttentionMask(torch.Tensor):
         return self.clone()
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Refuse what makes fractions or flags of a mask, and let all else pass.
 
         Raises:

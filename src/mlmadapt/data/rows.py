@@ -252,9 +252,7 @@ def document_bounds(document_ids: Ints, bounds: Ints) -> Ints:
             f"{document_ids[falls[0]]}; a document is one run of tokens, and each has a higher "
             "number than the one before, as pack_texts numbers them"
         )
-    begins = np.zeros(len(document_ids) + 1, bool)
-    begins[changes] = begins[bounds] = True
-    return begins.nonzero()[0]
+    return np.union1d(changes, bounds)
 
 
 def split_rows(joined: npt.NDArray[Any], lengths: Ints) -> npt.NDArray[Any]:
@@ -268,7 +266,7 @@ def split_rows(joined: npt.NDArray[Any], lengths: Ints) -> npt.NDArray[Any]:
         [array([7, 8]), array([9])]
     """
     if len(lengths) and (lengths == lengths[0]).all():
-        return joined.reshape(len(lengths), -1 if lengths[0] else 0)
+        return joined.reshape(len(lengths), lengths[0])
     rows = np.empty(len(lengths), object)
     for row, (start, end) in enumerate(pairwise([0, *np.cumsum(lengths).tolist()])):
         rows[row] = joined[start:end]

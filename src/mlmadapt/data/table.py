@@ -100,13 +100,11 @@ def dataset_lengths(dataset: Any) -> Ints | None:
         >>> dataset_lengths([{"input_ids": [7, 8]}, {"input_ids": [9]}])
         array([2, 1])
     """
-    in_table = is_dataset(dataset)
-    if not in_table and not isinstance(dataset, (list, tuple)):
-        return None
-    name = _token_column(dataset.column_names if in_table else dataset[0])
-    if not in_table:
+    if isinstance(dataset, (list, tuple)):
+        name = _token_column(dataset[0])
         return row_lengths(name, [row[name] for row in dataset])
-    if name not in dataset.column_names:  # a transform makes it
+    name = _token_column(dataset.column_names) if is_dataset(dataset) else ""
+    if not name or name not in dataset.column_names:  # a transform makes it
         return None
     lengths, places = row_lengths(name, dataset.data.column(name)), _row_places(dataset)
     return lengths if places is None else lengths[places]
@@ -125,11 +123,11 @@ def measure_rows(name: str, dataset: Rows) -> tuple[int, int]:
     """
     import pyarrow.compute as pc  # noqa: PLC0415  # a fifth of what importing this file costs
 
-    columns = list(dataset[0])
-    column = _token_column(columns)
-    if column not in columns:
-        check_tokens(name, columns)
-    tokens = dataset[0][column]
+    row = dataset[0]
+    column = _token_column(row)
+    if column not in row:
+        check_tokens(name, row)
+    tokens = row[column]
     if len(tokens) and np.ndim(tokens[0]):
         raise ValueError(
             f"{name} has rows of {column!r} whose shape is not (tokens,), {reprlib.repr(tokens)}; "
@@ -140,9 +138,8 @@ def measure_rows(name: str, dataset: Rows) -> tuple[int, int]:
         rows = [dataset[place][column] for place in range(len(dataset))]
         return max(map(len, rows)), max((int(max(row)) for row in rows if len(row)), default=0)
     table, places = dataset.data.column(column), _row_places(dataset)
-    is_used = np.full(len(table), places is None)  # rows that are left out do not count
-    if places is not None:
-        is_used[places] = True
+    is_used = np.zeros(len(table), bool)  # rows that are left out do not count
+    is_used[slice(None) if places is None else places] = True
     longest = highest = start = 0
     for chunk in table.chunks:
         here = is_used[start : start + len(chunk)]

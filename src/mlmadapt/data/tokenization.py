@@ -213,10 +213,23 @@ def spell_word(word: Sequence[int], tokenizer: Tokenizer) -> str:
         'afilmableone'
     """
     text = "".join(str(tokenizer.decode([*word])).split())
-    first = str(tokenizer.convert_ids_to_tokens(word[0]))
+    first, mark = str(tokenizer.convert_ids_to_tokens(word[0])), continuing_mark(tokenizer)
     # Of a word that a row has cut, which begins inside.
-    mark = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None) or ""
     return text.removeprefix(mark) if first.startswith(mark) else text
+
+
+def continuing_mark(tokenizer: Tokenizer) -> str:
+    """Return what a token that goes on with a word begins with, such as ``##``, or nothing.
+
+    Slow tokenizers do not tell.
+
+    Examples:
+        >>> from mlmadapt.testing import tiny_tokenizer
+        >>> continuing_mark(tiny_tokenizer("wordpiece")), continuing_mark(tiny_tokenizer("unigram"))
+        ('##', '')
+    """
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    return getattr(model, "continuing_subword_prefix", None) or ""
 
 
 def count_bytes(word: Sequence[int], tokenizer: Tokenizer) -> int:
@@ -246,22 +259,20 @@ def _read_texts(columns: Mapping[str, Any], text_column: str) -> list[str]:
         seen = f"column {text_column!r} is {column!r:.40}, not a batch of documents"
         raise TypeError(f"{seen}; call map with batched=True")
     texts = column.to_pylist() if isinstance(column, pa.ChunkedArray) else list(column)
+    where = f"of column {text_column!r} in this batch is"
     for row, text in enumerate(texts):
-        where = f"row {row} of column {text_column!r} in this batch is"
         try:
             str.encode(text)
         except UnicodeEncodeError as error:
             cure = "clean it with text.encode(errors='replace').decode()"
-            raise ValueError(f"{where} not valid Unicode ({error}); {cure}") from None
+            raise ValueError(f"row {row} {where} not valid Unicode ({error}); {cure}") from None
         except TypeError:
             cure = "convert it, or drop it with dataset.filter"
             if text is None:
                 cure = f"{texts.count(None)} of {len(texts)} here are None; drop them with "
                 cure += f"dataset.filter(lambda row: row[{text_column!r}] is not None)"
-            kind = type(text).__name__
-            raise TypeError(
-                f"{where} {text!r:.40}, of type {kind}; each document must be a str: {cure}"
-            ) from None
+            seen = f"{text!r:.40}, of type {type(text).__name__}"
+            raise TypeError(f"row {row} {where} {seen}; each must be a str: {cure}") from None
     return texts
 
 
@@ -294,8 +305,8 @@ def _place_words(texts: list[str], unsplit: list[str]) -> Ints:
 
 def _place_spans(texts: list[str], word_boundaries: WordBoundaries) -> Ints:
     """Return the spans of the user, of shape (spans, 2), with the texts on one line."""
-    placed = [np.empty((0, 2), np.int64)]
-    for row, (text, text_start) in enumerate(zip(texts, _text_starts(texts), strict=True)):
+    placed: list[list[int]] = []
+    for row, (text, text_start) in enumerate(zip(texts, _text_starts(texts).tolist(), strict=True)):
         returned = word_boundaries(text)
         try:
             pairs = [(index(start), index(end)) for start, end in returned]
@@ -304,20 +315,19 @@ def _place_spans(texts: list[str], word_boundaries: WordBoundaries) -> Ints:
                 f"word_boundaries returned {returned!r:.60} for row {row} of this batch; it must "
                 "return a list of (start, end) character positions"
             ) from error
-        spans = np.array(pairs, np.int64).reshape(-1, 2)
-        wrong = (spans[:, 0] >= spans[:, 1]) | (spans[:, 1] > len(text))
-        wrong |= spans[:, 0] < np.concatenate([[0], spans[:-1, 1]])[: len(spans)]
-        if wrong.any():
-            raise ValueError(
-                f"word_boundaries returned span {pairs[int(wrong.argmax())]} for row {row} of this "
-                f"batch, a text of {len(text)} characters; spans must be in order, not overlap, "
-                "not be empty, and lie in the text"
-            )
-        # Without white space at the ends, which on some tokenizers is part of the next token.
-        trimmed = [_TRIMMED.search(text, *pair) for pair in pairs]
-        spans = np.array([match.span() for match in trimmed if match], np.int64).reshape(-1, 2)
-        placed.append(spans + text_start)
-    return np.concatenate(placed)
+        last = 0
+        for start, end in pairs:
+            if not last <= start < end <= len(text):
+                raise ValueError(
+                    f"word_boundaries returned span {(start, end)} for row {row} of this batch, a "
+                    f"text of {len(text)} characters; spans must be in order, not overlap, not be "
+                    "empty, and lie in the text"
+                )
+            last = end
+            # Without white space at the ends, which on some tokenizers is part of the next token.
+            if trimmed := _TRIMMED.search(text, start, end):
+                placed.append([text_start + place for place in trimmed.span()])
+    return np.array(placed, np.int64).reshape(-1, 2)
 
 
 def _words_of_spans(
@@ -437,11 +447,7 @@ def _split(text: str, *, ignore_case: bool) -> tuple[list[tuple[int, int]], list
 
 
 def _find_phrases(
-    text: str,
-    *,
-    known: set[tuple[str, ...]],
-    lengths: Mapping[str, list[int]],
-    ignore_case: bool,
+    text: str, *, known: set[tuple[str, ...]], lengths: Mapping[str, list[int]], ignore_case: bool
 ) -> list[tuple[int, int]]:
     places, words = _split(text, ignore_case=ignore_case)
     spans, position = [], 0

@@ -24,6 +24,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from mlmadapt._types import Tokenizer
@@ -358,10 +359,9 @@ def _check_words(words: Iterable[str], tokenizer: Tokenizer, backend: "Backend")
 
 def _refuse(problems: dict[str, str]) -> None:
     if problems:
-        first = "; ".join(f"{word!r} {problem}" for word, problem in list(problems.items())[:5])
-        more = "; ..." if len(problems) > 5 else ""
-        count = f"words has {len(problems)} that cannot be added"
-        raise ValueError(f"{count}: {first}{more}; leave them out")
+        seen = "; ".join(f"{word!r:.40} {problem}" for word, problem in problems.items())
+        seen = shorten(seen, 220, placeholder=" ...")
+        raise ValueError(f"words has {len(problems)} that cannot be added: {seen}; leave them out")
 
 
 def _unused_ids(tokenizer: Tokenizer) -> list[int]:

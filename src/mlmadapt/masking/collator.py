@@ -147,10 +147,9 @@ class WholeWordMaskingCollator:
             check_whole("pad_to_multiple_of", self.pad_to_multiple_of)
         if self.seed is not None:
             check_whole("seed", self.seed, least=None, error=TypeError)
-        mask_id = getattr(self.tokenizer, "mask_token_id", None)
-        mask = None if mask_id is None else self.tokenizer.convert_ids_to_tokens(mask_id)
-        # A token that the vocabulary lacks has the id of the unknown token.
-        if mask is None or mask != self.tokenizer.mask_token:
+        mask = getattr(self.tokenizer, "mask_token", None)
+        # One that the vocabulary lacks has the id of the unknown token.
+        if mask is None or mask not in self.tokenizer.get_vocab():
             raise ValueError(
                 f"tokenizer {self.tokenizer!r:.60} has no mask token; use the tokenizer of a "
                 "masked language model, or add one with tokenizer.add_special_tokens("
@@ -191,9 +190,8 @@ class WholeWordMaskingCollator:
                 f"random_replace_prob is {self.random_replace_prob}, but the tokenizer has no "
                 "token to draw that is not special, added or unused; set it to 0"
             )
-        self._weights = None
-        if self.word_weights is not None:
-            self._weights = WordWeights(self.word_weights, self.tokenizer, size)
+        source = self.word_weights
+        self._weights = None if source is None else WordWeights(source, self.tokenizer, size)
         self._warned_of_length = self._warned_of_equals = False
 
     def __call__(
@@ -234,12 +232,12 @@ class WholeWordMaskingCollator:
         """
         return_tensors = return_tensors or self.return_tensors
         _check_choice("return_tensors", return_tensors, ("pt", "np"))
-        if self.seed is None:
-            drawn = int(torch.randint(2**63 - 1, ()))
-            by_place = self.key_column is None
-            key: _Key = key_rows(drawn, range(len(features))) if by_place else drawn
+        if self.seed is not None:
+            key: _Key = derive_key(self.seed, "mask", int(self._epoch))
         else:
-            key = derive_key(self.seed, "mask", int(self._epoch))
+            key = int(torch.randint(2**63 - 1, ()))
+            if self.key_column is None:
+                key = key_rows(key, range(len(features)))
         batch = self.collate(features, key=key, progress=float(self._progress))
         if return_tensors == "np":
             return dict(batch)
@@ -358,7 +356,7 @@ class WholeWordMaskingCollator:
             (array([2, 4, 3]), array([3]))
         """
         rate = rate_at(self.wwm_probability, progress)
-        key_column = self.key_column if key_column is None else key_column
+        key_column = key_column or self.key_column
         if not isinstance(columns, JoinedRows) and _has_masks(columns):
             return join_frozen(columns)
         joined, key = _join(columns, key, key_column)
@@ -406,9 +404,7 @@ class WholeWordMaskingCollator:
             row_keys = hash_rows(block, here, key) if isinstance(key, int) else key[rows]
             keys = spread_keys(row_keys, np.diff(whole.before), step=2)
             whole, keys = leave_out(whole, keys, block == self._unknown_id, here)
-            weights = None
-            if self._weights is not None:
-                weights = self._weights.weigh(block[list_places(whole.first, whole.size)], whole)
+            weights = None if self._weights is None else self._weights.weigh(block, whole)
             chosen, fate = choose_words(
                 whole, keys, row_keys, weights, rate=rate, budget=self.budget
             )
@@ -456,7 +452,8 @@ _REPLACEMENT = np.uint64(0x6A09E667F3BCC909)
 def _has_masks(columns: Mapping[str, Any]) -> bool:
     """Tell whether rows are frozen, for which all are looked at unless the first one is a copy."""
     labels, tokens = (next(iter(columns.get(name, ())), ()) for name in ("labels", "input_ids"))
-    is_copy = "labels" not in columns or np.array_equal(labels, tokens)
+    # An empty row is no copy, since it tells nothing of the others.
+    is_copy = np.asarray(labels).size and np.array_equal(labels, tokens)
     if is_copy and "masked_labels" not in columns:
         return False
     # Without words, each token without a label tells.

@@ -7,6 +7,7 @@ seed and the row.
 """
 
 import random
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from mlmadapt._types import Columns, DataCollator, Ints
+from mlmadapt._types import Columns, DataCollator
 from mlmadapt.data.rows import (
     are_frozen,
     check_tokens,
@@ -163,25 +164,20 @@ def collate_seeded(
             "'labels' with -100 where nothing is to be predicted"
         )
     inputs = {name: batch[name] for name in batch if name != "word_ids"}
-    if documents:
-        inputs["document_ids"] = _pad_documents(documents, inputs)
+    if documents:  # laid out as the collator has laid out the tokens
+        is_real = np.asarray(inputs.get("attention_mask", np.ones_like(inputs["labels"]))) != 0
+        lengths, counts = row_lengths("document_ids", documents), is_real.sum(1)
+        if (counts != lengths).any():
+            raise ValueError(
+                f"data_collator returned rows of {reprlib.repr(counts.tolist())} tokens for "
+                f"'document_ids' of {reprlib.repr(lengths.tolist())}; it must keep each token, or "
+                "the rows must have no padding"
+            )
+        joined = join_column("document_ids", documents)
+        document_bounds(joined, np.append(0, np.cumsum(lengths)))
+        inputs["document_ids"] = np.full(is_real.shape, -1)
+        inputs["document_ids"][is_real] = joined
     return inputs
-
-
-def _pad_documents(rows: list[Any], inputs: Mapping[str, Any]) -> Ints:
-    """Lay the documents of each row out as a collator has laid out its tokens."""
-    is_real = np.asarray(inputs.get("attention_mask", np.ones_like(inputs["labels"]))) != 0
-    lengths = row_lengths("document_ids", rows)
-    if (is_real.sum(1) != lengths).any():
-        raise ValueError(
-            f"data_collator returned rows of {is_real.sum(1).tolist()} tokens for 'document_ids' "
-            f"of {lengths.tolist()}; it must keep each token, or the rows must have no padding"
-        )
-    documents = join_column("document_ids", rows)
-    document_bounds(documents, np.append(0, np.cumsum(lengths)))
-    padded = np.full(is_real.shape, -1)
-    padded[is_real] = documents
-    return padded
 
 
 def purify(data_collator: DataCollator) -> DataCollator:
@@ -225,7 +221,7 @@ def _freeze_row_by_row(
     check_tokens("the batch", examples)
     collate = purify(data_collator)
     frozen: dict[str, list[Any]] = {}
-    targets = hidden = wrong = 0
+    counts = np.zeros(3, int)
     for index, values in enumerate(zip(*(examples[name] for name in examples), strict=True)):
         row = dict(zip(examples, values, strict=True))
         tokens = [int(token) for token in row["input_ids"]]
@@ -238,10 +234,10 @@ def _freeze_row_by_row(
                     f"{len(tokens)} tokens; switch off its padding to a fixed length"
                 )
             frozen.setdefault(name, []).append(masked)
-        is_target = frozen["labels"][-1] != -100
-        targets += int(is_target.sum())
-        wrong += int((frozen["labels"][-1] != tokens)[is_target].sum())
-        hidden += int((np.asarray(batch["input_ids"])[0] != tokens).sum())
+        labels, inputs = frozen["labels"][-1], frozen["input_ids"][-1]
+        is_target = labels != -100
+        counts += [is_target.sum(), (inputs != tokens).sum(), (labels != tokens)[is_target].sum()]
+    targets, hidden, wrong = counts.tolist()
     check_masks(data_collator, targets=targets, hidden=hidden, wrong=wrong)
     return frozen
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -121,21 +121,21 @@ def warn_of_unknown(rows: Rows, tokenizer: Tokenizer) -> None:
     """
     places = np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int).tolist()
     columns = to_columns([rows[place] for place in places])
-    unknown_id: int | None = tokenizer.unk_token_id
-    if unknown_id is None or not {"input_ids", "word_ids"} <= columns.keys():
+    if tokenizer.unk_token_id is None or not {"input_ids", "word_ids"} <= columns.keys():
         return
     joined, lengths = join_rows({name: columns[name] for name in ("input_ids", "word_ids")})
     bounds = np.append(0, np.cumsum(lengths))
-    words, is_unknown = find_words(joined["word_ids"], bounds), joined["input_ids"] == unknown_id
-    known, _ = leave_out(words, np.empty(len(words.first), np.uint64), is_unknown, bounds)
+    words = find_words(joined["word_ids"], bounds)
+    is_unknown = joined["input_ids"] == tokenizer.unk_token_id
+    known, _ = leave_out(words, words.first.view(np.uint64), is_unknown, bounds)
     share = 1 - len(known.first) / max(len(words.first), 1)
     if share > 0.01:
-        message = (
+        logger.warning(
             "%.0f %% of the words of train_dataset hold %s, which stands for what the tokenizer "
             "does not know; they are not predicted. Use a tokenizer and model of this language, or "
-            "add frequent words by extend_vocabulary"
+            "add frequent words by extend_vocabulary",
+            *(100 * share, tokenizer.unk_token),
         )
-        logger.warning(message, 100 * share, tokenizer.unk_token)
 
 
 def list_places(first: Ints, size: Ints) -> Ints:
@@ -169,7 +169,7 @@ def choose_words(
     weights: Floats | None,
     *,
     rate: float,
-    budget: Literal["bernoulli", "exact"],
+    budget: str,
 ) -> tuple[Ints, Floats]:
     """Return the words that are targets, by a key each, and the fate in [0, 1) of each."""
     words_in_row = np.diff(words.before)
@@ -222,12 +222,13 @@ class WordWeights:
         """Return a weight a word, the heaviest of each row 1; words that all weigh 0 weigh 1.
 
         Args:
-            tokens: The tokens of the words of all rows, one after the other.
+            tokens: The tokens of all rows, one after the other.
             words: How they make words.
         """
         size, words_in_row = words.size, np.diff(words.before)
         if not size.size:
             return np.empty(0)
+        tokens = tokens[list_places(words.first, size)]
         if self._of_tokens is not None:
             word_of_token = np.repeat(np.arange(len(size)), size)
             weights = np.bincount(word_of_token, self._of_tokens[tokens]) / size
@@ -235,8 +236,8 @@ class WordWeights:
             pieces = np.split(tokens, np.cumsum(size)[:-1])
             weights = np.array([self._of_word(tuple(piece.tolist())) for piece in pieces])
         has_words = words_in_row > 0
-        firsts = (np.cumsum(words_in_row) - words_in_row)[has_words]
-        heaviest = np.repeat(np.maximum.reduceat(weights, firsts), words_in_row[has_words])
+        heaviest = np.maximum.reduceat(weights, words.before[:-1][has_words])
+        heaviest = np.repeat(heaviest, words_in_row[has_words])
         scaled: Floats = np.ones_like(weights)
         np.divide(weights, heaviest, out=scaled, where=heaviest > 0)
         return scaled

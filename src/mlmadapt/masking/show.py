@@ -9,22 +9,18 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from html import escape
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mlmadapt._types import Features, Tokenizer
-from mlmadapt.data.rows import join_rows, split_rows, to_columns
-from mlmadapt.data.tokenization import special_token_ids
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
+from mlmadapt.data.rows import check_words, join_rows, split_rows, to_columns
+from mlmadapt.data.tokenization import continuing_mark, special_token_ids
 
 # For a terminal, and for a page that may be white or black.
 _ANSI = {"masked": "30;43", "replaced": "30;45", "kept": "30;46", "special": "2"}
@@ -116,10 +112,10 @@ class MaskView:
         lines = "".join(f'<p dir="auto">{line}</p>' for line in self._lines(show))
         return f'<div style="line-height:1.7">{lines}<p>{self._count(paint)}</p></div>'
 
-    def _lines(self, show: "Callable[[Piece], str]") -> Iterator[str]:
+    def _lines(self, show: Callable[[Piece], str]) -> Iterator[str]:
         return ("".join(map(show, chain.from_iterable(row))) for row in self.rows)
 
-    def _count(self, paint: "Callable[[str, str], str]") -> str:
+    def _count(self, paint: Callable[[str, str], str]) -> str:
         words = [word for row in self.rows for word in row if word[0].fate != "special"]
         fates = Counter("part" if len(word) > 1 else word[0].fate for word in words)
         counts = [f"{fates[fate]} {paint(fate, fate)}" for fate in ("masked", "replaced", "kept")]
@@ -128,9 +124,7 @@ class MaskView:
 
 
 def show_masks(
-    batch: Mapping[str, Any] | Features,
-    tokenizer: Tokenizer,
-    features: Features | None = None,
+    batch: Mapping[str, Any] | Features, tokenizer: Tokenizer, features: Features | None = None
 ) -> MaskView:
     """Show what is masked, replaced and kept in a batch, word by word.
 
@@ -173,32 +167,28 @@ def show_masks(
             "masking collator or insert_random_mask returned"
         )
     rows = _read_rows(columns, prefix)
-    size = max(tokenizer.get_vocab().values()) + 1
+    known = {*tokenizer.get_vocab().values()}
     for number, row in enumerate(rows):
         pairs = zip(row["input_ids"], row["labels"], strict=True)
         row["true"] = [token if label == -100 else label for token, label in pairs]
-        for token in (*row["input_ids"], *row["true"]):
-            if not 0 <= token < size:
-                raise ValueError(
-                    f"row {number} of the batch has token id {token}, but the tokenizer has ids 0 "
-                    f"to {size - 1}; pass the tokenizer that made the rows"
-                )
+        if unknown := {*row["input_ids"], *row["true"]} - known:
+            raise ValueError(
+                f"row {number} of the batch has token id {min(unknown)}, but the tokenizer has ids "
+                f"0 to {max(known)}; pass the tokenizer that made the rows"
+            )
     if features is not None:
-        unmasked = _read_rows(to_columns(features))
+        feature_columns = to_columns(features)
+        check_words(feature_columns)
+        unmasked = _read_rows(feature_columns)
         if [row["true"] for row in rows] != [row["input_ids"] for row in unmasked]:
             raise ValueError(
                 f"features ({len(unmasked)} rows) have other tokens than batch ({len(rows)} rows); "
                 "pass the rows that the batch was made of, in their order"
             )
-        if "word_ids" not in unmasked[0]:
-            raise ValueError(
-                f"features have no 'word_ids', of columns {list(features[0])}; tokenize with "
-                "tokenize_with_word_ids, or pass no features"
-            )
         for row, feature in zip(rows, unmasked, strict=True):
             row["word_ids"] = feature["word_ids"]
     special = special_token_ids(tokenizer)
-    return MaskView([list(_read_words(row, tokenizer, special)) for row in rows])
+    return MaskView([_read_words(row, tokenizer, special) for row in rows])
 
 
 def _read_rows(columns: Mapping[str, Any], prefix: str = "") -> list[dict[str, list[int]]]:
@@ -212,61 +202,49 @@ def _read_rows(columns: Mapping[str, Any], prefix: str = "") -> list[dict[str, l
     if not np.ndim(known["input_ids"][0]):  # one row
         known = {name: [values] for name, values in known.items()}
     joined, lengths = join_rows(known)
-    real = joined.pop("attention_mask", np.ones_like(joined["input_ids"])) != 0
-    lengths = np.diff(np.cumsum(np.append(0, real))[np.append(0, np.cumsum(lengths))])
-    parts = [split_rows(values[real], lengths) for values in joined.values()]
-    rows = zip(*parts, strict=True)
-    return [dict(zip(joined, (part.tolist() for part in row), strict=True)) for row in rows]
+    is_real = joined.pop("attention_mask", np.ones_like(joined["input_ids"])) != 0
+    parts = [split_rows(values, lengths) for values in (is_real, *joined.values())]
+    return [
+        {name: values[real].tolist() for name, values in zip(joined, row, strict=True)}
+        for real, *row in zip(*parts, strict=True)
+    ]
 
 
 def _read_words(
     row: dict[str, list[int]], tokenizer: Tokenizer, special: set[int]
-) -> Iterator[list[Piece]]:
-    """Yield the words of a row in pieces, each with its fate."""
-    true, is_target = row["true"], [label != -100 for label in row["labels"]]
-    starts = [*_find_words(true, is_target, row.get("word_ids"), tokenizer, special), len(true)]
-    before: list[int] = []
-    for start, end in pairwise(starts):
-        word = []
-        turns = [
-            place for place in range(start + 1, end) if is_target[place] != is_target[place - 1]
-        ]
-        for first, last in pairwise([start, *turns, end]):
-            tokens, inputs = true[first:last], row["input_ids"][first:last]
-            space, text = _spell(before, tokens, tokenizer)
-            seen, fate = "", "special" if tokens[0] in special else ""
-            if is_target[first]:
-                seen = _spell(before, inputs, tokenizer)[1]
-                fate = "kept" if inputs == tokens else "replaced"
-                fate = "masked" if tokenizer.mask_token_id in inputs else fate
-            word.append(Piece(text, seen, fate, space))
-            before = tokens
-        yield word
+) -> list[list[Piece]]:
+    """Return the words of a row in pieces, each with its fate."""
+    true, word_ids, mark = row["true"], row.get("word_ids"), continuing_mark(tokenizer)
+    is_target = [label != -100 for label in row["labels"]]
 
-
-def _find_words(
-    true: list[int],
-    is_target: list[bool],
-    word_ids: list[int] | None,
-    tokenizer: Tokenizer,
-    special: set[int],
-) -> Iterator[int]:
-    """Yield the first token of each word."""
-    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    mark = getattr(model, "continuing_subword_prefix", None)
-    for place, token in enumerate(true):
-        before = true[place - 1]
+    def goes_on(place: int) -> bool:
+        before, token = true[place - 1 : place + 1]
         if word_ids is not None:
-            goes_on = word_ids[place] == word_ids[place - 1] >= 0
-        elif mark:
-            goes_on = before not in special and str(tokenizer.decode([token])).startswith(mark)
-        else:  # neighbours like "film" and "." are no word of which a part is a target
-            goes_on = not _spell([before], [token], tokenizer)[0] and special.isdisjoint(
-                (before, token)
-            )
-            goes_on &= is_target[place] == is_target[place - 1]
-        if not place or not goes_on:
-            yield place
+            return word_ids[place] == word_ids[place - 1] >= 0
+        if mark:
+            return before not in special and str(tokenizer.decode([token])).startswith(mark)
+        # Neighbours like "film" and "." are no word of which a part is a target.
+        is_near = place not in turns and special.isdisjoint((before, token))
+        return is_near and not _spell([before], [token], tokenizer)[0]
+
+    places = range(len(true))
+    turns = {place for place in places[1:] if is_target[place] != is_target[place - 1]}
+    starts = {place for place in places if not place or not goes_on(place)}
+    words: list[list[Piece]] = []
+    before: list[int] = []
+    for first, last in pairwise([*sorted(starts | turns), len(true)]):
+        tokens, inputs = true[first:last], row["input_ids"][first:last]
+        space, text = _spell(before, tokens, tokenizer)
+        seen, fate = "", "special" if tokens[0] in special else ""
+        if is_target[first]:
+            seen = _spell(before, inputs, tokenizer)[1]
+            fate = "kept" if inputs == tokens else "replaced"
+            fate = "masked" if tokenizer.mask_token_id in inputs else fate
+        if first in starts:
+            words.append([])
+        words[-1].append(Piece(text, seen, fate, space))
+        before = tokens
+    return words
 
 
 def _spell(before: list[int], tokens: list[int], tokenizer: Tokenizer) -> tuple[str, str]:

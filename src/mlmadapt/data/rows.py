@@ -252,7 +252,9 @@ def document_bounds(document_ids: Ints, bounds: Ints) -> Ints:
             f"{document_ids[falls[0]]}; a document is one run of tokens, and each has a higher "
             "number than the one before, as pack_texts numbers them"
         )
-    return np.union1d(changes, bounds)
+    begins = np.zeros(len(document_ids) + 1, bool)
+    begins[changes] = begins[bounds] = True
+    return begins.nonzero()[0]
 
 
 def split_rows(joined: npt.NDArray[Any], lengths: Ints) -> npt.NDArray[Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import inspect
 import itertools
 import pickle
 import random
@@ -542,6 +544,14 @@ def test_columns_that_name_no_row(name: Any, error: type[Exception], message: st
     if name is None:
         with pytest.raises(error, match=message):
             collator.collate(join_rows(to_columns([row])), key=0)
+
+
+def test_the_setting_of_others_is_answered_with_ours() -> None:
+    """And the signature that people read is that of the settings."""
+    with pytest.raises(TypeError, match=r"mlm_probability is 0.15, .* pass wwm_probability"):
+        WholeWordMaskingCollator(shared("wordpiece"), mlm_probability=0.15)  # type: ignore[call-arg]
+    names = [*inspect.signature(WholeWordMaskingCollator).parameters]
+    assert names == [field.name for field in dataclasses.fields(WholeWordMaskingCollator)]
 
 
 def test_seeds_and_epochs_differ() -> None:

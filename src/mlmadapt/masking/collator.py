@@ -12,6 +12,7 @@ The hash is splitmix64's finaliser over a counter (Steele, Lea and Flood, OOPSLA
 of counter-based generators (Salmon et al., SC 2011).
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import KW_ONLY, dataclass, fields
@@ -130,6 +131,15 @@ class WholeWordMaskingCollator:
     key_column: str | None = None
     pad_to_multiple_of: int | None = None
     return_tensors: Literal["pt", "np"] = "pt"
+
+    def __new__(cls, *_arguments: Any, **settings: Any) -> Self:
+        """Name our setting where that of transformers' collators is passed."""
+        if "mlm_probability" in settings:
+            raise TypeError(
+                f"mlm_probability is {settings['mlm_probability']!r}, a share of tokens; pass "
+                "wwm_probability, the share of words"
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         sample_rates(self.wwm_probability)
@@ -444,6 +454,12 @@ class WholeWordMaskingCollator:
                 "and make the collator after adding tokens"
             )
 
+
+# What people and tools read is the signature of `__init__`, not of `__new__`.
+_init = inspect.signature(WholeWordMaskingCollator.__init__)
+WholeWordMaskingCollator.__signature__ = _init.replace(  # type: ignore[attr-defined]
+    parameters=[*_init.parameters.values()][1:]
+)
 
 # Keeps the draws of replacements apart from those of words.
 _REPLACEMENT = np.uint64(0x6A09E667F3BCC909)

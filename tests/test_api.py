@@ -242,7 +242,7 @@ def test_source(path: Path) -> None:
 def test_source_stays_small() -> None:
     """The library can be read in an afternoon, and its help for tests in a coffee break."""
     for_tests = {path for path in FILES if room_of(path) in {"testing", "_pytest_plugin"}}
-    assert sum(map(lines_of_code, set(FILES) - for_tests)) <= 4900
+    assert sum(map(lines_of_code, set(FILES) - for_tests)) <= 4920
     assert sum(map(lines_of_code, for_tests)) <= 800
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in TESTS) <= 20_200
 

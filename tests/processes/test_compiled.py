@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from mlmadapt import WholeWordMaskingCollator, isolate_documents, sparse_prediction
+from mlmadapt import (
+    WholeWordMaskingCollator,
+    evaluate_mlm,
+    isolate_documents,
+    sparse_prediction,
+)
 from mlmadapt.model.checks import try_model
 from mlmadapt.model.forward import masked_forward
 from mlmadapt.testing import assert_documents_isolated
 from tests.scripts.packed import ALONE, IS_OLD, PACKED, TOKENIZER, build, step
-from tests.scripts.short_run import drop_nothing
+from tests.scripts.short_run import drop_nothing, freeze
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,6 +118,25 @@ def test_a_trial_runs_no_compiled_code(model: PreTrainedModel) -> None:
     assert not graphs
     model(**inputs)
     assert graphs
+
+
+def test_an_evaluation_of_a_bare_model_leaves_compiled_code(model: PreTrainedModel) -> None:
+    """As between two epochs of a loop; of the compiled one, it gives the same figure."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def compile_graph(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled: Any = torch.compile(model, backend=compile_graph)
+    frozen = freeze(ALONE[:8])
+    compiled(**BATCHES[0])
+    number = len(graphs)
+    metrics = evaluate_mlm(model, frozen, tokenizer=TOKENIZER)
+    compiled(**BATCHES[0])
+    assert len(graphs) == number
+    by_compiled = evaluate_mlm(compiled, frozen, tokenizer=TOKENIZER)
+    assert by_compiled.loss == pytest.approx(metrics.loss, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -352,3 +352,15 @@ def unwrap(model: Any) -> Any:
     """Return the model of transformers below `torch.compile` and PEFT's adapters."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Tell whether some of a model is compiled, in place or around a module.
+
+    Examples:
+        >>> linear = nn.Linear(1, 1)
+        >>> is_compiled(linear), is_compiled(torch.compile(linear))
+        (False, True)
+    """
+    # torch has no public names for it.
+    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl for part in model.modules())  # noqa: SLF001

@@ -22,7 +22,13 @@ from mlmadapt._types import Batch, Model, Row, Rows, Tokenizer
 from mlmadapt.data.rows import join_frozen, pad_rows, to_columns
 from mlmadapt.data.table import as_rows, dataset_lengths, is_frozen
 from mlmadapt.data.tokenization import count_bytes
-from mlmadapt.model.checks import check_model, check_rows, check_tokenizer, evaluation_mode
+from mlmadapt.model.checks import (
+    check_model,
+    check_rows,
+    check_tokenizer,
+    evaluation_mode,
+    is_compiled,
+)
 from mlmadapt.model.forward import MaskedForward, masked_forward
 
 if TYPE_CHECKING:
@@ -242,6 +248,9 @@ def _sum_frozen(
     collate = partial(collate_frozen, tokenizer=tokenizer, with_words=with_words)
     options |= {"collate": collate, "measure": measure, "batch_size": batch_size}
     probe = collate([dataset[place] for place in range(min(4, len(dataset)))])
+    # What was compiled without the hooks would go on without them.
+    if is_compiled(model):
+        torch.compiler.reset()
     with masked_forward(model, probe) as forward:
         return sum_rows(model, dataset, forward=forward, **options)
 
@@ -303,8 +312,7 @@ def sum_rows(
     filler["labels"].fill_(-100)
     # In 64 bits, so that the order of the batches makes no difference.
     sums = torch.zeros((), dtype=torch.float64)
-    # Compiled code is left aside: rows have many shapes, and it may know nothing of the hooks.
-    with evaluation_mode(model), torch.compiler.set_stance("force_eager"):
+    with evaluation_mode(model):
         while True:
             part = next(parts, None)
             is_left = part is not None

@@ -13,7 +13,7 @@ an update that a gradient would spoil, and all after it; `flush` then tells whic
 import logging
 import math
 from collections.abc import Mapping  # noqa: TC003  # for those who ask for the types
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -219,14 +219,15 @@ def evaluate(run: TrainingRun) -> None:
         collate = partial(collate_frozen, tokenizer=run.tokenizer)
         if not is_frozen(rows):
             collate = partial(collate_unfrozen, run=run)
-        metrics_by_set[name] = metrics = evaluate_rows(
-            run.model,
-            rows,
-            collate=collate,
-            batch_size=run.config.per_device_eval_batch_size,
-            forward=run.forward,
-            accelerator=run.accelerator,
-        )
+        with in_eager_mode(run):
+            metrics_by_set[name] = metrics = evaluate_rows(
+                run.model,
+                rows,
+                collate=collate,
+                batch_size=run.config.per_device_eval_batch_size,
+                forward=run.forward,
+                accelerator=run.accelerator,
+            )
         log(run, as_log(metrics, name))
         if len(metrics_by_set) == 1:
             run.state.evaluations.append((run.state.step, metrics))
@@ -249,8 +250,14 @@ def fill_in(run: TrainingRun) -> dict[str, str]:
     """Have the model fill in the masks of the settings' sentences."""
     sentences = run.config.fill_mask or []
     fill = partial(fill_masks, run.model, sentences, tokenizer=run.tokenizer)
-    with torch.compiler.set_stance("force_eager"):
+    with in_eager_mode(run):
         return on_main_process(run.accelerator, fill)
+
+
+def in_eager_mode(run: TrainingRun) -> AbstractContextManager[object]:
+    """Leave compiled code aside: rows to evaluate have many shapes, and figures stay the same."""
+    is_compiled = run.config.torch_compile
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
 def save_checkpoint(run: TrainingRun) -> None:

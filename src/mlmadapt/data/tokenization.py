@@ -238,7 +238,7 @@ def count_bytes(word: Sequence[int], tokenizer: Tokenizer) -> int:
     Examples:
         >>> from mlmadapt.testing import tiny_tokenizer
         >>> tokenizer = tiny_tokenizer("byte_bpe")
-        >>> word = tokenizer(" caf\u00e9").input_ids[1:-1]
+        >>> word = tokenizer(" café").input_ids[1:-1]
         >>> count_bytes(word, tokenizer), count_bytes(word[:-1], tokenizer)
         (5, 4)
     """

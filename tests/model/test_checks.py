@@ -47,6 +47,7 @@ from mlmadapt.model.checks import (
     unwrap,
 )
 from mlmadapt.testing import tiny_model, tiny_tokenizer
+from tests.scripts.packed import IS_OLD
 from tests.scripts.tiny_run import TinyRun
 
 if TYPE_CHECKING:
@@ -206,14 +207,14 @@ def test_adapters_that_break_a_tie(
     wordpiece: PreTrainedTokenizerFast,
 ) -> None:
     """Input embeddings and head have to learn the same, if they were the same."""
+    if architecture not in CONFIG_MAPPING or ("ensure_weight_tying" in options and not tied):
+        pytest.skip("of later versions of transformers, or PEFT warns itself")
     model: Any = tiny_model(wordpiece, architecture=architecture)
     model.config.tie_word_embeddings = tied
     with torch.random.fork_rng(devices=[]):
         model = type(model)(model.config)
     names = {"distilbert": ["q_lin"], "modernbert": ["Wqkv"], "eurobert": ["q_proj"]}
     layers = names.get(architecture, ["query"])
-    if architecture not in CONFIG_MAPPING or ("ensure_weight_tying" in options and not tied):
-        pytest.skip("of later versions of transformers, or PEFT warns itself")
     adapted: Any = get_peft_model(model, LoraConfig(**{"target_modules": layers, **options}))
     message = r"ties its head to its embeddings, but adapters train them apart; .*_indices=\[ids"
     with pytest.raises(ValueError, match=message) if is_apart and tied else nullcontext():
@@ -445,7 +446,8 @@ def test_attention_that_a_short_batch_switches_off_is_refused(
     assert model.bert.attention_type == "block_sparse"
     model.bert.set_attention_type("original_full")
     model.config.attention_type = "original_full"
-    call(model, wordpiece)
+    if not IS_OLD or name != "isolate_documents":
+        call(model, wordpiece)
 
 
 def test_windows_of_layers_that_differ() -> None:

@@ -251,8 +251,10 @@ def attention_window(model: Model) -> int:
     """
     config: Any = model.config.get_text_config()
     layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
-    name, older = "sliding_window", "local_attention"  # before transformers 5.23
-    return max(getattr(each, name, getattr(each, older, 0)) or 0 for each in layers)
+    # Before transformers 5.23, ModernBERT told of both sides together.
+    sides = [getattr(layer, "local_attention", 0) // 2 for layer in layers]
+    pairs = zip(layers, sides, strict=True)
+    return max(getattr(layer, "sliding_window", side) or 0 for layer, side in pairs)
 
 
 def rounding(model: Model) -> float:

@@ -387,7 +387,9 @@ class WholeWordMaskingCollator:
         elif "document_ids" in masked:
             row = rows.searchsorted(bounds[:-1], side="right") - 1
             key = hash_counters(key[row], masked["document_ids"][bounds[:-1]])
-        is_real = masked.setdefault("attention_mask", np.ones_like(tokens)) != 0
+        if "attention_mask" not in masked:
+            masked["attention_mask"] = np.ones_like(tokens)
+        is_real = masked["attention_mask"] != 0
         if is_real.all():
             targets, instead = self._choose_tokens(tokens, words, bounds, key, rate=rate)
         else:  # rows can come padded already; that is left out, so that it plays no part
@@ -405,15 +407,18 @@ class WholeWordMaskingCollator:
         self, tokens: Ints, words: Ints, bounds: Ints, key: _Key, *, rate: float
     ) -> tuple[Ints, Ints]:
         """Return which tokens are targets, and what stands there instead."""
-        blocks, with_words = [], []
+        blocks, keyed = [], []
         for rows in split_blocks(bounds):
             start, end = bounds[rows.start], bounds[rows.stop]
             block, here = tokens[start:end], bounds[rows.start : rows.stop + 1] - start
             whole = find_words(words[start:end], here)
             self._warned_of_length = self._warned_of_length or warn_if_collapsed(whole)
             row_keys = hash_rows(block, here, key) if isinstance(key, int) else key[rows]
-            keys = spread_keys(row_keys, np.diff(whole.before), step=2)
-            whole, keys = leave_out(whole, keys, block == self._unknown_id, here)
+            words_in_row = np.diff(whole.before)
+            keys = spread_keys(row_keys, words_in_row, step=2)
+            is_unknown = block == self._unknown_id
+            if is_unknown.any():
+                whole, keys = leave_out(whole, keys, is_unknown, here)
             weights = None if self._weights is None else self._weights.weigh(block, whole)
             chosen, fate = choose_words(
                 whole, keys, row_keys, weights, rate=rate, budget=self.budget
@@ -422,9 +427,9 @@ class WholeWordMaskingCollator:
             targets = list_places(whole.first[chosen], size)
             instead = self._replace(block, targets, np.repeat(fate, size), here, row_keys)
             blocks.append((targets + start, instead))
-            with_words.append(row_keys[np.diff(whole.before) > 0])
+            keyed.append((row_keys, words_in_row))
         if isinstance(key, int) and not self._warned_of_equals:
-            self._warned_of_equals = warn_if_equal(np.concatenate(with_words))
+            self._warned_of_equals = warn_if_equal(keyed)
         targets, instead = map(np.concatenate, zip(*blocks, strict=True))
         return targets, instead
 
@@ -467,6 +472,8 @@ _REPLACEMENT = np.uint64(0x6A09E667F3BCC909)
 
 def _has_masks(columns: Mapping[str, Any]) -> bool:
     """Tell whether rows are frozen, for which all are looked at unless the first one is a copy."""
+    if columns.keys().isdisjoint(("labels", "masked_labels")):
+        return False
     labels, tokens = (next(iter(columns.get(name, ())), ()) for name in ("labels", "input_ids"))
     # An empty row is no copy, since it tells nothing of the others.
     is_copy = np.asarray(labels).size and np.array_equal(labels, tokens)

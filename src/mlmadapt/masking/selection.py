@@ -68,8 +68,6 @@ def leave_out(
         >>> leave_out(words, np.array([7, 8], np.uint64), is_unknown, np.array([0, 4]))
         (Words(first=array([3]), size=array([1]), before=array([0, 1])), array([8], dtype=uint64))
     """
-    if not is_unknown.any():
-        return words, keys
     before = np.append(0, np.cumsum(is_unknown))
     is_known = before[words.first] == before[words.first + words.size]
     first = words.first[is_known]
@@ -96,12 +94,15 @@ def warn_if_collapsed(words: Words) -> bool:
     return bool(collapsed.size)
 
 
-def warn_if_equal(row_keys: Hashes) -> bool:
-    """Tell, once, whether more than a hundredth of the rows are equal to others.
+def warn_if_equal(keyed: list[tuple[Hashes, Ints]]) -> bool:
+    """Tell whether more than a hundredth of rows are equal to others, by keys and numbers of words.
 
     By the log, since it is no fault of the caller's where few rows recur.
     """
-    repeated = len(row_keys) - len(np.unique(row_keys))
+    if len(keyed) == 1 and len(set(keyed[0][0].tolist())) == len(keyed[0][0]):  # nearly always
+        return False
+    row_keys = np.concatenate([keys[words > 0] for keys, words in keyed])
+    repeated = len(row_keys) - len(set(row_keys.tolist()))
     if repeated <= len(row_keys) / 100:
         return False
     logger.warning(

@@ -472,15 +472,14 @@ _REPLACEMENT = np.uint64(0x6A09E667F3BCC909)
 
 def _has_masks(columns: Mapping[str, Any]) -> bool:
     """Tell whether rows are frozen, for which all are looked at unless the first one is a copy."""
-    if columns.keys().isdisjoint(("labels", "masked_labels")):
-        return False
+    if "labels" not in columns:
+        return "masked_labels" in columns
     labels, tokens = (next(iter(columns.get(name, ())), ()) for name in ("labels", "input_ids"))
     # An empty row is no copy, since it tells nothing of the others.
     is_copy = np.asarray(labels).size and np.array_equal(labels, tokens)
-    if is_copy and "masked_labels" not in columns:
-        return False
     # Without words, each token without a label tells.
-    return are_frozen({"word_ids": columns.get("input_ids", ()), **columns})
+    given = {"word_ids": columns.get("input_ids", ()), **columns}
+    return "masked_labels" in columns or (not is_copy and are_frozen(given))
 
 
 def _join(

@@ -134,11 +134,8 @@ class WholeWordMaskingCollator:
 
     def __new__(cls, *_arguments: Any, **settings: Any) -> Self:
         """Name our setting where that of transformers' collators is passed."""
-        if "mlm_probability" in settings:
-            raise TypeError(
-                f"mlm_probability is {settings['mlm_probability']!r}, a share of tokens; pass "
-                "wwm_probability, the share of words"
-            )
+        if (share := settings.get("mlm_probability")) is not None:
+            raise TypeError(f"mlm_probability is {share}, of tokens; pass wwm_probability, of words")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -134,8 +134,8 @@ class WholeWordMaskingCollator:
 
     def __new__(cls, *_arguments: Any, **settings: Any) -> Self:
         """Name our setting where that of transformers' collators is passed."""
-        if (share := settings.get("mlm_probability")) is not None:
-            raise TypeError(f"mlm_probability is {share}, of tokens; pass wwm_probability, of words")
+        if (rate := settings.get("mlm_probability")) is not None:
+            raise TypeError(f"mlm_probability is {rate}, of tokens; pass wwm_probability, of words")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -66,8 +66,9 @@ def check_ties(model: Model) -> None:
     bare = unwrap(model)
     both = [bare.get_input_embeddings(), bare.get_output_embeddings() or nn.Module()]
     # Without biases, which are the head's alone. What was tied shares its frozen matrix still.
-    read, told = ({weight for weight in part.parameters() if weight.ndim > 1} for part in both)
-    is_apart = read & told and any(weight.requires_grad for weight in read ^ told)
+    inputs, outputs = ({weight for weight in part.parameters() if weight.ndim > 1} for part in both)
+    is_tied = inputs & outputs
+    is_apart = is_tied and any(weight.requires_grad for weight in inputs ^ outputs)
     if hasattr(model, "peft_config") and is_apart:
         raise ValueError(
             f"model {type(bare).__name__} ties its head to its embeddings, but adapters train them "
@@ -89,12 +90,12 @@ def check_collator(data_collator: DataCollator, tokenizer: Tokenizer) -> None:
         )
     other: Tokenizer = getattr(data_collator, "tokenizer", tokenizer)
     if other is not tokenizer and other.get_vocab() != tokenizer.get_vocab():
-        theirs, own = (
-            f"{len(each)} tokens, mask {each.mask_token!r}" for each in (other, tokenizer)
+        made_with, passed = (
+            f"{len(known)} tokens, mask {known.mask_token!r}" for known in (other, tokenizer)
         )
         raise ValueError(
-            f"data_collator was made with another tokenizer: one of {theirs}, in place of {own}; "
-            "make the collator with the tokenizer that is passed"
+            f"data_collator was made with another tokenizer: one of {made_with}, in place "
+            f"of {passed}; make the collator with the tokenizer that is passed"
         )
 
 

@@ -179,8 +179,8 @@ def _count_positions(
     before = counts.cumsum(1) - counts
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    own = before - before.masked_fill(~begins, 0).cummax(1).values
-    return torch.where(counts == 1, own + first, first - 1)
+    places = before - before.masked_fill(~begins, 0).cummax(1).values
+    return torch.where(counts == 1, places + first, first - 1)
 
 
 def _read_documents(

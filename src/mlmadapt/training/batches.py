@@ -331,7 +331,7 @@ def first_batch(train_rows: Any, plan: BatchPlan, data_collator: DataCollator) -
     if not any(gather_object([bool(batches)])):
         raise ValueError(
             "train_dataset has no row with a word, so that nothing is to be predicted; tokenize it "
-            "with a tokenizer that knows its text (the unknown token is no word)"
+            "with a tokenizer that knows its text (the unknown token is not a word)"
         )
     return (batches or step)[0]
 
